@@ -1,0 +1,1 @@
+"""The recipes: which steps in which order, and the command line."""

@@ -1,0 +1,1 @@
+"""Complete experiment files, one per experiment."""

@@ -1,0 +1,183 @@
+"""How facts look in a terminal: tables, trees and progress lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.tree import Tree
+
+from pipeline.models import VersionSummary
+from pipeline.records import Evaluation, ModelVersion, PromotionDecision
+from pipeline.runs import PlannedStep, RunSummary, RunTree, StepSummary
+from pipeline.tracking import RunState
+from pipeline.workflow import FlowEvent
+
+STATE_STYLES = {
+    RunState.RUN: "green",
+    RunState.FINISHED: "green",
+    RunState.REUSED: "cyan",
+    RunState.RUNNING: "yellow",
+    RunState.FAILED: "bold red",
+    RunState.SKIPPED: "magenta",
+    RunState.KILLED: "red",
+    RunState.ABANDONED: "red",
+}
+
+
+def print_event(console: Console, event: FlowEvent) -> None:
+    """One line for a step that starts or ends."""
+    words = {
+        RunState.RUNNING: "running",
+        RunState.RUN: f"done in {duration(event.seconds)}",
+        RunState.REUSED: "reused",
+    }
+    text = words.get(event.state, event.state.value)
+    message = event.message
+    if event.state == RunState.SKIPPED and message:
+        # The root cause was printed with the step that failed.
+        message = f"{message.partition(':')[0]} failed"
+    note = f"  ({message})" if message else ""
+    console.print(
+        f"[{event.index}] {event.label}  {text}{note}",
+        style=STATE_STYLES.get(event.state),
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def variants_table(
+    evaluations: Sequence[Evaluation], versions: Mapping[str, ModelVersion], decision: PromotionDecision
+) -> Table:
+    """The variants side by side with what became of each."""
+    table = Table(title="Variants", title_justify="left")
+    for heading in (
+        "variant",
+        "val mIoU",
+        "mAcc",
+        "aAcc",
+        "GFLOPs",
+        "parameters",
+        "latency",
+        "version",
+        "decision",
+    ):
+        table.add_column(heading, justify="left" if heading in ("variant", "decision") else "right")
+    for evaluation in evaluations:
+        version = versions[evaluation.variant]
+        table.add_row(
+            evaluation.variant,
+            f"{evaluation.miou:.4f}",
+            f"{evaluation.macc:.4f}",
+            f"{evaluation.aacc:.4f}",
+            f"{evaluation.gflops:.2f}",
+            f"{evaluation.parameters / 1e6:.2f} M",
+            f"{evaluation.latency_ms:.1f} ms",
+            str(version.version),
+            outcome(version, decision),
+        )
+    return table
+
+
+def outcome(version: ModelVersion, decision: PromotionDecision) -> str:
+    """What the promotion meant for a version, in a word."""
+    if version.version != decision.version:
+        return "not the best"
+    return "champion" if decision.champion_after == version.version else "refused"
+
+
+def plan_tree(name: str, planned: Sequence[PlannedStep], complete: bool) -> Tree:
+    """The steps as a tree: each below the last of the steps it waits for."""
+    tree = Tree(f"{name}: {sum(not step.cached for step in planned)} of {len(planned)} steps to run")
+    nodes: dict[str, Tree] = {}
+    for step in planned:
+        state = "[cyan]cached[/cyan]" if step.cached else "[yellow]to run[/yellow]"
+        others = f"  [dim]after {', '.join(step.depends_on)}[/dim]" if len(step.depends_on) > 1 else ""
+        note = f"  [dim]({step.note})[/dim]" if step.note else ""
+        parent = nodes[step.depends_on[-1]] if step.depends_on else tree
+        nodes[step.label] = parent.add(f"{step.label}  {state}{others}{note}")
+    if not complete:
+        tree.add("[dim]further steps depend on what these return[/dim]")
+    return tree
+
+
+def runs_table(runs: Sequence[RunSummary]) -> Table:
+    """Flow runs, newest first."""
+    table = Table()
+    for heading in ("run", "flow", "state", "started (UTC)", "took", "steps", "cause"):
+        table.add_column(heading)
+    for run in runs:
+        counts = ", ".join(f"{count} {state}" for state, count in run.steps.items())
+        table.add_row(
+            run.run_id[:12],
+            run.flow,
+            styled(run.state),
+            run.started,
+            duration(run.seconds),
+            counts,
+            run.error or "",
+        )
+    return table
+
+
+def run_tree_view(tree: RunTree) -> Tree:
+    """A flow's run with its steps below it."""
+    run = tree.run
+    root = Tree(f"{run.flow} {run.run_id[:12]}  {styled(run.state)}  {run.started}  {duration(run.seconds)}")
+    nodes: dict[str, Tree] = {}
+    for step in tree.steps:
+        known = [label for label in step.depends_on if label in nodes]
+        nodes[step.label] = (nodes[known[-1]] if known else root).add(step_line(step))
+    return root
+
+
+def step_line(step: StepSummary) -> str:
+    """A step in a line: label, state, duration, cause."""
+    took = f"  {duration(step.seconds)}" if step.seconds is not None else ""
+    cause = f"  [red]{step.error}[/red]" if step.error else ""
+    return f"{step.label}  {styled(step.state)}{took}{cause}"
+
+
+def styled(state: RunState) -> str:
+    """The state's name in its colour."""
+    style = STATE_STYLES.get(state, "dim")
+    return f"[{style}]{state.value}[/{style}]"
+
+
+def models_table(models: Sequence[VersionSummary]) -> Table:
+    """Registered versions, newest first."""
+    table = Table()
+    for heading in (
+        "model",
+        "version",
+        "aliases",
+        "variant",
+        "val mIoU",
+        "GFLOPs",
+        "latency",
+        "created (UTC)",
+        "decision",
+    ):
+        table.add_column(heading)
+    for model in models:
+        table.add_row(
+            model.name,
+            str(model.version),
+            ", ".join(model.aliases),
+            model.variant,
+            f"{model.miou:.4f}",
+            f"{model.gflops:.2f}",
+            f"{model.latency_ms:.1f} ms",
+            model.created,
+            model.reason or "",
+        )
+    return table

@@ -1,0 +1,85 @@
+"""Submitting an experiment to a Ray cluster as a job, and following it to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+CONFIG_NAME = "experiment.yaml"
+
+
+def submit_experiment(
+    config: Path,
+    overrides: Sequence[str],
+    *,
+    address: str,
+    workspace: str,
+    tracking_uri: str | None,
+    say: Callable[[str], None],
+) -> str:
+    """Run `segvit run` as a job on the cluster whose job server is at `address`; returns the job's id.
+
+    Only the experiment file travels; the project is installed on the cluster. `say` gets the log as it comes.
+
+    Raises:
+        UserError: the config is wrong, the address does not answer, or the job did not succeed.
+    """
+    if "://" not in workspace and not Path(workspace).is_absolute():
+        raise UserError(
+            f"workspace {workspace} is relative; a job runs elsewhere: give an absolute path that all nodes share, or a URI"
+        )
+    if not config.is_file():
+        raise UserError(f"config {config} cannot be read (no such file); check the path")
+    client = connect(address)
+    command = ["python", "-m", "flows.cli", "run", CONFIG_NAME, "--workspace", workspace]
+    command += [word for override in overrides for word in ("--set", override)]
+    command += ["--tracking-uri", tracking_uri] if tracking_uri else []
+    with tempfile.TemporaryDirectory(prefix="segvit-submit-") as folder:
+        shutil.copyfile(config, Path(folder) / CONFIG_NAME)
+        job_id: str = client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": folder})
+    say(f"job {job_id} submitted to {address}")
+    causes: list[str] = []
+
+    def follow(text: str) -> None:
+        for line in text.splitlines():
+            say(line)
+            if line.startswith("error: "):
+                causes.append(line.removeprefix("error: "))
+
+    asyncio.run(_follow_log(client, job_id, follow))
+    info = client.get_job_info(job_id)
+    if info.status != "SUCCEEDED":
+        cause = causes[-1] if causes else (info.message or "no cause given").splitlines()[0]
+        raise UserError(f"job {job_id} {info.status.lower()}: {cause}")
+    return job_id
+
+
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the job server; raises UserError where none answers or it refuses the token."""
+    if not address.startswith(("http://", "https://")):
+        raise UserError(f"address {address!r} is no job server; it looks like http://127.0.0.1:8265")
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"no job server answers at {address} ({reason}); start the cluster, forward its port 8265, "
+            "or correct the address"
+        ) from error
+
+
+async def _follow_log(client: JobSubmissionClient, job_id: str, follow: Callable[[str], None]) -> None:
+    async for text in client.tail_job_logs(job_id):
+        follow(text)

@@ -1,0 +1,374 @@
+"""The experiment file: strict models for every section, read and checked as a whole before anything starts.
+
+All lengths are pixels, counts are absolute, sizes are (height, width). What changes results sits in the sections
+data, model, variants, loss, train, tune, evaluate and promote; what only changes speed sits in runtime.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from pipeline.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < bounds[0] <= bounds[1]:
+        raise ValueError("a range is [low, high] with 0 < low <= high; swap or raise the bounds")
+    return bounds
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class DigitsConfig(Section):
+    """The embedded data set: scenes of real handwritten digits on textured ground."""
+
+    num_train: Positive = 480
+    num_val: Positive = 96
+    image_size: Annotated[int, Field(ge=88)] = 112
+    max_digits: Annotated[int, Field(ge=1, le=6)] = 3
+    digit_size: tuple[Positive, Positive] = (44, 80)
+    ink_threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.35
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        low, high = self.digit_size
+        if not 8 <= low <= high <= self.image_size:
+            raise ValueError(
+                f"digit_size {low}-{high} must rise, from 8 to at most image_size {self.image_size}; "
+                "lower digit_size or raise image_size"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Which raw data set, and how it becomes shards."""
+
+    dataset: str
+    root: str | None = None
+    seed: int = 0
+    samples_per_shard: Positive = 128
+    max_samples_per_split: Positive | None = None
+    on_bad_sample: Literal["fail", "quarantine"] = "fail"
+    max_quarantined_fraction: Fraction = 0.01
+    digits: DigitsConfig = DigitsConfig()
+
+
+class AugmentationConfig(Section):
+    """Training augmentation (SegViT section 6): resize, crop, flip, photometric distortion.
+
+    The image is scaled to fit `resize_long` x `resize_short` (both None: its own size), times a factor drawn from
+    `scale_range`; a crop is drawn again, `crop_tries` times at most, while one class covers more than
+    `max_class_fraction` of it.
+    """
+
+    resize_long: Positive | None = None
+    resize_short: Positive | None = None
+    scale_range: Range = (0.5, 2.0)
+    max_class_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+    crop_tries: Positive = 10
+    flip_probability: Fraction = 0.5
+    brightness: Annotated[float, Field(ge=0.0, le=128.0)] = 32.0
+    contrast: Range = (0.5, 1.5)
+    saturation: Range = (0.5, 1.5)
+    hue: Annotated[float, Field(ge=0.0, le=90.0)] = 18.0
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.resize_long is None) != (self.resize_short is None):
+            raise ValueError("resize_long and resize_short go together; give both or neither")
+        return self
+
+
+class ModelSettings(Section):
+    """What all variants share. `weights`: auto, random, or a safetensors file."""
+
+    backbone: str
+    weights: str = "auto"
+    crop: tuple[Positive, Positive]
+    decoder_layers: Annotated[int, Field(ge=1, le=6)] = 3
+    decoder_width: Positive | None = None
+    decoder_heads: Positive | None = None
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    drop_path_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+
+    @model_validator(mode="after")
+    def _crop_on_patch_grid(self) -> Self:
+        found = re.search(r"patch(\d+)", self.backbone)
+        if found is None:
+            return self
+        patch = int(found.group(1))
+        for value in self.crop:
+            if value % patch:
+                below = value // patch * patch
+                choices = f"{below} or {below + patch}" if below else f"{patch}"
+                raise ValueError(f"crop {value} is not a multiple of patch size {patch}; use {choices}")
+        return self
+
+
+class VariantConfig(Section):
+    """One model structure to train and compare.
+
+    `localize_upsampling`: start the upsampling layers of `shrunk` from least-squares position maps instead of
+    at random, without which short training runs do not learn them (segvit.localize).
+    """
+
+    structure: Literal["cascade", "single", "naive_qd", "shrunk"]
+    out_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    shrink_at: Positive | None = None
+    localize_upsampling: bool = False
+
+    @model_validator(mode="after")
+    def _parts_match(self) -> Self:
+        shrinks = self.structure in ("naive_qd", "shrunk")
+        if shrinks and self.shrink_at is None:
+            raise ValueError(f"structure {self.structure} needs shrink_at, the block before which tokens are halved")
+        if not shrinks and self.shrink_at is not None:
+            raise ValueError(f"structure {self.structure} does not shrink; leave shrink_at out")
+        if self.localize_upsampling and self.structure != "shrunk":
+            raise ValueError(f"structure {self.structure} has no upsampling layers; leave localize_upsampling out")
+        if self.structure == "cascade" and not self.out_layers:
+            raise ValueError("structure cascade needs out_layers, the backbone blocks it reads, such as [5, 7, 11]")
+        if self.structure != "cascade" and self.out_layers is not None:
+            raise ValueError(f"structure {self.structure} reads the last block; leave out_layers out")
+        return self
+
+
+class LossConfig(Section):
+    """Weights of the loss terms (SegViT section 5) where no search chooses them."""
+
+    class_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    focal_weight: Annotated[float, Field(ge=0.0)] = 20.0
+    dice_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    count_ignored_as_background: bool = True
+
+
+class TrainConfig(Section):
+    """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step."""
+
+    steps: Positive
+    batch_size: Positive
+    accumulation_steps: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    freeze_blocks: Annotated[int, Field(ge=0)] = 0
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2e-5
+    decoder_lr_multiplier: Annotated[float, Field(gt=0.0)] = 10.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    warmup_steps: Annotated[int, Field(ge=0)] = 1500
+    poly_power: Annotated[float, Field(gt=0.0)] = 1.0
+    gradient_clip_norm: Annotated[float, Field(gt=0.0)] = 35.0
+    validate_every_steps: Positive
+    checkpoint_every_steps: Positive
+    keep: Literal["best", "last"] = "best"
+    seed: int = 0
+    augmentation: AugmentationConfig = AugmentationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation_steps {self.accumulation_steps}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}; lower it")
+        return self
+
+
+class TuneConfig(Section):
+    """Search of the loss weights. `num_trials` 0 leaves it out and the weights of `loss` are used."""
+
+    num_trials: Annotated[int, Field(ge=0)] = 0
+    variant: str = "full"
+    steps: Positive = 60
+    report_every_steps: Positive = 20
+    max_val_samples: Positive | None = None
+    class_weight: Range = (0.3, 3.0)
+    focal_weight: Range = (5.0, 80.0)
+    dice_weight: Range = (0.3, 3.0)
+    learning_rate: Range | None = None
+    reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    seed: int = 0
+
+
+class EvaluateConfig(Section):
+    """Scoring on a split of the shard set."""
+
+    split: str = "val"
+    num_examples: Annotated[int, Field(ge=0, le=16)] = 4
+    latency_repeats: Annotated[int, Field(ge=1)] = 10
+
+
+class PromotionPolicy(Section):
+    """What a candidate must hold to become champion."""
+
+    min_miou: Fraction = 0.0
+    max_regression: Fraction = 0.0
+    protected_classes: tuple[str, ...] = ()
+    max_class_regression: Fraction = 0.05
+    max_gflops: Annotated[float, Field(gt=0.0)] | None = None
+    max_parameters: Positive | None = None
+    max_latency_ms: Annotated[float, Field(gt=0.0)] | None = None
+
+
+class RuntimeConfig(Section):
+    """Where and how fast it runs; none of this changes what is computed beyond rounding.
+
+    Attributes:
+        num_workers: training processes of one training run, one a GPU.
+        cpus_per_worker: CPU cores reserved for, and threads used by, each.
+        use_gpu: None means: when the machine (or the cluster) has one.
+        loader_workers: loader processes beside each training process.
+        trials_at_once: concurrent trials of the search.
+    """
+
+    num_workers: Positive = 1
+    cpus_per_worker: Positive = 1
+    use_gpu: bool | None = None
+    loader_workers: Annotated[int, Field(ge=0)] = 0
+    compile: bool = False
+    trials_at_once: Positive = 2
+    prepare_tasks: Positive = 8
+    log_every_steps: Positive = 10
+    max_failures: Annotated[int, Field(ge=-1)] = 2
+
+
+class ExperimentConfig(Section):
+    """A whole experiment: one file, no inheritance."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")]
+    data: DataConfig
+    model: ModelSettings
+    variants: dict[str, VariantConfig] = Field(min_length=1)
+    loss: LossConfig = LossConfig()
+    train: TrainConfig
+    tune: TuneConfig = TuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    promote: PromotionPolicy = PromotionPolicy()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @field_validator("variants")
+    @classmethod
+    def _variant_names(cls, variants: dict[str, VariantConfig]) -> dict[str, VariantConfig]:
+        for name in variants:
+            if not re.fullmatch(r"[a-z0-9_]+", name):
+                raise ValueError(f"variant name {name!r} may hold a-z, 0-9 and _ only")
+        return variants
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> Self:
+        if self.tune.num_trials and self.tune.variant not in self.variants:
+            raise ValueError(
+                f"tune.variant {self.tune.variant!r} is no variant; choose from {', '.join(self.variants)}"
+            )
+        per_rank = self.runtime.num_workers * self.train.accumulation_steps
+        if self.train.batch_size % per_rank:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is not a multiple of runtime.num_workers x "
+                f"train.accumulation_steps = {per_rank}; change one of them"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
+    """Read, override (`a.b=c`, values as YAML), expand `${NAME}` from the environment, and check an experiment file.
+
+    Raises UserError listing every problem with its place, value and rule.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read ({error.strerror}); check the path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path} holds {type(tree).__name__}, not a mapping of sections; see flows/configs")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_config(_expand(tree), source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str = "config") -> ExperimentConfig:
+    """Check a parsed experiment tree; raises UserError listing every problem."""
+    try:
+        return ExperimentConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{source}: {error.error_count()} problem(s)"]
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+            lines.append(f"  {place}: {_explain(problem)}")
+        raise UserError("\n".join(lines)) from error
+
+
+def _explain(problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        return "unknown key; remove it or correct its spelling"
+    if problem["type"] == "missing":
+        return "missing; add it"
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    return message if isinstance(value, dict | BaseModel) else f"{value!r}: {message}"
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise UserError(f"--set {override!r} is not of the form a.b=c, such as --set train.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not valid YAML") from error
+    node = tree
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override!r}: {key!r} is a value, not a section")
+        node = child
+    # YAML 1.1 reads 3e-5 as text; what is a number to everyone is a number here.
+    node[keys[-1]] = _number(value)
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _expand(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _expand(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_expand(value) for value in node]
+    if not isinstance(node, str):
+        return node
+
+    def replace(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name not in os.environ:
+            raise UserError(f"the config refers to ${{{name}}}, which is not set; export {name} or write the value")
+        return os.environ[name]
+
+    return _number(re.sub(r"\$\{(\w+)\}", replace, node))

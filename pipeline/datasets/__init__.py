@@ -1,0 +1,53 @@
+"""Raw data sets by name: each file reads one layout as its publisher ships it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline import storage
+from pipeline.config import DataConfig
+from pipeline.datasets.camvid import CamVid
+from pipeline.datasets.digits import Digits
+from pipeline.datasets.raw import RawDataset, RawPair, RawSample, RejectedSampleError
+from pipeline.errors import UserError
+
+__all__ = [
+    "RawDataset",
+    "RawPair",
+    "RawSample",
+    "RejectedSampleError",
+    "dataset_names",
+    "open_dataset",
+]
+
+
+def _open_camvid(config: DataConfig) -> RawDataset:
+    return CamVid(_root(config))
+
+
+def _open_digits(config: DataConfig) -> RawDataset:
+    if config.root is not None:
+        raise UserError(f"data.root {config.root!r}: dataset digits is embedded and reads no root; remove it")
+    return Digits(config.digits, seed=config.seed)
+
+
+_DATASETS: dict[str, Callable[[DataConfig], RawDataset]] = {"camvid": _open_camvid, "digits": _open_digits}
+
+
+def dataset_names() -> tuple[str, ...]:
+    """The names that `data.dataset` may have."""
+    return tuple(sorted(_DATASETS))
+
+
+def open_dataset(config: DataConfig) -> RawDataset:
+    """The raw data set that `config` names; raises UserError where there is none."""
+    if config.dataset not in _DATASETS:
+        raise UserError(f"unknown dataset {config.dataset!r}; choose from {', '.join(dataset_names())}")
+    return _DATASETS[config.dataset](config)
+
+
+def _root(config: DataConfig) -> str:
+    if config.root is None:
+        raise UserError(f"dataset {config.dataset} needs data.root, the folder that holds it; set it")
+    # Absolute, because tasks on other processes resolve relative paths against folders of their own.
+    return str(storage.local_path(config.root)) if storage.is_local(config.root) else config.root

