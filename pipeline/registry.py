@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 
@@ -211,7 +212,7 @@ def version_location(tracking: Tracking, name: str, version: int) -> str:
 
 def is_file_path(uri: str) -> bool:
     """Whether MLflow's `uri` is a path of this machine."""
-    return "://" not in uri or uri.startswith("file://")
+    return urlsplit(uri).scheme in ("", "file")
 
 
 def all_pages(search: Any, **arguments: Any) -> list[Any]:

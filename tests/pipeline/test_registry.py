@@ -89,6 +89,14 @@ def test_verify_version__tells_what_is_gone(tracking: Tracking, register: Regist
     assert str(registry.verify_version(version, tracking)).startswith(f"model {version.name} has no version 1 in")
 
 
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [("/a b/c", True), ("file:///a", True), ("mlflow-artifacts:/1/models", False), ("s3://bucket/x", False)],
+)
+def test_is_file_path(uri: str, expected: bool) -> None:
+    assert registry.is_file_path(uri) == expected
+
+
 def test_list_models__newest_first_with_aliases(tracking: Tracking, trained: Any, register: Register) -> None:
     register()
     register(trained.scored(0.6))
