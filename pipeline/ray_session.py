@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.errors import UserError
+
 STEPS_PER_CORE = 4
 CANCEL_TIMEOUT_S = 10.0
 
@@ -22,7 +24,10 @@ def default_options() -> dict[str, Any]:
 
 
 def start(options: Callable[[], dict[str, Any]]) -> bool:
-    """Start or join Ray unless this process has; returns whether it was done here."""
+    """Start or join Ray unless this process has; returns whether it was done here.
+
+    Raises UserError where the cluster to join does not answer, or a local one does not come up.
+    """
     # Ray would fold equal-looking progress lines of parallel branches into one, and reads this when imported.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -30,7 +35,20 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
 
     if ray.is_initialized():
         return False
-    ray.init(**options())
+    chosen = options()
+    try:
+        ray.init(**chosen)
+    except ConnectionError as error:
+        address = chosen.get("address") or os.environ.get("RAY_ADDRESS")
+        raise UserError(
+            f"the Ray cluster at {address} does not answer or refuses this user's token; "
+            "start it, correct RAY_ADDRESS, or unset it to run on this machine"
+        ) from error
+    except Exception as error:
+        # Ray says so with a bare Exception when its processes are not up in time.
+        if type(error) is not Exception:
+            raise
+        raise UserError(f"Ray could not start on this machine: {' '.join(str(error).split())}") from error
     return True
 
 
@@ -50,7 +68,8 @@ def submit(fn: Callable[..., Any], *args: Any, name: str, max_retries: int) -> A
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    node_id = ray.get_runtime_context().get_node_id()
+    context = ray.get_runtime_context()
+    node_id = context.get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     address = next(node["NodeManagerAddress"] for node in nodes if node["NodeID"] == node_id)
     task = ray.remote(fn).options(
@@ -59,6 +78,9 @@ def submit(fn: Callable[..., Any], *args: Any, name: str, max_retries: int) -> A
         max_retries=max_retries,
         resources={f"node:{address}": 1 / (STEPS_PER_CORE * (os.cpu_count() or 1))},
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        # What frees the workers of killed training runs looks for a cluster by itself, and gives up where it finds
+        # two on one machine.
+        runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address}},
     )
     return task.remote(*args)
 

@@ -115,7 +115,7 @@ def foreign_reference(flow: Recipe) -> None:
 
 def odd_argument(flow: Recipe) -> None:
     shards = flow.step(prepare, "a")
-    flow.step(train, shards, [shards, print])
+    flow.step(train, shards, [shards, len])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig
+from pipeline.records import BackboneRecord, ShardSet
+from pipeline.training import TrainJob
+
+MakeJob = Callable[..., TrainJob]
+
+
+@pytest.fixture(scope="session")
+def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Twelve training and six validation scenes of 96 pixels, prepared in this process."""
+    from pipeline.prepare import prepare_shards
+
+    digits = DigitsConfig(num_train=12, num_val=6, image_size=96)
+    config = DataConfig(dataset="digits", samples_per_shard=5, digits=digits)
+    return prepare_shards(config, str(tmp_path_factory.mktemp("digits")), progress=lambda _line: None)
+
+
+@pytest.fixture
+def make_job(digits_shards: ShardSet) -> MakeJob:
+    """A training job on the digits that takes seconds; keywords override its train section."""
+
+    def make(structure: str = "cascade", **train: Any) -> TrainJob:
+        model: dict[str, Any] = {
+            "backbone": "vit_tiny_patch16_224",
+            "image_size": [48, 64],
+            "structure": structure,
+            "out_layers": [1, 3],
+            "decoder_layers": 1,
+            "drop_path_rate": 0.0,
+            "dropout": 0.0,
+        }
+        if structure == "shrunk":
+            model |= {"shrink_at": 2}
+            del model["out_layers"]
+        settings: dict[str, Any] = {
+            "steps": 4,
+            "batch_size": 4,
+            "learning_rate": 1e-4,
+            "warmup_steps": 0,
+            "validate_every_steps": 4,
+            "checkpoint_every_steps": 4,
+        }
+        return TrainJob(
+            variant="full",
+            model=model,
+            localize_upsampling=False,
+            shard_set=digits_shards,
+            backbone=BackboneRecord(
+                backbone="vit_tiny_patch16_224", uri=None, digest="random", source="random", message=""
+            ),
+            loss=LossConfig(),
+            train=TrainConfig(**settings | train),
+            runtime=RuntimeConfig(log_every_steps=1),
+        )
+
+    return make
+
+
+    """The real CamVid data, or a skip where it is absent."""
+    import os
+
+    root = Path(os.environ.get("SEGVIT_DATA", "")) / "camvid"
+    if not os.environ.get("SEGVIT_DATA") or not root.is_dir():
+        pytest.skip("SEGVIT_DATA does not name a folder with camvid/")
+    return root

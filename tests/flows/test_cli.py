@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+
+from flows.cli import app, main
+
+CONFIG = str(Path(__file__).parents[2] / "flows" / "configs" / "quickstart.yaml")
+
+FROZEN_OPTIONS = {
+    "run": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
+    "plan": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
+    "runs": {"--workspace", "--tracking-uri", "--json"},
+    "show": {"run_id", "--workspace", "--tracking-uri", "--json"},
+    "models": {"name", "--workspace", "--tracking-uri", "--json"},
+    "predict": {"model", "images", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
+    "submit": {"config", "--address", "--workspace", "--set", "--tracking-uri"},
+}
+
+
+def run(*arguments: str) -> int:
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_options__are_frozen() -> None:
+    group = typer.main.get_command(app)
+    commands = group.commands  # type: ignore[attr-defined]
+    found = {
+        name: {
+            option
+            for parameter in command.params
+            for option in (parameter.opts if parameter.opts[0].startswith("--") else [parameter.name])
+            if option != "--help"
+        }
+        for name, command in commands.items()
+    }
+    assert found == FROZEN_OPTIONS
+
+
+def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", CONFIG, "--workspace", str(tmp_path / "ws"), "--json") == 0
+    steps = json.loads(capfd.readouterr().out)
+    assert [step["label"] for step in steps] == [
+        "prepare",
+        "fetch_backbone",
+        "tune",
+        "train/full",
+        "evaluate/full",
+        "register/full",
+        "train/shrunk",
+        "evaluate/shrunk",
+        "register/shrunk",
+        "promote",
+        "report",
+    ]
+    assert not any(step["cached"] for step in steps)
+    assert not (tmp_path / "ws").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "none.yaml"], "error: config none.yaml cannot be read"),
+        (["run", CONFIG, "--set", "train.stepz=1"], "train.stepz: unknown key"),
+        (["run", CONFIG, "--set", "model.crop=[112,110]"], "crop 110 is not a multiple of patch size 14; use 98 or 112"),
+        (["plan", CONFIG, "--set", "data.dataset=cats"], "unknown dataset 'cats'; choose from camvid, digits"),
+        (
+            ["plan", CONFIG, "--set", "data.dataset=camvid", "--set", "data.root=/none"],
+            "/none",
+        ),
+        (["plan", CONFIG, "--set", "model.weights=/none.safetensors"], "no weights file at /none.safetensors"),
+        (["predict", "models:/none@champion", "x.png", "--out", "out"], "unknown model 'none'"),
+        (["predict", "/none", "x.png", "--out", "out"], "/none is no checkpoint folder"),
+        (["show", "latest"], "holds none"),
+        (
+            ["runs", "--tracking-uri", "http://127.0.0.1:9"],
+            "the tracking server http://127.0.0.1:9 does not answer",
+        ),
+        (
+            ["submit", CONFIG, "--address", "http://127.0.0.1:9", "--workspace", "/tmp/ws"],
+            "no job server answers at http://127.0.0.1:9",
+        ),
+        (["submit", CONFIG, "--address", "127.0.0.1:9", "--workspace", "/tmp/ws"], "is no job server"),
+        (["submit", CONFIG, "--address", "http://127.0.0.1:9", "--workspace", "ws"], "workspace ws is relative"),
+    ],
+)
+def test_mistakes__one_message_and_exit_1(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("SEGVIT_WORKSPACE", "MLFLOW_TRACKING_URI", "SEGVIT_WEIGHTS"):
+        monkeypatch.delenv(name, raising=False)
+    assert run(*arguments) == 1
+    printed = capfd.readouterr()
+    assert message in printed.err
+    assert "Traceback" not in printed.err + printed.out
+    assert not list(tmp_path.rglob("mlflow.db"))
+
+
+def test_unknown_option__exit_2(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("run", CONFIG, "--stepz", "3") == 2
+    assert "No such option" in capfd.readouterr().err

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import DigitsConfig, load_config, parse_config
+from pipeline.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "flows" / "configs"
+
+
+def tree(**sections: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    for name, values in sections.items():
+        whole[name] = {**whole.get(name, {}), **values}
+    return whole
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_load_config__every_shipped_file_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGVIT_DATA", "/data")
+    config = load_config(CONFIGS / name)
+    assert set(config.variants) == {"full", "shrunk"}
+    assert config.data.root in (None, "/data/camvid")
+
+
+def test_parse_config__lists_all_problems_with_place_value_and_remedy() -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(tree(model={"crop": [112, 100]}, train={"stepz": 3, "batch_size": 0}), source="x.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "x.yaml: 3 problem(s)"
+    assert "  model: crop 100 is not a multiple of patch size 14; use 98 or 112" in lines
+    assert "  train.stepz: unknown key; remove it or correct its spelling" in lines
+    assert any(line.startswith("  train.batch_size: 0: ") and "greater than 0" in line for line in lines)
+
+
+def test_parse_config__batch_must_share_out_over_workers() -> None:
+    with pytest.raises(UserError, match=r"train.batch_size 16 is not a multiple of runtime.num_workers x .* = 3"):
+        parse_config(tree(runtime={"num_workers": 3}))
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"),
+    [
+        ({"structure": "shrunk"}, "structure shrunk needs shrink_at"),
+        ({"structure": "cascade", "out_layers": [1], "shrink_at": 2}, "does not shrink; leave shrink_at out"),
+        ({"structure": "cascade"}, "structure cascade needs out_layers"),
+        ({"structure": "single", "out_layers": [3]}, "leave out_layers out"),
+        ({"structure": "single", "localize_upsampling": True}, "leave localize_upsampling out"),
+    ],
+)
+def test_parse_config__variant_parts_must_match(variant: dict[str, Any], message: str) -> None:
+    whole = tree()
+    whole["variants"]["full"] = variant
+    with pytest.raises(UserError, match=message):
+        parse_config(whole)
+
+
+def test_load_config__overrides_nested_values_as_yaml(tmp_path: Path) -> None:
+    config = load_config(
+        CONFIGS / "quickstart.yaml", ["train.steps=77", "train.learning_rate=3e-5", "model.crop=[56, 70]"]
+    )
+    assert (config.train.steps, config.train.learning_rate, config.model.crop) == (77, 3e-5, (56, 70))
+    with pytest.raises(UserError, match="--set 'train.steps' is not of the form a.b=c"):
+        load_config(CONFIGS / "quickstart.yaml", ["train.steps"])
+    with pytest.raises(UserError, match="'name' is a value, not a section"):
+        load_config(CONFIGS / "quickstart.yaml", ["name.x=1"])
+
+
+def test_load_config__unset_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SEGVIT_DATA", raising=False)
+    with pytest.raises(UserError, match="SEGVIT_DATA"):
+        load_config(CONFIGS / "camvid_cpu.yaml")
+
+
+def test_load_config__missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(UserError, match="holds list, not a mapping"):
+        load_config(tmp_path / "list.yaml")
+
+
+def test_digits_config__digit_must_fit_the_scene() -> None:
+    with pytest.raises(ValueError, match="at most image_size 112"):
+        DigitsConfig(digit_size=(44, 130))

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORBIDDEN = {"segvit": {"pipeline", "flows", "ray", "mlflow"}, "pipeline": {"flows"}, "flows": set()}
+
+
+def imported_packages(file: Path) -> set[str]:
+    """Top-level packages a file imports anywhere, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports__go_one_way(package: str) -> None:
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for file in files:
+        assert not imported_packages(file) & FORBIDDEN[package], file
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("segvit", ["ray", "mlflow", "pipeline"]),
+        ("flows.cli", ["ray", "mlflow", "torch"]),
+        ("flows.segmentation", ["ray", "mlflow", "torch"]),
+    ],
+)
+def test_import__loads_nothing_heavy(module: str, absent: list[str]) -> None:
+    code = f"import sys, {module}; print([name for name in {absent!r} if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "[]"
