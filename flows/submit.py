@@ -36,7 +36,8 @@ def submit_experiment(
     """
     if "://" not in workspace and not Path(workspace).is_absolute():
         raise UserError(
-            f"workspace {workspace} is relative; a job runs elsewhere: give an absolute path that all nodes share, or a URI"
+            f"workspace {workspace} is relative, but a job runs elsewhere; "
+            "give an absolute path that all nodes share, or a URI"
         )
     if not config.is_file():
         raise UserError(f"config {config} cannot be read (no such file); check the path")

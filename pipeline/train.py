@@ -10,7 +10,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from pipeline import storage
@@ -97,12 +97,15 @@ def train_variant(job: TrainJob, *, run_name: str, storage_uri: str, target_uri:
         train_worker,
         train_loop_config={"job": job.model_dump(mode="json")},
         scaling_config=scaling(job.runtime),
-        run_config=RunConfig(
+        # Ray's type stubs know only the former RunConfig.
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=run_name,
             storage_path=storage_uri,
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="val_miou"),
             failure_config=FailureConfig(max_failures=job.runtime.max_failures),
-            callbacks=[MetricsToTracking(log)],  # type: ignore[list-item]  # typed for the old Train API
+            # At INFO it prints every report a second time.
+            logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[MetricsToTracking(log)],  # type: ignore[list-item]
         ),
     )
     try:

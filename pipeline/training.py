@@ -28,8 +28,8 @@ from pipeline.errors import UserError
 from pipeline.loader import Batch, EvalLoader, TrainLoader
 from pipeline.records import BackboneRecord, Record, ShardSet
 from pipeline.scoring import confusion_of_split
-from segvit.metrics import segmentation_metrics
 from segvit.localize import localize_upsampling
+from segvit.metrics import segmentation_metrics
 from segvit.optim import parameter_groups, poly_lambda
 from segvit.pretrained import load_backbone_state, read_file
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
+import optuna
 import ray.train
 import ray.train.torch
 import ray.tune
@@ -38,7 +41,7 @@ def trial_job(job: TrainJob, tune: TuneConfig, sampled: dict[str, float]) -> Tra
     loss = job.loss.model_copy(update={name: sampled[name] for name in WEIGHTS})
     return job.model_copy(
         update={
-            "variant": f"trial {sampled['class_weight']:.2f}/{sampled['focal_weight']:.1f}/{sampled['dice_weight']:.2f}",
+            "variant": "trial " + "/".join(f"{sampled[name]:.3g}" for name in WEIGHTS),
             "train": train,
             "loss": loss,
             "max_val_samples": tune.max_val_samples,
@@ -50,6 +53,7 @@ def trial_job(job: TrainJob, tune: TuneConfig, sampled: dict[str, float]) -> Tra
 def run_trial(sampled: dict[str, float], job: TrainJob, tune: TuneConfig) -> None:
     """One trial: a Ray Train run of its own, whose validation scores reach the scheduler as they come."""
     short = trial_job(job, tune, sampled)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     in_process = job.runtime.num_workers == 1
     run_config = ray.train.RunConfig(
         name=f"trial-{ray.tune.get_context().get_trial_id()}",
@@ -99,6 +103,9 @@ def search_loss_weights(
     Raises:
         UserError: no trial finished; the message carries the first trial's cause.
     """
+    # Tune's own progress table repeats what the trials print.
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     tuner = _restored_or_new(job, tune, run_name, storage_uri, tracking)
     grid = tuner.fit()
     results = [grid[index] for index in range(len(grid))]

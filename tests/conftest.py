@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,12 +61,3 @@ def make_job(digits_shards: ShardSet) -> MakeJob:
         )
 
     return make
-
-
-    """The real CamVid data, or a skip where it is absent."""
-    import os
-
-    root = Path(os.environ.get("SEGVIT_DATA", "")) / "camvid"
-    if not os.environ.get("SEGVIT_DATA") or not root.is_dir():
-        pytest.skip("SEGVIT_DATA does not name a folder with camvid/")
-    return root

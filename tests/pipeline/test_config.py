@@ -64,7 +64,7 @@ def test_load_config__overrides_nested_values_as_yaml(tmp_path: Path) -> None:
         CONFIGS / "quickstart.yaml", ["train.steps=77", "train.learning_rate=3e-5", "model.crop=[56, 70]"]
     )
     assert (config.train.steps, config.train.learning_rate, config.model.crop) == (77, 3e-5, (56, 70))
-    with pytest.raises(UserError, match="--set 'train.steps' is not of the form a.b=c"):
+    with pytest.raises(UserError, match=r"--set 'train\.steps' is not of the form a\.b=c"):
         load_config(CONFIGS / "quickstart.yaml", ["train.steps"])
     with pytest.raises(UserError, match="'name' is a value, not a section"):
         load_config(CONFIGS / "quickstart.yaml", ["name.x=1"])
