@@ -69,15 +69,16 @@ def connect(address: str) -> JobSubmissionClient:
     """A client of the job server; raises UserError where none answers or it refuses the token."""
     if not address.startswith(("http://", "https://")):
         raise UserError(f"address {address!r} is no job server; it looks like http://127.0.0.1:8265")
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, RayError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"no job server answers at {address} ({reason}); start the cluster, forward its port 8265, "
-            "or correct the address"
+            "correct the address, or give the cluster's token (RAY_AUTH_TOKEN_PATH)"
         ) from error
 
 

@@ -8,12 +8,14 @@ class UserError(Exception):
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """The innermost exception: through Ray's task and worker-group wrappers and `raise ... from`."""
+    """The innermost exception, or the first UserError on the way: through Ray's wrappers and `raise ... from`."""
+    if isinstance(error, UserError):
+        return error
     failures = getattr(error, "worker_failures", None)
     if failures:
         return root_cause(next(iter(failures.values())))
-    # RayTaskError carries the original as `cause`.
-    inner = getattr(error, "cause", None) or error.__cause__
+    # RayTaskError carries the original as `cause`, Ray Train's wrapper of worker exceptions as `_base_exc`.
+    inner = getattr(error, "cause", None) or getattr(error, "_base_exc", None) or error.__cause__
     if isinstance(inner, BaseException) and inner is not error:
         return root_cause(inner)
     return error
