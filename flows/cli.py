@@ -38,6 +38,7 @@ TrackingUri = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on standard output, all else on error.")]
 
 WORKSPACE = ".segvit"
+PLAIN_WIDTH = 160
 
 
 @app.command()
@@ -220,7 +221,8 @@ def _facts(as_json: bool) -> Iterator[tuple[Console, Any]]:
     With JSON, whatever else is printed, by child processes too, goes to standard error.
     """
     if not as_json:
-        yield Console(), lambda _facts: None
+        # Not a terminal: no 80 columns that cut tables.
+        yield Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH), lambda _facts: None
         return
     sys.stdout.flush()
     kept = os.dup(1)

@@ -134,12 +134,14 @@ class VariantConfig(Section):
 
     `localize_upsampling`: start the upsampling layers of `shrunk` from least-squares position maps instead of
     at random, without which short training runs do not learn them (segvit.localize).
+    `learning_rate`: of this variant, where train.learning_rate does not suit it.
     """
 
     structure: Literal["cascade", "single", "naive_qd", "shrunk"]
     out_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     shrink_at: Positive | None = None
     localize_upsampling: bool = False
+    learning_rate: Annotated[float, Field(gt=0.0)] | None = None
 
     @model_validator(mode="after")
     def _parts_match(self) -> Self:

