@@ -20,7 +20,13 @@ def default_options() -> dict[str, Any]:
     """
     if os.environ.get("RAY_ADDRESS"):
         return {}
-    return {"include_dashboard": True, "dashboard_host": "127.0.0.1", "logging_level": logging.ERROR}
+    return {
+        # Else it would join whatever cluster was last started on this machine, alive or not.
+        "address": "local",
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "logging_level": logging.ERROR,
+    }
 
 
 def start(options: Callable[[], dict[str, Any]]) -> bool:

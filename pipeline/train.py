@@ -38,9 +38,9 @@ class MetricsToTracking(UserCallback):
         self.log.metrics(row, step)
 
 
-def scaling(runtime: RuntimeConfig) -> ScalingConfig:
-    """The workers of one training run, as Ray counts them."""
-    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker}
+def scaling(runtime: RuntimeConfig, cpus: float | None = None) -> ScalingConfig:
+    """The workers of one training run, as Ray counts them; `cpus` a worker other than `cpus_per_worker`."""
+    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker if cpus is None else cpus}
     use_gpu = wants_gpu(runtime)
     if use_gpu:
         resources["GPU"] = 1

@@ -25,6 +25,7 @@ from pipeline.records import LossWeights
 from pipeline.train import scaling, train_worker, wants_gpu
 from pipeline.training import TrainJob, WorkerPlace, run_training
 
+TRIAL_CPUS = 0.01
 WEIGHTS = ("class_weight", "focal_weight", "dice_weight")
 
 
@@ -65,9 +66,15 @@ def run_trial(sampled: dict[str, float], job: TrainJob, tune: TuneConfig) -> Non
         # No workers: the loop runs in the trial's own process, which spares starting a second one.
         scaling_config=ScalingConfig(num_workers=0, use_gpu=wants_gpu(job.runtime))
         if in_process
-        else scaling(job.runtime),
+        else scaling(job.runtime, cpus=_cpus_beside_trial(job.runtime.cpus_per_worker)),
         run_config=run_config,
     ).fit()
+
+
+def _cpus_beside_trial(cpus_per_worker: int) -> float:
+    # The trial itself must hold some CPU, and on a machine of few cores the workers need all that there are.
+    # Ray takes fractions below 1 only.
+    return 1 - TRIAL_CPUS if cpus_per_worker == 1 else cpus_per_worker
 
 
 def _trial_in_process(loop_config: dict[str, Any]) -> None:
@@ -133,7 +140,7 @@ def _restored_or_new(
     job: TrainJob, tune: TuneConfig, run_name: str, storage_uri: str, tracking: dict[str, str]
 ) -> ray.tune.Tuner:
     runtime = job.runtime
-    resources: dict[str, float] = {"CPU": 0.01}
+    resources: dict[str, float] = {"CPU": TRIAL_CPUS}
     if runtime.num_workers == 1:
         resources = {"CPU": runtime.cpus_per_worker, "GPU": 1 if wants_gpu(runtime) else 0}
     trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, job=job, tune=tune), resources)

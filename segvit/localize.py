@@ -83,9 +83,9 @@ def localize_layers(upsampling: QueryUpsampling, queries: Tensor, features: Feat
 def position_codes(grid: tuple[int, int], fine_grid: tuple[int, int], width: int) -> Tensor:
     """Sine-cosine codes (h*w, C) of the cell centres of `grid`, measured in cells of `fine_grid`.
 
-    Half of the channels tell the row, half the column; wavelengths run from 4 to 64 cells. Squared length C / 2.
+    Half of the channels tell the row, half the column; wavelengths run from 3 to 40 cells. Squared length C / 2.
     """
-    frequencies = torch.logspace(math.log10(2 * math.pi / 4), math.log10(2 * math.pi / 64), width // 4)
+    frequencies = torch.logspace(math.log10(2 * math.pi / 3), math.log10(2 * math.pi / 40), width // 4)
 
     def axis_codes(cells: int, extent: int) -> Tensor:
         centres = (torch.arange(cells) + 0.5) / cells * extent

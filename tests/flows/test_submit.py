@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +64,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SEGVIT_"))}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     gcs, dashboard = free_port(), free_port()
+    # A short path, for the names of the sockets in it; and no trace where others look for a running cluster.
+    scratch = tempfile.mkdtemp(prefix="ray-")
     head = ray_start(
         "--head",
         "--node-ip-address=127.0.0.1",
@@ -69,6 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
         f"--dashboard-port={dashboard}",
         "--dashboard-host=127.0.0.1",
         "--num-cpus=1",
+        f"--temp-dir={scratch}",
         environment=environment,
     )
     nodes = [head]
@@ -80,6 +85,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     finally:
         for node in reversed(nodes):
             stop(node)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def submit(
