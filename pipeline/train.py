@@ -18,7 +18,8 @@ from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError, root_cause
 from pipeline.records import Checkpoint
 from pipeline.tracking import MetricLog
-from pipeline.training import HISTORY_FILE, TrainJob, WorkerPlace, run_training
+from pipeline.trainer import HISTORY_FILE, TrainJob, WorkerPlace
+from pipeline.training import run_training
 
 PUBLISHED_FILES = ("model.safetensors", "config.json")
 

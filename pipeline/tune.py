@@ -23,7 +23,8 @@ from pipeline.config import TuneConfig
 from pipeline.errors import UserError
 from pipeline.records import LossWeights
 from pipeline.train import scaling, train_worker, wants_gpu
-from pipeline.training import TrainJob, WorkerPlace, run_training
+from pipeline.trainer import TrainJob, WorkerPlace
+from pipeline.training import run_training
 
 TRIAL_CPUS = 0.01
 WEIGHTS = ("class_weight", "focal_weight", "dice_weight")
@@ -58,7 +59,7 @@ def run_trial(sampled: dict[str, float], job: TrainJob, tune: TuneConfig) -> Non
     in_process = job.runtime.num_workers == 1
     run_config = ray.train.RunConfig(
         name=f"trial-{ray.tune.get_context().get_trial_id()}",
-        callbacks=[] if in_process else [TuneReportCallback()],  # type: ignore
+        callbacks=[] if in_process else [TuneReportCallback()],  # type: ignore[list-item, no-untyped-call]
     )
     TorchTrainer(
         _trial_in_process if in_process else train_worker,

@@ -62,12 +62,13 @@ def localize_layers(upsampling: QueryUpsampling, queries: Tensor, features: Feat
     place, codes = (
         position_codes(cells, grid, width).to(tokens).expand(len(tokens), -1, -1) for cells in (grid, features.grid)
     )
-    keys, explained = least_squares(tokens, codes)
+    # The keys' intercept adds the same to all logits of a query, so it is left out.
+    keys, _, explained = least_squares(tokens, codes)
     for layer in upsampling.layers:
         assert isinstance(layer, DecoderLayer)
         attention = layer.cross_attention
         asking = layer.norm1(queries + layer.self_attention(queries, queries))
-        wanted, _ = least_squares(asking, place)
+        wanted, intercept, _ = least_squares(asking, place)
         # A head sees every num_heads-th channel, so that each gets all wavelengths of both axes.
         channels = torch.arange(width, device=tokens.device).view(-1, attention.num_heads).T.reshape(-1)
         head_width = width // attention.num_heads
@@ -75,7 +76,8 @@ def localize_layers(upsampling: QueryUpsampling, queries: Tensor, features: Feat
         gain = math.sqrt(SHARPNESS * math.sqrt(head_width) * attention.num_heads / (width / 2))
         attention.in_proj[:width] = wanted.T[channels] * gain
         attention.in_proj[width : 2 * width] = keys.T[channels] * gain
-        attention.in_proj_bias[: 2 * width] = 0
+        attention.in_proj_bias[:width] = intercept[channels] * gain
+        attention.in_proj_bias[width : 2 * width] = 0
         queries = layer(queries, tokens)
     return explained
 
@@ -98,12 +100,18 @@ def position_codes(grid: tuple[int, int], fine_grid: tuple[int, int], width: int
     return torch.nn.functional.pad(codes, (0, width - codes.shape[1]))
 
 
-def least_squares(inputs: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-    """The ridge-regression map (C_in, C_out) from inputs (B, L, C_in) to targets (B, L, C_out), and its R squared."""
+def least_squares(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Ridge regression from inputs (B, L, C_in) to targets (B, L, C_out).
+
+    Returns:
+        The map (C_in, C_out), the intercept (C_out), and the explained share of the targets' variance.
+    """
     flat_inputs, flat_targets = inputs.flatten(0, 1).double(), targets.flatten(0, 1).double()
+    input_mean, target_mean = flat_inputs.mean(0), flat_targets.mean(0)
+    flat_inputs, flat_targets = flat_inputs - input_mean, flat_targets - target_mean
     gram = flat_inputs.T @ flat_inputs
     gram.diagonal().add_(RIDGE * gram.diagonal().mean())
     solution = torch.linalg.solve(gram, flat_inputs.T @ flat_targets)
     residual = (flat_inputs @ solution - flat_targets).square().mean()
-    explained = 1.0 - float(residual / (flat_targets - flat_targets.mean(0)).square().mean())
-    return solution.to(inputs), explained
+    explained = 1.0 - float(residual / flat_targets.square().mean())
+    return solution.to(inputs), (target_mean - input_mean @ solution).to(inputs), explained

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig
 from pipeline.records import BackboneRecord, ShardSet
-from pipeline.training import TrainJob
+from pipeline.trainer import TrainJob
 
 MakeJob = Callable[..., TrainJob]
 

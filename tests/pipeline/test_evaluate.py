@@ -13,7 +13,7 @@ import segvit
 from pipeline.config import EvaluateConfig, RuntimeConfig
 from pipeline.evaluate import evaluate_part, write_evaluation_folder
 from pipeline.records import ShardSet
-from pipeline.training import TrainJob, build_job_model
+from pipeline.trainer import TrainJob, build_job_model
 from segvit.metrics import ConfusionMatrix
 
 NAMES = [str(digit) for digit in range(10)] + ["background"]

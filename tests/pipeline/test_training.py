@@ -13,7 +13,8 @@ from torch.multiprocessing.spawn import spawn
 
 from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError
-from pipeline.training import Trainer, TrainJob, WorkerPlace, run_training
+from pipeline.trainer import Trainer, TrainJob, WorkerPlace
+from pipeline.training import run_training
 
 MakeJob = Callable[..., TrainJob]
 ALONE = WorkerPlace(0, 1, torch.device("cpu"))
