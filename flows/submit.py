@@ -49,19 +49,14 @@ def submit_experiment(
         shutil.copyfile(config, Path(folder) / CONFIG_NAME)
         job_id: str = client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": folder})
     say(f"job {job_id} submitted to {address}")
-    causes: list[str] = []
-
-    def follow(text: str) -> None:
-        for line in text.splitlines():
-            say(line)
-            if line.startswith("error: "):
-                causes.append(line.removeprefix("error: "))
-
-    asyncio.run(_follow_log(client, job_id, follow))
+    asyncio.run(_follow_log(client, job_id, say))
     info = client.get_job_info(job_id)
     if info.status != "SUCCEEDED":
-        cause = causes[-1] if causes else (info.message or "no cause given").splitlines()[0]
-        raise UserError(f"job {job_id} {info.status.lower()}: {cause}")
+        # Read whole, for following it may end before its last lines are there.
+        lines = client.get_job_logs(job_id).splitlines()
+        causes = [index for index, line in enumerate(lines) if line.startswith("error: ")]
+        cause = "\n".join(lines[causes[-1] :]) if causes else info.message or "no cause given"
+        raise UserError(f"job {job_id} {info.status.lower()}: {cause.removeprefix('error: ')}")
     return job_id
 
 
@@ -82,6 +77,7 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
-async def _follow_log(client: JobSubmissionClient, job_id: str, follow: Callable[[str], None]) -> None:
+async def _follow_log(client: JobSubmissionClient, job_id: str, say: Callable[[str], None]) -> None:
     async for text in client.tail_job_logs(job_id):
-        follow(text)
+        for line in text.splitlines():
+            say(line)

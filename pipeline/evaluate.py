@@ -134,8 +134,9 @@ def evaluate_checkpoint(
             for rank in range(world_size)
         ]
     )
-    confusion, boundary = parts[0].confusion, parts[0].boundary
-    for part in parts[1:]:
+    # Fresh ones to add to: what comes out of Ray's object store is read-only.
+    confusion, boundary = ConfusionMatrix(shard_set.num_classes), BoundaryIoU(shard_set.num_classes)
+    for part in parts:
         confusion.merge(part.confusion)
         boundary.merge(part.boundary)
     scores = sorted((score for part in parts for score in part.scores), key=lambda score: (score.miou, score.key))
