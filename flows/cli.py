@@ -248,6 +248,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: mistakes give one message and exit code 1, usage errors 2, Ctrl-C 130."""
     try:
         app(args=list(arguments) if arguments is not None else None)
+    except SystemExit as ended:
+        # Typer ends the process after success, too.
+        if ended.code:
+            raise
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
