@@ -146,13 +146,3 @@ def publish_result(job: TrainJob, result: ray.train.Result, target_uri: str) -> 
         history_uri=storage.join(target_uri, HISTORY_FILE),
         train_seconds=float(seconds),
     )
-
-
-def checkpoint_is_whole(checkpoint: Checkpoint) -> bool:
-    """Whether the published folder is still there with the weights the record names."""
-    weights = storage.join(checkpoint.uri, "model.safetensors")
-    return (
-        storage.exists(weights)
-        and storage.exists(storage.join(checkpoint.uri, "config.json"))
-        and storage.file_digest(weights) == checkpoint.digest
-    )
