@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -190,6 +192,34 @@ def predict(
 
 
 @app.command()
+def flops(
+    presets: Annotated[list[str] | None, typer.Argument(metavar="PRESET...", help="Names of presets.")] = None,
+    published: Annotated[bool, typer.Option("--published", help="The published models, at their own crops.")] = False,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Size of the image in pixels; default: the preset's crop.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Count multiply-adds, parameters and activation memory of presets, without weights."""
+    from flows import present
+    from segvit.flops import preset_cost
+    from segvit.presets import published_names
+
+    if published == bool(presets):
+        raise UserError("name one preset or more, or use --published for the published models, not both")
+    if published and size:
+        raise UserError(f"--size {size} has no meaning with --published, whose figures are for their own crops")
+    pixels = _parse_size(size) if size is not None else None
+    try:
+        rows = [preset_cost(name, pixels) for name in presets or published_names()]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    with _facts(as_json) as (console, give):
+        console.print(present.costs_table(rows))
+        give([asdict(row) for row in rows])
+
+
+@app.command()
 def submit(
     config: Config,
     address: Annotated[str, typer.Option(metavar="URL", help="The cluster's job server, as http://127.0.0.1:8265.")],
@@ -236,6 +266,13 @@ def _facts(as_json: bool) -> Iterator[tuple[Console, Any]]:
         os.close(kept)
     for facts in collected:
         print(json.dumps(facts, indent=2, allow_nan=False))
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if not match:
+        raise UserError(f"--size {text!r} is not of the form HxW in pixels, such as --size 512x768")
+    return int(match[1]), int(match[2])
 
 
 def _tracking_view(uri: str) -> str:

@@ -13,6 +13,7 @@ from pipeline.records import Evaluation, ModelVersion, PromotionDecision
 from pipeline.runs import PlannedStep, RunSummary, RunTree, StepSummary
 from pipeline.tracking import RunState
 from pipeline.workflow import FlowEvent
+from segvit.flops import ACTIVATIONS, COUNTED, PresetCost
 
 STATE_STYLES = {
     RunState.RUN: "green",
@@ -108,6 +109,26 @@ def plan_tree(name: str, planned: Sequence[PlannedStep], complete: bool) -> Tree
     if not complete:
         tree.add("[dim]further steps depend on what these return[/dim]")
     return tree
+
+
+def costs_table(costs: Sequence[PresetCost]) -> Table:
+    """What presets cost, part by part."""
+    table = Table(title="Cost of one image", title_justify="left", caption=f"{COUNTED}\n{ACTIVATIONS}")
+    table.caption_justify = "left"
+    for heading in ("preset", "size", "GFLOPs", "published", "parameters", "activations", "GFLOPs by part"):
+        table.add_column(heading, justify="left" if heading in ("preset", "GFLOPs by part") else "right")
+    for cost in costs:
+        published = cost.published_gflops
+        table.add_row(
+            cost.name,
+            "x".join(map(str, cost.size)),
+            f"{cost.gflops:.2f}",
+            f"{published:.1f} ({cost.gflops / published - 1:+.2%})" if published else "",
+            f"{cost.parameters / 1e6:.2f} M",
+            f"{cost.activation_bytes / 2**30:.2f} GiB",
+            ", ".join(f"{name.replace('_', ' ')} {part:.2f}" for name, part in cost.parts.items()),
+        )
+    return table
 
 
 def runs_table(runs: Sequence[RunSummary]) -> Table:

@@ -34,6 +34,7 @@ def _ascending(bounds: tuple[float, float]) -> tuple[float, float]:
     return bounds
 
 
+LossKind = Literal["mask", "cross_entropy"]
 Range = Annotated[tuple[float, float], AfterValidator(_ascending)]
 
 
@@ -130,16 +131,24 @@ class ModelSettings(Section):
 
 
 class VariantConfig(Section):
-    """One model structure to train and compare.
+    """One model structure to train and compare; the settings mean what they mean in segvit.ModelConfig.
 
+    `loss`: `mask`, the paper's, or `cross_entropy` per pixel, its ablation and all that `linear` can use.
+    `decoder_layers`: of this variant, where model.decoder_layers does not suit it.
     `localize_upsampling`: start the upsampling layers of `shrunk` from least-squares position maps instead of
     at random, without which short training runs do not learn them (segvit.localize).
     `learning_rate`: of this variant, where train.learning_rate does not suit it.
     """
 
-    structure: Literal["cascade", "single", "naive_qd", "shrunk"]
+    structure: Literal["cascade", "single", "naive_qd", "shrunk", "linear"]
     out_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    chain_stages: bool = True
+    share_queries: bool = True
+    accumulate_masks: bool = True
+    decoder_layers: Annotated[int, Field(ge=1, le=6)] | None = None
     shrink_at: Positive | None = None
+    shrink_queries: Literal["nearest", "average", "convolution"] = "nearest"
+    loss: LossKind = "mask"
     localize_upsampling: bool = False
     learning_rate: Annotated[float, Field(gt=0.0)] | None = None
 
@@ -148,14 +157,23 @@ class VariantConfig(Section):
         shrinks = self.structure in ("naive_qd", "shrunk")
         if shrinks and self.shrink_at is None:
             raise ValueError(f"structure {self.structure} needs shrink_at, the block before which tokens are halved")
-        if not shrinks and self.shrink_at is not None:
-            raise ValueError(f"structure {self.structure} does not shrink; leave shrink_at out")
+        for name in ("shrink_at", "shrink_queries"):
+            if not shrinks and name in self.model_fields_set:
+                raise ValueError(f"structure {self.structure} does not shrink; leave {name} out")
+        for name in ("chain_stages", "share_queries", "accumulate_masks"):
+            if self.structure != "cascade" and name in self.model_fields_set:
+                raise ValueError(f"structure {self.structure} has no stages; leave {name} out")
+        if self.chain_stages and not self.share_queries:
+            raise ValueError("share_queries false needs chain_stages false: chained stages start from one table")
         if self.localize_upsampling and self.structure != "shrunk":
             raise ValueError(f"structure {self.structure} has no upsampling layers; leave localize_upsampling out")
         if self.structure == "cascade" and not self.out_layers:
             raise ValueError("structure cascade needs out_layers, the backbone blocks it reads, such as [5, 7, 11]")
-        if self.structure != "cascade" and self.out_layers is not None:
-            raise ValueError(f"structure {self.structure} reads the last block; leave out_layers out")
+        most = {"single": 1, "naive_qd": 1, "shrunk": 2}.get(self.structure)
+        if most is not None and self.out_layers is not None and not 1 <= len(self.out_layers) <= most:
+            raise ValueError(f"structure {self.structure} reads 1 to {most} of out_layers, got {self.out_layers}")
+        if self.structure == "linear" and self.loss != "cross_entropy":
+            raise ValueError(f"loss {self.loss} compares masks, which structure linear has none of; use cross_entropy")
         return self
 
 
@@ -284,6 +302,11 @@ class ExperimentConfig(Section):
         if self.tune.num_trials and self.tune.variant not in self.variants:
             raise ValueError(
                 f"tune.variant {self.tune.variant!r} is no variant; choose from {', '.join(self.variants)}"
+            )
+        if self.tune.num_trials and self.variants[self.tune.variant].loss != "mask":
+            raise ValueError(
+                f"tune.variant {self.tune.variant!r} trains with cross-entropy, which has no weights to search; "
+                "choose a variant with loss mask, or set tune.num_trials to 0"
             )
         per_rank = self.runtime.num_workers * self.train.accumulation_steps
         if self.train.batch_size % per_rank:

@@ -58,6 +58,7 @@ _CURVES = {
     "class": "loss, class term",
     "focal": "loss, focal term",
     "dice": "loss, dice term",
+    "cross_entropy": "loss, cross-entropy",
     "auxiliary": "loss, auxiliary terms",
     "learning_rate": "learning rate",
     "images_per_s": "images/s",

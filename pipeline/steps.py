@@ -141,7 +141,7 @@ def _verify_checkpoint(record: Checkpoint, _tracking: Tracking) -> str | None:
     return None if digest == record.digest else f"the weights at {record.uri} have changed"
 
 
-@step(version=1, verify=_verify_checkpoint)
+@step(version=2, verify=_verify_checkpoint)
 def train(
     context: StepContext,
     variant_name: str,
@@ -277,6 +277,7 @@ def _train_job(
     return TrainJob(
         variant=variant_name,
         model=model_dict(model, variant),
+        loss_kind=variant.loss,
         localize_upsampling=variant.localize_upsampling,
         shard_set=shard_set,
         backbone=backbone,
@@ -292,10 +293,14 @@ def model_dict(model: ModelSettings, variant: VariantConfig) -> dict[str, Any]:
         "backbone": model.backbone,
         "image_size": list(model.crop),
         "structure": variant.structure,
-        "decoder_layers": model.decoder_layers,
+        "decoder_layers": variant.decoder_layers or model.decoder_layers,
         "decoder_width": model.decoder_width,
         "decoder_heads": model.decoder_heads,
+        "chain_stages": variant.chain_stages,
+        "share_queries": variant.share_queries,
+        "accumulate_masks": variant.accumulate_masks,
         "shrink_at": variant.shrink_at,
+        "shrink_queries": variant.shrink_queries,
         "dropout": model.dropout,
         "drop_path_rate": model.drop_path_rate,
     }

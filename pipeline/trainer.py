@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import segvit
 from pipeline import storage
-from pipeline.config import LossConfig, RuntimeConfig, TrainConfig
+from pipeline.config import LossConfig, LossKind, RuntimeConfig, TrainConfig
 from pipeline.loader import Batch, EvalLoader, TrainLoader
 from pipeline.records import BackboneRecord, Record, ShardSet
 from pipeline.scoring import confusion_of_split
@@ -46,6 +46,7 @@ class TrainJob(Record):
 
     variant: str
     model: dict[str, Any]
+    loss_kind: LossKind = "mask"
     localize_upsampling: bool
     shard_set: ShardSet
     backbone: BackboneRecord
@@ -89,13 +90,7 @@ class Trainer:
         self.state = TrainState()
         torch.manual_seed(job.train.seed)
         self.model = build_job_model(job).to(place.device)
-        self.loss = segvit.SegmentationLoss(
-            num_classes=job.shard_set.num_classes,
-            class_weight=job.loss.class_weight,
-            focal_weight=job.loss.focal_weight,
-            dice_weight=job.loss.dice_weight,
-            count_ignored_as_background=job.loss.count_ignored_as_background,
-        )
+        self.loss = build_loss(job)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
                 self.model,
@@ -176,11 +171,11 @@ class Trainer:
 
     def _global_normalizer(self, labels: list[Tensor]) -> Any:
         parts = [self.loss.normalizer(label) for label in labels]
-        total = torch.stack([torch.stack([part.class_weight_sum, part.num_masks]) for part in parts]).sum(0)
+        total = torch.stack([torch.stack(list(part)) for part in parts]).sum(0)
         if self.place.world_size > 1:
             dist.all_reduce(total)
         total = total / self.place.world_size
-        return type(parts[0])(class_weight_sum=total[0], num_masks=total[1])
+        return type(parts[0])(*total)
 
     @property
     def decoder_rate(self) -> float:
@@ -258,6 +253,19 @@ class Trainer:
         state = json.loads((folder / STATE_FILE).read_text())
         history = [json.loads(line) for line in (folder / HISTORY_FILE).read_text().splitlines()]
         self.state = TrainState(history=history, **state)
+
+
+def build_loss(job: TrainJob) -> segvit.SegmentationLoss | segvit.SemanticCrossEntropy:
+    """The loss that the job's variant is trained with."""
+    if job.loss_kind == "cross_entropy":
+        return segvit.SemanticCrossEntropy(job.shard_set.num_classes)
+    return segvit.SegmentationLoss(
+        num_classes=job.shard_set.num_classes,
+        class_weight=job.loss.class_weight,
+        focal_weight=job.loss.focal_weight,
+        dice_weight=job.loss.dice_weight,
+        count_ignored_as_background=job.loss.count_ignored_as_background,
+    )
 
 
 def build_job_model(job: TrainJob) -> segvit.SegViT:

@@ -15,6 +15,8 @@ from pipeline.errors import UserError
 from pipeline.loader import Batch, TrainLoader
 from pipeline.trainer import Trainer, TrainJob, TrainState, WorkerPlace
 
+LOSS_TERMS = ("class", "focal", "dice", "cross_entropy", "auxiliary")
+
 # Takes metrics of rank 0 and, when there is one, this rank's part of a checkpoint folder.
 Reporter = Callable[[dict[str, float], Path | None], None]
 
@@ -139,8 +141,8 @@ def _progress_line(variant: str, step: int, steps: int, row: dict[str, float], s
     minutes, seconds = divmod(round(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    terms = "  ".join(f"{name} {row[name]:.3f}" for name in LOSS_TERMS if name in row)
     return (
-        f"{variant}  step {step}/{steps}  loss {row['total']:.3f} (class {row['class']:.3f}  focal "
-        f"{row['focal']:.3f}  dice {row['dice']:.3f}  auxiliary {row['auxiliary']:.3f})  "
+        f"{variant}  step {step}/{steps}  loss {row['total']:.3f} ({terms})  "
         f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.1f} images/s  ETA {eta}"
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.attention import FeedForward, MultiheadAttention, attend, initialize_linear
@@ -16,10 +18,10 @@ from segvit.output import at_least_float32, full_precision
 
 
 class Prediction(NamedTuple):
-    """Classes and masks of one ATM stage or layer."""
+    """Classes and masks of one ATM stage or layer, or of a linear head."""
 
-    class_logits: Tensor
-    """(B, N, N + 1); the last column is "no object"."""
+    class_logits: Tensor | None
+    """(B, N, N + 1); the last column is "no object". None for a linear head."""
     mask_logits: Tensor
     """(B, N, h, w), before the sigmoid."""
 
@@ -31,18 +33,34 @@ class DecoderOutput(NamedTuple):
     stride: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecoderSizes:
+    """What all decoders share.
+
+    `attention_scale`: factor of ATM's similarity; None: head width ** -0.5.
+    """
+
+    num_classes: int
+    width: int
+    num_heads: int
+    num_layers: int
+    dropout: float
+    attention_scale: float | None = None
+
+
 class AttentionToMask(nn.Module):
     """Cross-attention of class queries whose head-averaged similarity, before the softmax, is the mask."""
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, sizes: DecoderSizes) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.dropout = dropout
-        self.scale = (width // num_heads) ** -0.5
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.proj = nn.Linear(width, width)
+        self.num_heads = sizes.num_heads
+        self.dropout = sizes.dropout
+        scale = sizes.attention_scale
+        self.scale: float = (sizes.width // sizes.num_heads) ** -0.5 if scale is None else scale
+        self.q = nn.Linear(sizes.width, sizes.width)
+        self.k = nn.Linear(sizes.width, sizes.width)
+        self.v = nn.Linear(sizes.width, sizes.width)
+        self.proj = nn.Linear(sizes.width, sizes.width)
 
     def forward(self, queries: Tensor, tokens: Tensor, *, with_mask: bool) -> tuple[Tensor, Tensor | None]:
         """Queries (B, N, C) attend to tokens (B, L, C).
@@ -51,7 +69,8 @@ class AttentionToMask(nn.Module):
             The attended values (B, N, C) and, if asked for, the mask logits (B, N, L).
         """
         q, k, v = self.q(queries), self.k(tokens), self.v(tokens)
-        attended = attend(q, k, v, self.num_heads, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        attended = attend(q, k, v, self.num_heads, dropout, self.scale)
         return self.proj(attended), self.mask_logits(q, k) if with_mask else None
 
     def mask_logits(self, q: Tensor, k: Tensor) -> Tensor:
@@ -65,15 +84,15 @@ class AttentionToMask(nn.Module):
 class ATMLayer(nn.Module):
     """Post-norm decoder layer with Attention-to-Mask as its cross-attention."""
 
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+    def __init__(self, sizes: DecoderSizes) -> None:
         super().__init__()
-        self.self_attention = MultiheadAttention(width, num_heads, dropout)
-        self.norm1 = nn.LayerNorm(width)
-        self.attention_to_mask = AttentionToMask(width, num_heads, dropout)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = FeedForward(width, dropout)
-        self.norm3 = nn.LayerNorm(width)
-        self.drop = nn.Dropout(dropout)
+        self.self_attention = MultiheadAttention(sizes.width, sizes.num_heads, sizes.dropout)
+        self.norm1 = nn.LayerNorm(sizes.width)
+        self.attention_to_mask = AttentionToMask(sizes)
+        self.norm2 = nn.LayerNorm(sizes.width)
+        self.mlp = FeedForward(sizes.width, sizes.dropout)
+        self.norm3 = nn.LayerNorm(sizes.width)
+        self.drop = nn.Dropout(sizes.dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, *, with_mask: bool) -> tuple[Tensor, Tensor | None]:
         """The updated queries (B, N, C) and, if asked for, the layer's mask logits (B, N, L)."""
@@ -89,10 +108,10 @@ class ATMStage(nn.Module):
     With `input_width` None the features are taken as they are, without projection or norm (Shrunk).
     """
 
-    def __init__(self, input_width: int | None, width: int, num_heads: int, num_layers: int, dropout: float) -> None:
+    def __init__(self, input_width: int | None, sizes: DecoderSizes) -> None:
         super().__init__()
-        self.input = InputProjection(input_width, width) if input_width is not None else nn.Identity()
-        self.layers = nn.ModuleList(ATMLayer(width, num_heads, dropout) for _ in range(num_layers))
+        self.input = InputProjection(input_width, sizes.width) if input_width is not None else nn.Identity()
+        self.layers = nn.ModuleList(ATMLayer(sizes) for _ in range(sizes.num_layers))
 
     def forward(self, queries: Tensor, features: FeatureMap, *, inner_masks: bool) -> list[tuple[Tensor, Tensor]]:
         """Queries (B, N, C) and mask logits (B, N, h, w) of the last layer, or of every one if asked for."""
@@ -113,54 +132,62 @@ class InputProjection(nn.Sequential):
 
 
 class ATMCascade(nn.Module):
-    """ATM stages over several backbone layers, the last layer first, masks accumulated (SegViT, figure 2)."""
+    """ATM stages over several backbone layers, the last layer first (SegViT, figure 2).
+
+    Args:
+        input_widths: Channels of the features, in the backbone's order; None: taken without projection.
+        sizes: What all stages share.
+        chain: Whether a stage starts from the queries of the stage before, or from the table (parallel).
+        share_queries: Whether there is one table of class queries, or one a stage.
+        accumulate: Whether a prediction adds the masks of the stages before.
+    """
 
     def __init__(
         self,
-        num_stages: int,
-        num_classes: int,
-        input_width: int,
-        width: int,
-        num_heads: int,
-        num_layers: int,
-        dropout: float,
+        input_widths: Sequence[int | None],
+        sizes: DecoderSizes,
+        *,
+        chain: bool = True,
+        share_queries: bool = True,
+        accumulate: bool = True,
     ) -> None:
         super().__init__()
-        self.class_queries = nn.Embedding(num_classes, width)
-        self.stages = nn.ModuleList(
-            ATMStage(input_width, width, num_heads, num_layers, dropout) for _ in range(num_stages)
-        )
-        self.class_head = nn.Linear(width, num_classes + 1)
+        self.chain = chain
+        self.accumulate = accumulate
+        num_tables = 1 if share_queries else len(input_widths)
+        self.class_queries = nn.ModuleList(nn.Embedding(sizes.num_classes, sizes.width) for _ in range(num_tables))
+        self.stages = nn.ModuleList(ATMStage(width, sizes) for width in reversed(input_widths))
+        self.class_head = nn.Linear(sizes.width, sizes.num_classes + 1)
         self.apply(initialize_linear)
 
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
-        """One prediction a stage, from features in the backbone's order on one grid."""
-        queries = self.class_queries.weight.expand(len(features[0].tokens), -1, -1)
+        """One prediction a stage, from features in the backbone's order, on the first feature's grid."""
+        batch, grid = len(features[0].tokens), features[0].grid
+        tables = [table.weight.expand(batch, -1, -1) for table in self.class_queries]
+        queries = tables[0]
         predictions: list[Prediction] = []
-        for stage, feature in zip(self.stages, reversed(features), strict=True):
-            [(queries, mask)] = stage(queries, feature, inner_masks=False)
-            if predictions:
+        for index, (stage, feature) in enumerate(zip(self.stages, reversed(features), strict=True)):
+            start = queries if self.chain else tables[index % len(tables)]
+            [(queries, mask)] = stage(start, feature, inner_masks=False)
+            if feature.grid != grid:
+                mask = F.interpolate(mask, size=grid, mode="bilinear", align_corners=False)
+            if predictions and self.accumulate:
                 mask = mask + predictions[-1].mask_logits
             predictions.append(Prediction(at_least_float32(self.class_head(queries)), mask))
-        return DecoderOutput(predictions, features[-1].stride)
+        return DecoderOutput(predictions, features[0].stride)
 
 
 class SingleATM(nn.Module):
-    """One ATM stage, each of whose layers makes a prediction of its own (baseline, and end of Shrunk)."""
+    """One ATM stage, each of whose layers makes a prediction of its own (baseline, and end of Shrunk).
 
-    def __init__(
-        self,
-        num_classes: int,
-        input_width: int | None,
-        width: int,
-        num_heads: int,
-        num_layers: int,
-        dropout: float,
-    ) -> None:
+    With `input_width` None the features are taken without projection.
+    """
+
+    def __init__(self, input_width: int | None, sizes: DecoderSizes) -> None:
         super().__init__()
-        self.class_queries = nn.Embedding(num_classes, width)
-        self.stage = ATMStage(input_width, width, num_heads, num_layers, dropout)
-        self.class_head = nn.Linear(width, num_classes + 1)
+        self.class_queries = nn.Embedding(sizes.num_classes, sizes.width)
+        self.stage = ATMStage(input_width, sizes)
+        self.class_head = nn.Linear(sizes.width, sizes.num_classes + 1)
         self.apply(initialize_linear)
 
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:

@@ -15,13 +15,19 @@ def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
     return torch.unflatten(tokens, 2, (num_heads, -1)).transpose(1, 2)
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, num_heads: int, dropout: float) -> Tensor:
-    """Multi-head attention (B, Q, C) of projected queries (B, Q, C) over keys and values (B, L, C)."""
+def attend(
+    queries: Tensor, keys: Tensor, values: Tensor, num_heads: int, dropout: float, scale: float | None = None
+) -> Tensor:
+    """Multi-head attention (B, Q, C) of projected queries (B, Q, C) over keys and values (B, L, C).
+
+    `scale` is the factor of the similarity; None: head width ** -0.5.
+    """
     attended = F.scaled_dot_product_attention(
         split_heads(queries, num_heads),
         split_heads(keys, num_heads),
         split_heads(values, num_heads),
         dropout_p=dropout,
+        scale=scale,
     )
     return attended.transpose(1, 2).flatten(2)
 

@@ -17,7 +17,7 @@ from segvit.model import SegViT, build_model
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save_checkpoint(folder: str | Path, model: SegViT, metadata: Mapping[str, Any]) -> None:

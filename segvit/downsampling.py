@@ -1,12 +1,12 @@
-"""Query-based downsampling (SegViT, arXiv 2210.05844, section 3.3) inside a ViT block."""
+"""Query-based downsampling (SegViT, arXiv 2210.05844, section 3.3): the queries of the downsampling block."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers.attention import Attention
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from segvit.config import ShrinkQueries
 
 # B batch, L tokens with prefix tokens first, C channels, h w patch grid
 
@@ -16,66 +16,69 @@ def halved_grid(grid: tuple[int, int]) -> tuple[int, int]:
     return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
 
-def every_second(tokens: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
-    """Prefix tokens and the top-left token of each 2 x 2 patches.
+class GridDownsampling(nn.Module):
+    """Patches of half the resolution: the queries, and the residual, of the downsampling block.
+
+    Keys and values of that block come from all tokens, and prefix tokens stay queries.
 
     Args:
-        tokens: (B, prefix + h*w, C).
-        grid: (h, w); an odd last row or column is kept.
-        num_prefix_tokens: Class and register tokens in front of the patches.
-
-    Returns:
-        (B, prefix + ceil(h/2)*ceil(w/2), C).
+        kind: ``nearest`` keeps the top-left of each 2 x 2 patches (the published choice), ``average`` takes their
+            mean, ``convolution`` a learned 2 x 2 convolution of stride 2 that starts as the mean.
+        width: Channels C.
     """
-    patches = torch.unflatten(tokens[:, num_prefix_tokens:], 1, grid)[:, ::2, ::2].flatten(1, 2)
-    return torch.cat((tokens[:, :num_prefix_tokens], patches), dim=1)
+
+    def __init__(self, kind: ShrinkQueries, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "convolution":
+            self.convolution = nn.Conv2d(width, width, kernel_size=2, stride=2)
+            nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
+            with torch.no_grad():
+                self.convolution.weight.copy_((torch.eye(width) / 4)[:, :, None, None].expand(-1, -1, 2, 2))
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+        """Prefix tokens as they are, and the downsampled patches.
+
+        Args:
+            tokens: (B, prefix + h*w, C).
+            grid: (h, w); an odd last row or column stands for itself alone.
+            num_prefix_tokens: Class and register tokens in front of the patches.
+
+        Returns:
+            (B, prefix + ceil(h/2)*ceil(w/2), C).
+        """
+        if self.kind == "nearest":
+            return halve_nearest(tokens, grid, num_prefix_tokens)
+        if self.kind == "average":
+            return halve_mean(tokens, grid, num_prefix_tokens)
+        prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+        cells = self.convolution(fill_windows(torch.unflatten(patches.transpose(1, 2), 2, grid)))
+        return torch.cat((prefix, cells.flatten(2).transpose(1, 2)), dim=1)
+
+    def positions(self, rows: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+        """What tells the queries' positions, (..., prefix + h*w, X), of the downsampled ones.
+
+        The top-left patch's for ``nearest``, else the mean of the pooled patches'.
+        """
+        halve = halve_nearest if self.kind == "nearest" else halve_mean
+        return halve(rows, grid, num_prefix_tokens)
 
 
-def check_downsampling(block: nn.Module) -> None:
-    """Raise ValueError unless `downsample_block` knows everything the block computes."""
-    attention = getattr(block, "attn", None)
-    # Exact types: a subclass may rotate, bias or gate what is written out below.
-    if type(block) is not Block or type(attention) is not Attention or attention.gate is not None:
-        raise ValueError(
-            f"query-based downsampling does not know {type(block).__name__} with {type(attention).__name__}; "
-            "use a plain ViT backbone such as vit_base_patch16_384, or structure 'cascade' or 'single'"
-        )
+def halve_nearest(rows: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+    """Of (..., prefix + h*w, X), the prefix and every second row and column of the patches."""
+    prefix, patches = rows[..., :num_prefix_tokens, :], rows[..., num_prefix_tokens:, :]
+    return torch.cat((prefix, torch.unflatten(patches, -2, grid)[..., ::2, ::2, :].flatten(-3, -2)), dim=-2)
 
 
-def downsample_block(block: Block, tokens: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
-    """Run a timm ViT block whose queries and residual are every second row and column.
-
-    Keys and values come from all tokens; prefix tokens stay queries.
-
-    Args:
-        block: A block that `check_downsampling` accepts.
-        tokens: (B, prefix + h*w, C).
-        grid: (h, w).
-        num_prefix_tokens: Class and register tokens in front of the patches.
-
-    Returns:
-        (B, prefix + ceil(h/2)*ceil(w/2), C).
-    """
-    kept = every_second(tokens, grid, num_prefix_tokens)
-    normed = block.norm1(tokens)
-    queries = every_second(normed, grid, num_prefix_tokens)
-    assert isinstance(block.attn, Attention)
-    attended = _cross_attention(block.attn, queries, normed)
-    kept = kept + block.drop_path1(block.ls1(attended))
-    output: Tensor = kept + block.drop_path2(block.ls2(block.mlp(block.norm2(kept))))
-    return output
+def halve_mean(rows: Tensor, grid: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+    """Of (..., prefix + h*w, X), the prefix and the mean of each 2 x 2 patches."""
+    prefix, patches = rows[..., :num_prefix_tokens, :], rows[..., num_prefix_tokens:, :]
+    cells = patches.flatten(0, -3) if patches.ndim > 2 else patches.unsqueeze(0)
+    pooled = F.avg_pool2d(fill_windows(torch.unflatten(cells.transpose(1, 2), 2, grid)), 2)
+    return torch.cat((prefix, pooled.flatten(2).transpose(1, 2).reshape(*rows.shape[:-2], -1, rows.shape[-1])), dim=-2)
 
 
-def _cross_attention(attention: Attention, queries: Tensor, tokens: Tensor) -> Tensor:
-    width = attention.attn_dim
-    weight, bias = attention.qkv.weight, attention.qkv.bias
-    q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-    heads = (attention.num_heads, attention.head_dim)
-    q = torch.unflatten(F.linear(queries, weight[:width], q_bias), 2, heads).transpose(1, 2)
-    kv = torch.unflatten(F.linear(tokens, weight[width:], kv_bias), 2, (2, *heads))
-    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    dropout = attention.attn_drop.p if attention.training else 0.0
-    attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attention.scale)
-    output: Tensor = attention.proj_drop(attention.proj(attention.norm(attended.transpose(1, 2).flatten(2))))
-    return output
+def fill_windows(cells: Tensor) -> Tensor:
+    """Cells (B, C, h, w) with a lone last row or column doubled, so that every 2 x 2 window is full."""
+    rows, columns = cells.shape[-2:]
+    return F.pad(cells, (0, columns % 2, 0, rows % 2), mode="replicate")

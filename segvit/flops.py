@@ -1,21 +1,38 @@
-"""Multiply-adds and parameters of a configuration, counted on the meta device."""
+"""Multiply-adds, parameters and activation memory of a configuration, counted on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from segvit.atm_decoder import ATMStage
 from segvit.config import ModelConfig
 from segvit.inference import semantic_scores
-from segvit.model import assemble, build_model
+from segvit.model import SegViT, assemble, build_model
+from segvit.presets import find_preset
+from segvit.shrunk import QueryUpsampling
 
 LAYER_NORM_COST = 5  # per element
 BILINEAR_COST = 4  # per output element
+
+COUNTED = (
+    "One multiply-add counts as one: matrix products, convolutions, both products of attention; LayerNorm 5 per "
+    "element, bilinear resizing 4 per output element; other element-wise work is not counted. One image, "
+    "evaluation mode, up to the full-resolution class scores."
+)
+ACTIVATIONS = (
+    "Activations: what autograd keeps for the backward pass of one image in training mode, float32, without "
+    "parameters, without the loss, with fused attention."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +47,94 @@ class ModelCost:
     """10^9 multiply-adds from the image to its full-resolution class scores."""
     parameters: int
     parts: dict[str, float]
-    """`gflops` by part: ``backbone``, ``decoder``, ``scores``."""
+    """`gflops` by part: ``patch_embedding``, ``blocks`` (the rest of the backbone), ``upsampling_1``, ... and
+    ``atm_stage_1``, ... in the order they run, ``heads`` (the rest of the decoder), ``scores``."""
+    activation_bytes: int
+    """What autograd keeps for the backward pass, see `activation_bytes`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PresetCost:
+    """A preset's `ModelCost` at a size."""
+
+    name: str
+    size: tuple[int, int]
+    """(height, width) in pixels."""
+    gflops: float
+    published_gflops: float | None
+    """The paper's figure, where it has one for this size."""
+    parameters: int
+    activation_bytes: int
+    parts: dict[str, float]
+
+
+def preset_cost(name: str, size: tuple[int, int] | None = None) -> PresetCost:
+    """Cost of a preset for one image of (height, width) pixels; by default the preset's training crop.
+
+    Raises:
+        ValueError: No preset of that name.
+    """
+    preset = find_preset(name)
+    size = preset.model.image_size if size is None else size
+    cost = model_cost(preset.model, preset.num_classes, size)
+    published = preset.published.gflops if preset.published and size == preset.model.image_size else None
+    return PresetCost(name, size, cost.gflops, published, cost.parameters, cost.activation_bytes, cost.parts)
 
 
 def model_cost(config: ModelConfig, num_classes: int, size: tuple[int, int]) -> ModelCost:
-    """Cost of one image of (height, width) pixels in evaluation mode; takes no weights and seconds at most.
+    """Cost of one image of (height, width) pixels; takes no weights and seconds at most.
 
     Raises:
         ValueError: The configuration does not fit the backbone.
     """
-    with torch.device("meta"), torch.no_grad():
-        model = build_model(config, num_classes).eval().requires_grad_(False)
-        images = torch.empty(1, 3, *size)
-        features, backbone = count(model.backbone, images)
-        decoded, decoder = count(model.decoder, features)
-        _, scores = count(semantic_scores, assemble(decoded, size), size)
-    parts = {"backbone": backbone, "decoder": decoder, "scores": scores}
+    with torch.device("meta"), WithoutInitialization():
+        model = build_model(config, num_classes)
+    kept = activation_bytes(model, size)
+    parts = count_parts(model.eval().requires_grad_(False), size)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ModelCost(sum(parts.values()), parameters, parts)
+    return ModelCost(sum(parts.values()), parameters, parts, kept)
 
 
-def count(run: Callable[..., Any], *inputs: Any) -> tuple[Any, float]:
-    """The result of a call, and its 10^9 multiply-adds."""
-    # The counter takes two operations for a multiply-add, so costs per element are given doubled.
+@torch.no_grad()
+def count_parts(model: SegViT, size: tuple[int, int]) -> dict[str, float]:
+    """10^9 multiply-adds of each part of a frozen model on the meta device, for one image of (height, width) pixels."""
+    features, backbone = count(model.backbone, torch.empty(1, 3, *size, device="meta"))
+    decoded, decoder = count(model.decoder, features)
+    _, scores = count(semantic_scores, assemble(decoded, size), size)
+    names = [name for name, _ in model.backbone.named_modules()]
+    embedding = backbone.of(name for name in names if name.endswith(("patch_embed.proj", "patch_embed.norm")))
+    parts = {"patch_embedding": embedding, "blocks": backbone.total - embedding}
+    for label, kind in (("upsampling", QueryUpsampling), ("atm_stage", ATMStage)):
+        names = [name for name, module in model.decoder.named_modules() if isinstance(module, kind)]
+        parts |= {f"{label}_{number}": decoder.of([name]) for number, name in enumerate(names, start=1)}
+    heads = decoder.total - sum(list(parts.values())[2:])
+    return parts | {"heads": heads, "scores": scores.total}
+
+
+class Count:
+    """10^9 multiply-adds of a call: all of them, and those inside modules of given names."""
+
+    def __init__(self, counter: FlopCounterMode, run: object) -> None:
+        # The counter takes two operations for a multiply-add.
+        self._by_module = {name: sum(ops.values()) / 2e9 for name, ops in counter.get_flop_counts().items()}
+        self._root = type(run).__name__
+        self.total = counter.get_total_flops() / 2e9
+
+    def of(self, names: Iterable[str]) -> float:
+        """Those inside the modules of these names below the module that ran."""
+        return sum(self._by_module.get(f"{self._root}.{name}", 0.0) for name in names)
+
+
+def count(run: Callable[..., Any], *inputs: Any) -> tuple[Any, Count]:
+    """The result of a call, and what it costs."""
+    # Costs per element are given doubled, as the counter takes two operations for a multiply-add.
     formulas = {
         torch.ops.aten.native_layer_norm: per_output_element(2 * LAYER_NORM_COST),
         torch.ops.aten.upsample_bilinear2d: per_output_element(2 * BILINEAR_COST),
     }
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         result = run(*inputs)
-    return result, counter.get_total_flops() / 2 / 1e9
+    return result, Count(counter, run)
 
 
 def per_output_element(cost: int) -> Callable[..., int]:
@@ -70,3 +145,73 @@ def per_output_element(cost: int) -> Callable[..., int]:
         return cost * prod(shape)
 
     return formula
+
+
+def activation_bytes(model: nn.Module, size: tuple[int, int]) -> int:
+    """Bytes that autograd keeps for the backward pass of one image of (height, width) pixels.
+
+    Counted at the end of a forward pass in training mode, in the model's type, before any loss: every storage
+    that a saved tensor lies in, once and whole, parameters and buffers excluded. Attention is counted as fused
+    kernels keep it: queries, keys, values, output, and one number a query and head; dropout outside attention
+    keeps its mask in the type of its input. The model's mode is as before afterwards.
+
+    Args:
+        model: A model on the meta device, where nothing is computed; on others the pass runs for real.
+        size: (height, width) in pixels.
+    """
+    was_training = model.training
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}  # holding the tensors keeps their storages' addresses from being used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    some = next(model.parameters())
+    images = torch.empty(1, 3, *size, device=some.device, dtype=some.dtype)
+    try:
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), FusedAttention():
+            output = model.train()(images)
+    finally:
+        model.train(was_training)
+    del output
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+
+
+class WithoutInitialization(TorchFunctionMode):
+    """Within it, tensors on the meta device, which hold no values, are not initialised: most of the building time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Leave out what only sets values, pass on everything else."""
+        if func in INITIALIZERS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+INITIALIZERS = frozenset(
+    getattr(Tensor, name) for name in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+)
+
+
+class FusedAttention(TorchFunctionMode):
+    """Within it, attention keeps for the backward pass what fused kernels keep, on every device.
+
+    The meta device has no fused kernel: there, the similarity of all queries and keys would be kept.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace attention, pass on everything else."""
+        if func is F.scaled_dot_product_attention:
+            return _KeptByFusedAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _KeptByFusedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        # Laid out so that joining the heads is a view, as fused kernels do.
+        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        log_sum = query.new_empty(query.shape[:-1])
+        ctx.save_for_backward(query, key, value, output, log_sum)
+        return output

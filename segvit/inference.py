@@ -1,79 +1,34 @@
-"""Semantic scores and whole-image prediction."""
+"""Label maps of images: whole, by sliding window, over scales and flips."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from segvit.model import SegViT
-from segvit.output import SegmentationOutput, at_least_float32, full_precision, resize_to_image
+from segvit.scores import class_probabilities, semantic_labels, semantic_scores
+from segvit.sliding import label_views, scan_image
 
-# B batch, N classes, H W image pixels, h w mask grid
+__all__ = [
+    "PUBLISHED_SCALES",
+    "class_probabilities",
+    "evaluating",
+    "image_tensor",
+    "predict",
+    "predict_batch",
+    "semantic_labels",
+    "semantic_scores",
+]
 
-BAND_MAX_ELEMENTS = 8_000_000  # of one float map (N, rows, W): 32 MB in float32
-
-
-def semantic_scores(output: SegmentationOutput, size: tuple[int, int]) -> Tensor:
-    """Class scores of every pixel: sum over queries of class probability times mask probability.
-
-    Masks are brought to the image's own size first; scores are resized bilinearly to another `size`.
-
-    Args:
-        output: The model's output for B images.
-        size: (H, W) of the scores in pixels.
-
-    Returns:
-        (B, N, H, W) in float32 or more.
-    """
-    with full_precision(output.mask_logits):
-        masks = resize_to_image(at_least_float32(output.mask_logits), output).sigmoid()
-        scores = torch.einsum("bqc,bqhw->bchw", class_probabilities(output), masks)
-        if size == output.image_size:
-            return scores
-        return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
-
-
-def semantic_labels(output: SegmentationOutput) -> Tensor:
-    """The argmax of `semantic_scores` at the image's own size, (B, H, W) int64, in bands of rows.
-
-    Never holds scores of all pixels at once, so memory stays bounded for many classes on large images.
-    """
-    height, width = output.image_size
-    num_classes = output.mask_logits.shape[1]
-    rows = max(1, BAND_MAX_ELEMENTS // (num_classes * output.padded_size[1]))
-    labels = torch.empty(len(output.mask_logits), height, width, dtype=torch.int64, device=output.mask_logits.device)
-    with full_precision(output.mask_logits):
-        probabilities = class_probabilities(output)
-        for image, classes in enumerate(probabilities):
-            mask_logits = at_least_float32(output.mask_logits[image])
-            for top in range(0, height, rows):
-                bottom = min(top + rows, height)
-                band = resize_band(mask_logits, output.padded_size, top, bottom)[..., :width].sigmoid()
-                torch.argmax((classes.T @ band.flatten(1)).unflatten(1, (-1, width)), 0, out=labels[image, top:bottom])
-    return labels
-
-
-def class_probabilities(output: SegmentationOutput) -> Tensor:
-    """(B, N, N): each query's probabilities of the classes, "no object" left out."""
-    return at_least_float32(output.class_logits).softmax(-1)[..., :-1]
-
-
-def resize_band(masks: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
-    """Rows `top` to `bottom` of masks (N, h, w) bilinearly resized to `size`: (N, bottom - top, width)."""
-    grid_height = masks.shape[-2]
-    centre = torch.arange(top, bottom, device=masks.device, dtype=masks.dtype) + 0.5
-    position = (centre * (grid_height / size[0]) - 0.5).clamp_(min=0)
-    above = position.long()
-    below = (above + 1).clamp_(max=grid_height - 1)
-    rows = torch.lerp(masks[:, above], masks[:, below], (position - above)[:, None])
-    return F.interpolate(rows[None], size=(bottom - top, size[1]), mode="bilinear", align_corners=False)[0]
+PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+"""Scales of the published multi-scale results, which add the flip of each."""
 
 
 def predict_batch(model: SegViT, images: Tensor) -> Tensor:
@@ -85,20 +40,96 @@ def predict_batch(model: SegViT, images: Tensor) -> Tensor:
         return semantic_labels(model(model.normalize(images.to(model.mean.device))))
 
 
-def predict(model: SegViT, image: NDArray[np.uint8] | Tensor, mode: Literal["whole"] = "whole") -> Tensor:
-    """Label map (H, W) int64 of one image.
+def predict(
+    model: SegViT,
+    image: NDArray[np.uint8] | Tensor,
+    mode: Literal["whole", "slide"] = "whole",
+    *,
+    crop: int | tuple[int, int] | None = None,
+    stride: int | tuple[int, int] | None = None,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+    batch_size: int = 4,
+) -> Tensor:
+    """Label map (H, W) int64 of one image, on the model's device.
+
+    Every view of the image (a scale, flipped or not) gives class scores, which are resized bilinearly to the
+    image's size and averaged; the label is the highest. Where windows overlap their scores are averaged first.
+    The result is that of full score maps, which are never held: memory grows with the pixels, not with pixels
+    times classes. The published test of ADE20K is ``mode="slide", scales=PUBLISHED_SCALES, flip=True``.
 
     Args:
-        model: The model, in either mode, on any device.
+        model: The model, in either mode, any precision, on any device; may be compiled, may run under autocast.
         image: RGB, uint8: an (H, W, 3) array or a (3, H, W) tensor.
-        mode: ``whole``: the image goes through the model in one piece.
+        mode: ``whole``: a view goes through the model in one piece. ``slide``: window by window.
+        crop: Side, or (height, width), of the windows in pixels; by default the model's `image_size`. A view
+            smaller than that gets smaller windows.
+        stride: Step, or (vertical, horizontal) step, of the windows in pixels; by default two thirds of the crop.
+        scales: Factors of the image's size. The image is resized bilinearly, without antialiasing, to uint8.
+        flip: Add every scale's mirror image.
+        batch_size: Windows (in whole mode: views of one scale) that go through the model at once.
 
     Raises:
-        ValueError: Another type or layout of image, or an unknown mode.
+        ValueError: Another type or layout of image, an unknown mode, or a setting that breaks a rule.
     """
-    if mode != "whole":
-        raise ValueError(f"unknown inference mode {mode!r}; choose whole")
-    return predict_batch(model, image_tensor(image).unsqueeze(0))[0]
+    check_views(scales, batch_size)
+    window, step = window_geometry(model, mode, crop, stride)
+    pixels = image_tensor(image).to(model.mean.device)
+    if mode == "whole" and tuple(scales) == (1.0,) and not flip:
+        return predict_batch(model, pixels[None])[0]
+    with evaluating(model), torch.no_grad():
+        views = [
+            view
+            for scale in scales
+            for view in scan_image(
+                model, pixels, scale=scale, flip=flip, crop=window, stride=step, batch_size=batch_size
+            )
+        ]
+        return label_views(views, (pixels.shape[1], pixels.shape[2]))
+
+
+def check_views(scales: Sequence[float], batch_size: int) -> None:
+    """Raise ValueError unless there are scales, all positive, and a batch holds something."""
+    if not scales:
+        raise ValueError("scales must name at least one factor, got none; use (1.0,) for the image as it is")
+    for scale in scales:
+        if not 0 < scale < inf:
+            raise ValueError(f"scales must be positive factors of the image's size, got {scale}; leave it out")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be >= 1, got {batch_size}; use 1 for the least memory")
+
+
+def window_geometry(
+    model: SegViT, mode: str, crop: int | tuple[int, int] | None, stride: int | tuple[int, int] | None
+) -> tuple[tuple[int, int] | None, tuple[int, int]]:
+    """(height, width) of the windows, None in whole mode, and their (vertical, horizontal) step in pixels.
+
+    Raises:
+        ValueError: An unknown mode, windows in whole mode, or a crop or stride out of range.
+    """
+    if mode == "whole":
+        for name, value in (("crop", crop), ("stride", stride)):
+            if value is not None:
+                raise ValueError(f"{name} {value} has no meaning in mode 'whole'; use mode 'slide', or leave it out")
+        return None, (1, 1)
+    if mode != "slide":
+        raise ValueError(f"unknown inference mode {mode!r}; choose from whole, slide")
+    window = model.config.image_size if crop is None else pair(crop)
+    if min(window) < 1:
+        raise ValueError(f"crop must be >= 1 pixel, got {crop}; use the training crop {model.config.image_size}")
+    height, width = window
+    step = (max(1, height * 2 // 3), max(1, width * 2 // 3)) if stride is None else pair(stride)
+    if min(step) < 1 or step[0] > height or step[1] > width:
+        raise ValueError(
+            f"stride {stride} must be from 1 to the crop {window}, or pixels would be left out; "
+            f"use two thirds of the crop, {height * 2 // 3, width * 2 // 3}"
+        )
+    return window, step
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """One value for both directions, or a value for each."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def image_tensor(image: NDArray[np.uint8] | Tensor) -> Tensor:

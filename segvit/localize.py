@@ -34,7 +34,7 @@ def localize_upsampling(model: SegViT, images: Tensor) -> float:
         images: Normalised training images (B, 3, H, W) of the model's `image_size`; a few dozen.
 
     Returns:
-        The share of the position codes' variance that the low-level tokens explain, at most 1.
+        The share of the position codes' variance that the first layer's tokens explain, at most 1.
 
     Raises:
         ValueError: The model is not ``shrunk``, or the images have another size.
@@ -45,14 +45,17 @@ def localize_upsampling(model: SegViT, images: Tensor) -> float:
     if tuple(images.shape[-2:]) != tuple(model.config.image_size):
         raise ValueError(f"images of {tuple(images.shape[-2:])} do not fit image_size {model.config.image_size}")
     with evaluating(model):
-        low, high = model.backbone(images)
+        features = model.backbone(images)
         width = decoder.grid_queries.weight.shape[1]
         place = position_codes(decoder.grid, decoder.grid, width).to(images)
         decoder.grid_queries.weight.copy_(place * math.sqrt(2))
         queries = decoder.grid_queries.weight.expand(len(images), -1, -1)
-        explained = localize_layers(decoder.low_level, queries, low, decoder.grid)
-        localize_layers(decoder.high_level, decoder.low_level(queries, low), high, decoder.grid)
-    return explained
+        explained = []
+        for upsampling, feature in zip(decoder.upsampling, features, strict=True):
+            assert isinstance(upsampling, QueryUpsampling)
+            explained.append(localize_layers(upsampling, queries, feature, decoder.grid))
+            queries = upsampling(queries, feature)
+    return explained[0]
 
 
 def localize_layers(upsampling: QueryUpsampling, queries: Tensor, features: FeatureMap, grid: tuple[int, int]) -> float:

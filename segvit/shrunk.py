@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from segvit.atm_decoder import DecoderOutput, InputProjection, SingleATM
+from segvit.atm_decoder import DecoderOutput, DecoderSizes, InputProjection, SingleATM
 from segvit.attention import DecoderLayer, initialize_linear
 from segvit.backbone import FeatureMap, resize_positions
 
@@ -16,10 +16,12 @@ from segvit.backbone import FeatureMap, resize_positions
 class QueryUpsampling(nn.Module):
     """Grid queries that read a feature map through standard decoder layers."""
 
-    def __init__(self, input_width: int, width: int, num_heads: int, num_layers: int, dropout: float) -> None:
+    def __init__(self, input_width: int, sizes: DecoderSizes) -> None:
         super().__init__()
-        self.input = InputProjection(input_width, width)
-        self.layers = nn.ModuleList(DecoderLayer(width, num_heads, dropout) for _ in range(num_layers))
+        self.input = InputProjection(input_width, sizes.width)
+        self.layers = nn.ModuleList(
+            DecoderLayer(sizes.width, sizes.num_heads, sizes.dropout) for _ in range(sizes.num_layers)
+        )
 
     def forward(self, queries: Tensor, features: FeatureMap) -> Tensor:
         """Queries (B, Q, C) after reading the features; (B, Q, C)."""
@@ -30,33 +32,35 @@ class QueryUpsampling(nn.Module):
 
 
 class ShrunkDecoder(nn.Module):
-    """Two query-based upsampling layers beside a downsampled backbone, and one ATM block on their result.
+    """Query-based upsampling layers beside a downsampled backbone, and one ATM block on their result.
 
     The learned table holds one query a patch of the training crop; other grids resize it bicubically.
+
+    Args:
+        grid: (h, w) of the training crop.
+        patch_size: Pixels a grid query covers on each side.
+        input_widths: Channels of the features, one upsampling layer each, visited in this order.
+        sizes: Of all layers, those of the upsampling and those of ATM.
     """
 
     def __init__(
-        self,
-        grid: tuple[int, int],
-        num_classes: int,
-        input_width: int,
-        width: int,
-        num_heads: int,
-        num_layers: int,
-        dropout: float,
+        self, grid: tuple[int, int], patch_size: int, input_widths: Sequence[int], sizes: DecoderSizes
     ) -> None:
         super().__init__()
         self.grid = grid
-        self.grid_queries = nn.Embedding(grid[0] * grid[1], width)
-        self.low_level = QueryUpsampling(input_width, width, num_heads, num_layers, dropout)
-        self.high_level = QueryUpsampling(input_width, width, num_heads, num_layers, dropout)
+        self.patch_size = patch_size
+        self.grid_queries = nn.Embedding(grid[0] * grid[1], sizes.width)
+        self.upsampling = nn.ModuleList(QueryUpsampling(width, sizes) for width in input_widths)
         self.apply(initialize_linear)
-        self.atm = SingleATM(num_classes, None, width, num_heads, num_layers, dropout)
+        self.atm = SingleATM(None, sizes)
 
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
-        """One prediction an ATM layer, from the last feature before downsampling and the backbone's last."""
-        low, high = features
-        table = resize_positions(self.grid_queries.weight.unsqueeze(0), self.grid, low.grid, 0)
-        queries = self.high_level(self.low_level(table.expand(len(low.tokens), -1, -1), low), high)
-        output: DecoderOutput = self.atm([low._replace(tokens=queries)])
+        """One prediction an ATM layer, from the features in the backbone's order, at the first stride."""
+        first = features[0]
+        grid = first.patch_grid
+        table = resize_positions(self.grid_queries.weight.unsqueeze(0), self.grid, grid, 0)
+        queries = table.expand(len(first.tokens), -1, -1)
+        for upsampling, feature in zip(self.upsampling, features, strict=True):
+            queries = upsampling(queries, feature)
+        output: DecoderOutput = self.atm([FeatureMap(queries, grid, self.patch_size, grid)])
         return output

@@ -48,7 +48,14 @@ def test_parse_config__batch_must_share_out_over_workers() -> None:
         ({"structure": "shrunk"}, "structure shrunk needs shrink_at"),
         ({"structure": "cascade", "out_layers": [1], "shrink_at": 2}, "does not shrink; leave shrink_at out"),
         ({"structure": "cascade"}, "structure cascade needs out_layers"),
-        ({"structure": "single", "out_layers": [3]}, "leave out_layers out"),
+        ({"structure": "single", "out_layers": [1, 3]}, r"structure single reads 1 to 1 of out_layers, got \(1, 3\)"),
+        ({"structure": "linear"}, "loss mask compares masks, which structure linear has none of; use cross_entropy"),
+        ({"structure": "single", "accumulate_masks": False}, "has no stages; leave accumulate_masks out"),
+        ({"structure": "single", "shrink_queries": "average"}, "does not shrink; leave shrink_queries out"),
+        (
+            {"structure": "cascade", "out_layers": [1, 3], "share_queries": False},
+            "share_queries false needs chain_stages false",
+        ),
         ({"structure": "single", "localize_upsampling": True}, "leave localize_upsampling out"),
     ],
 )

@@ -25,7 +25,7 @@ def make_model() -> MakeModel:
         defaults: dict[str, Any] = {
             "backbone": "vit_tiny_patch16_224",
             "image_size": (64, 64),
-            "out_layers": (1, 3),
+            "out_layers": {"single": (3,), "naive_qd": None, "shrunk": None, "linear": (3,)}.get(structure, (1, 3)),
             "decoder_layers": 2,
         }
         if structure in ("naive_qd", "shrunk"):

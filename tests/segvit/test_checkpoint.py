@@ -78,10 +78,10 @@ def test_load__damage_is_named(tmp_path: Path, make_model: MakeModel) -> None:
     edit_config(tmp_path, num_classes=5)
     with pytest.raises(ValueError, match=r"model.safetensors does not fit config.json"):
         load_checkpoint(tmp_path)
-    edit_config(tmp_path, num_classes=4, format_version=2)
-    with pytest.raises(ValueError, match="has format version 2, this release reads 1"):
+    edit_config(tmp_path, num_classes=4, format_version=3)
+    with pytest.raises(ValueError, match="has format version 3, this release reads 2"):
         load_checkpoint(tmp_path)
-    edit_config(tmp_path, format_version=1)
+    edit_config(tmp_path, format_version=2)
     (tmp_path / "model.safetensors").write_bytes(b"short")
     with pytest.raises(ValueError, match=r"model.safetensors does not fit"):
         load_checkpoint(tmp_path)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from segvit.config import ModelConfig
+from segvit.config import ModelConfig, Structure, default_out_layers
 from segvit.model import check_config
 
 SMALL: dict[str, Any] = {"backbone": "vit_tiny_patch16_224", "image_size": (64, 96)}
@@ -14,6 +14,22 @@ SMALL: dict[str, Any] = {"backbone": "vit_tiny_patch16_224", "image_size": (64, 
 def test_config__survives_json() -> None:
     config = ModelConfig(**SMALL, structure="shrunk", shrink_at=3, decoder_width=96, out_layers=(2, 5))
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("structure", "depth", "shrink_at", "layers"),
+    [
+        ("cascade", 12, None, (5, 7, 11)),
+        ("cascade", 24, None, (7, 15, 23)),
+        ("cascade", 40, None, (12, 25, 39)),
+        ("cascade", 2, None, (0, 1)),
+        ("single", 12, None, (11,)),
+        ("shrunk", 24, None, (7, 23)),
+        ("shrunk", 24, 4, (3, 23)),
+    ],
+)
+def test_default_out_layers(structure: Structure, depth: int, shrink_at: int | None, layers: tuple[int, ...]) -> None:
+    assert default_out_layers(structure, depth, shrink_at) == layers
 
 
 def test_from_dict__unknown_key_lists_the_choices() -> None:
@@ -35,6 +51,13 @@ def test_from_dict__missing_key() -> None:
         ({"decoder_layers": 0}, "decoder_layers must be >= 1, got 0"),
         ({"decoder_heads": 0}, "decoder_heads must be >= 1, got 0"),
         ({"shrink_at": 3}, "shrink_at 3 has no meaning for structure 'cascade'"),
+        ({"shrink_queries": "average"}, "shrink_queries average has no meaning for structure 'cascade'; use naive_qd"),
+        ({"structure": "single", "accumulate_masks": False}, "accumulate_masks False has no meaning .* use cascade"),
+        ({"share_queries": False}, "share_queries False needs chain_stages False"),
+        ({"structure": "single", "out_layers": (1, 2)}, r"single reads at most 1 of out_layers, got \(1, 2\)"),
+        ({"shrink_queries": "max"}, "unknown shrink_queries 'max'; choose from nearest, average, convolution"),
+        ({"attention_scale": 0.0}, "attention_scale must be > 0, got 0.0"),
+        ({"backbone_options": {"width": 3}}, "unknown backbone option width; choose from embed_dim, depth"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"image_size": (64, 0)}, "image_size must be"),
     ],

@@ -1,61 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-from segvit import inference
 from segvit.inference import (
     image_tensor,
     predict,
     predict_batch,
-    resize_band,
-    semantic_labels,
     semantic_scores,
+    window_geometry,
 )
 from segvit.model import SegViT
-from segvit.output import SegmentationOutput
 
 MakeModel = Callable[..., SegViT]
-
-
-def some_output(size: tuple[int, int] = (21, 30), padded: tuple[int, int] = (24, 32)) -> SegmentationOutput:
-    return SegmentationOutput(torch.randn(2, 5, 6), torch.randn(2, 5, 3, 4), (), size, padded)
-
-
-def test_semantic_scores__class_times_mask_summed_over_queries() -> None:
-    output = some_output()
-    scores = semantic_scores(output, (21, 30))
-    classes = output.class_logits.softmax(-1)
-    masks = F.interpolate(output.mask_logits, size=(24, 32), mode="bilinear").sigmoid()
-    expected = sum(classes[1, q, 3] * masks[1, q, 20, 29] for q in range(5))
-    torch.testing.assert_close(scores[1, 3, 20, 29], expected)
-
-
-def test_semantic_scores__another_size_resizes_the_scores() -> None:
-    output = some_output()
-    expected = F.interpolate(semantic_scores(output, (21, 30)), size=(42, 50), mode="bilinear")
-    torch.testing.assert_close(semantic_scores(output, (42, 50)), expected)
-
-
-@pytest.mark.parametrize("size", [(24, 32), (7, 9), (3, 4)])
-def test_resize_band__equals_the_rows_of_the_whole(size: tuple[int, int]) -> None:
-    masks = torch.randn(5, 6, 8, dtype=torch.float64)
-    whole = F.interpolate(masks[None], size=size, mode="bilinear", align_corners=False)[0]
-    for top, bottom in ((0, 1), (1, size[0]), (size[0] - 1, size[0])):
-        torch.testing.assert_close(resize_band(masks, size, top, bottom), whole[:, top:bottom])
-
-
-@pytest.mark.parametrize("max_elements", [1, 5 * 32 * 4, 10**9])
-def test_semantic_labels__equal_argmax_of_scores_for_any_band(
-    monkeypatch: pytest.MonkeyPatch, max_elements: int
-) -> None:
-    monkeypatch.setattr(inference, "BAND_MAX_ELEMENTS", max_elements)
-    output = some_output()
-    assert torch.equal(semantic_labels(output), semantic_scores(output, (21, 30)).argmax(1))
 
 
 def test_predict__array_and_tensor_agree_with_the_batch(make_model: MakeModel) -> None:
@@ -100,6 +61,49 @@ def test_image_tensor__wrong_layout_or_type_is_refused() -> None:
         image_tensor(torch.zeros(3, 8, 8))
 
 
-def test_predict__unknown_mode(make_model: MakeModel) -> None:
-    with pytest.raises(ValueError, match="unknown inference mode 'slide'; choose whole"):
-        predict(make_model("single"), torch.zeros(3, 8, 8, dtype=torch.uint8), mode="slide")  # type: ignore[arg-type]
+def test_predict__compiled_model_gives_the_same_labels(make_model: MakeModel) -> None:
+    model = make_model("cascade")
+    image = torch.randint(0, 256, (3, 64, 100), dtype=torch.uint8)
+    compiled = cast(SegViT, torch.compile(model, backend="eager"))
+    try:
+        assert torch.equal(predict(compiled, image), predict(model, image))
+        assert torch.equal(predict(compiled, image, mode="slide"), predict(model, image, mode="slide"))
+    finally:
+        torch.compiler.reset()
+
+
+def test_predict__keeps_training_mode_and_gradients_off(make_model: MakeModel) -> None:
+    model = make_model("cascade", dropout=0.5).train()
+    image = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
+    first, second = (predict(model, image, mode="slide", flip=True) for _ in range(2))
+    assert torch.equal(first, second)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mode": "tile"}, "unknown inference mode 'tile'; choose from whole, slide"),
+        ({"crop": 32}, "crop 32 has no meaning in mode 'whole'; use mode 'slide', or leave it out"),
+        ({"stride": (8, 8)}, r"stride \(8, 8\) has no meaning in mode 'whole'; use mode 'slide', or leave it out"),
+        ({"mode": "slide", "crop": (32, 0)}, r"crop must be >= 1 pixel, got \(32, 0\); use the training crop"),
+        ({"mode": "slide", "crop": 32, "stride": 0}, r"stride 0 must be from 1 to the crop \(32, 32\).*\(21, 21\)"),
+        ({"mode": "slide", "stride": (64, 65)}, r"stride \(64, 65\) must be from 1 to the crop \(64, 64\)"),
+        ({"scales": ()}, "scales must name at least one factor, got none"),
+        ({"scales": (1.0, 0.0)}, "scales must be positive factors of the image's size, got 0.0"),
+        ({"scales": (float("nan"),)}, "scales must be positive factors of the image's size, got nan"),
+        ({"scales": (float("inf"),)}, "scales must be positive factors of the image's size, got inf"),
+        ({"batch_size": 0}, "batch_size must be >= 1, got 0"),
+    ],
+)
+def test_predict__refuses_what_has_no_meaning(make_model: MakeModel, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        predict(make_model("single"), torch.zeros(3, 8, 8, dtype=torch.uint8), **arguments)
+
+
+def test_window_geometry__defaults_follow_published_practice(make_model: MakeModel) -> None:
+    model = make_model("single")
+    assert window_geometry(model, "slide", None, None) == ((64, 64), (42, 42))
+    assert window_geometry(model, "slide", 512, None) == ((512, 512), (341, 341))
+    assert window_geometry(model, "slide", (480, 1), None) == ((480, 1), (320, 1))
+    assert window_geometry(model, "slide", 640, 608) == ((640, 640), (608, 608))

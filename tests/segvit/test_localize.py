@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from segvit.attention import DecoderLayer, split_heads
 from segvit.localize import least_squares, localize_upsampling, position_codes
 from segvit.model import SegViT
-from segvit.shrunk import ShrunkDecoder
+from segvit.shrunk import QueryUpsampling, ShrunkDecoder
 
 MakeModel = Callable[..., SegViT]
 
@@ -43,8 +43,10 @@ def test_localize_upsampling__queries_attend_near_their_own_place(make_model: Ma
         assert isinstance(decoder, ShrunkDecoder)
         with torch.no_grad():
             low = model.backbone(images)[0]
-            tokens = decoder.low_level.input(low.tokens)
-            layer = decoder.low_level.layers[0]
+            upsampling = decoder.upsampling[0]
+            assert isinstance(upsampling, QueryUpsampling)
+            tokens = upsampling.input(low.tokens)
+            layer = upsampling.layers[0]
             assert isinstance(layer, DecoderLayer)
             queries = decoder.grid_queries.weight.expand(len(images), -1, -1)
             asking = layer.norm1(queries + layer.self_attention(queries, queries))

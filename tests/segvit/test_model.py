@@ -119,7 +119,7 @@ def test_shrunk__query_table_is_resized_for_another_grid(make_model: MakeModel) 
     decoder: Any = model.decoder
     torch.nn.init.ones_(decoder.grid_queries.weight)
     seen: list[torch.Tensor] = []
-    decoder.low_level.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    decoder.upsampling[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(torch.randn(1, 3, 48, 96))
     torch.testing.assert_close(seen[0], torch.ones(1, 3 * 6, 96))
 

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from timm.models import beit, swin_transformer
 
 from segvit import pretrained
 from segvit.model import SegViT
@@ -65,11 +68,91 @@ def test_load_backbone_state__misfit_is_named(make_model: MakeModel, tiny_file: 
     state["pos_embed"] = torch.zeros(1, 1 + 6, 192)
     message = (
         r"missing: blocks.1.norm1.weight; unexpected: rope.freqs; "
-        r"of another shape: blocks.2.norm1.bias \(7,\) instead of \(192,\), "
-        r"pos_embed \(1, 7, 192\), which is no square grid and 1 prefix tokens"
+        r"of another shape: pos_embed \(1, 7, 192\), which is no square grid and 1 prefix tokens of width 192, "
+        r"blocks.2.norm1.bias \(7,\) instead of \(192,\)"
     )
     with pytest.raises(ValueError, match=message):
         load_backbone_state(make_model(), state)
+
+
+def whole_state(name: str) -> dict[str, torch.Tensor]:
+    """A file of timm's whole network at its own size, every tensor random."""
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=5)
+    return {key: torch.randn(tensor.shape) for key, tensor in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_load_backbone_state__bias_tables_are_resized_by_timms_rule(make_model: MakeModel, name: str) -> None:
+    state, size = whole_state(name), (96, 64)
+    model = make_model(backbone=name, image_size=size, out_layers=(1,), drop_path_rate=0.0)
+    load_backbone_state(model, state)
+    twin: Any = timm.create_model(name, num_classes=5, img_size=size).eval()
+    filters: Any = (swin_transformer if name.startswith("swin") else beit).checkpoint_filter_fn
+    twin.load_state_dict(filters(dict(state), twin))
+    network = model.backbone.vit
+    for key, tensor in network.state_dict().items():
+        torch.testing.assert_close(tensor, twin.state_dict()[key], rtol=1e-4, atol=1e-4)
+    assert any(tensor.shape != state[key].shape for key, tensor in network.state_dict().items())
+    images = torch.randn(1, 3, *size)
+    [expected] = twin.forward_intermediates(images, indices=[1], intermediates_only=True, norm=False)
+    found = model.backbone(images)[0].tokens.transpose(1, 2).unflatten(2, tuple(expected.shape[2:]))
+    torch.testing.assert_close(found / expected.std(), expected / expected.std(), rtol=1e-3, atol=1e-3)
+
+
+def test_load_backbone_state__rotary_files_and_their_computed_tables(make_model: MakeModel) -> None:
+    name = "vit_small_patch16_rope_mixed_ape_224"
+    state = whole_state(name)
+    model = make_model(backbone=name, out_layers=(1,))
+    load_backbone_state(model, state | {"rope.t_x": torch.zeros(9)})
+    network = model.backbone.vit
+    assert torch.equal(network.rope.freqs, state["rope.freqs"][:, :2])
+    assert torch.equal(network.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
+    with pytest.raises(ValueError, match=r"of another shape: rope.freqs \(2, 1, 6, 32\) instead of \(2, 2, 6, 32\)"):
+        load_backbone_state(model, state | {"rope.freqs": state["rope.freqs"][:, :1]})
+
+
+def test_load_backbone_state__tokens_and_tables_of_dinov3(make_model: MakeModel) -> None:
+    name = "vit_small_patch16_dinov3"
+    state = whole_state(name)
+    model = make_model(backbone=name, out_layers=(1,), class_token=False)
+    load_backbone_state(model, state | {"rope.periods": torch.zeros(16), "blocks.0.attn.k_bias": torch.zeros(384)})
+    for key in ("cls_token", "reg_token", "blocks.1.gamma_1"):
+        assert torch.equal(model.backbone.vit.state_dict()[key], state[key])
+
+
+def test_load_backbone_state__swin_files_that_merge_at_the_end_of_a_stage(make_model: MakeModel) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    state = whole_state(name)
+    authors = {
+        re.sub(r"layers\.(\d)\.downsample", lambda match: f"layers.{int(match[1]) - 1}.downsample", key): tensor
+        for key, tensor in state.items()
+    } | {
+        "layers.0.blocks.1.attn_mask": torch.zeros(3),
+        "layers.0.blocks.0.attn.relative_position_index": torch.zeros(9),
+    }
+    assert "layers.0.downsample.reduction.weight" in authors
+    model = make_model(backbone=name, image_size=(224, 224), out_layers=(2,))
+    load_backbone_state(model, authors)
+    for key, tensor in model.backbone.vit.state_dict().items():
+        assert torch.equal(tensor, state[key]), key
+
+
+def test_misfit__bias_table_is_named(make_model: MakeModel) -> None:
+    name = "beit_base_patch16_224"
+    key = "blocks.0.attn.relative_position_bias_table"
+    state = whole_state(name) | {key: torch.zeros(731, 12)}
+    message = rf"{key} \(731, 12\), which is no square of distances and 3 more for 12 heads"
+    with pytest.raises(ValueError, match=message):
+        load_backbone_state(make_model(backbone=name, out_layers=(0,)), state)
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224", "vit_small_patch16_dinov3"])
+def test_find__files_of_other_families_are_accepted(tmp_path: Path, name: str) -> None:
+    save_file(whole_state(name), tmp_path / "weights.safetensors")
+    assert find_backbone_weights(name, str(tmp_path / "weights.safetensors")).source == "file"
+    with pytest.raises(ValueError, match=f"does not fit {TINY}"):
+        find_backbone_weights(TINY, str(tmp_path / "weights.safetensors"))
 
 
 def test_find__a_path_must_exist_and_fit(tmp_path: Path, tiny_file: Path) -> None:

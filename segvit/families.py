@@ -1,0 +1,148 @@
+"""timm's backbones that SegViT builds on: plain ViTs of three classes, and Swin."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import timm
+import torch
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+NO_OPTIONS: Mapping[str, int | float] = MappingProxyType({})
+FAMILY_PATTERNS = ["vit_*", "deit3_*", "beit*", "eva*", "flexivit_*", "swin_*"]
+SWIN_STAGES = 4
+
+PlainViT = VisionTransformer | Eva | Beit
+"""augreg, DeiT III, DINOv2, SigLIP, CLIP; rotary EVA-02 and DINOv3; BEiT with its relative position bias."""
+
+
+def outline_backbone(name: str, options: Mapping[str, int | float] = NO_OPTIONS) -> PlainViT | SwinTransformer:
+    """timm's model of that name on the meta device: names and shapes without weights.
+
+    Args:
+        name: timm model name.
+        options: See `ModelConfig.backbone_options`.
+
+    Raises:
+        ValueError: Unknown name, or neither a plain ViT with square patches nor a Swin.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(FAMILY_PATTERNS), n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models('vit_*')"
+        raise ValueError(f"unknown backbone {name!r}; {hint}")
+    with torch.device("meta"):
+        network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
+        # Exact types: a subclass may change what the features are made of.
+        if type(network) not in (VisionTransformer, Eva, Beit, SwinTransformer):
+            raise ValueError(
+                f"backbone {name} is a {type(network).__name__}, not a plain VisionTransformer, Eva or Beit, "
+                "nor a Swin; choose a name such as vit_base_patch16_384 or vit_small_patch14_dinov2"
+            )
+        if options:
+            arguments = timm_options(options, isinstance(network, SwinTransformer))
+            try:
+                network = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+            except AssertionError as error:
+                raise ValueError(f"backbone_options {dict(options)} do not fit {name}: {error}") from None
+    assert isinstance(network, PlainViT | SwinTransformer)
+    embedding = network.patch_embed
+    if type(embedding) is not PatchEmbed:
+        raise ValueError(
+            f"backbone {name} embeds patches by a {type(embedding).__name__}, not by one linear map; "
+            "choose a name without a convolutional stem such as vit_base_patch16_384"
+        )
+    rows, columns = embedding.patch_size
+    if rows != columns:
+        raise ValueError(f"backbone {name} has {rows} x {columns} patches; choose one with square patches")
+    return network
+
+
+def is_hierarchical(name: str) -> bool:
+    """Whether the backbone of that name has stages of several strides; ValueError as of `outline_backbone`."""
+    return isinstance(outline_backbone(name), SwinTransformer)
+
+
+def create_vit(name: str, image_size: tuple[int, int], options: Mapping[str, int | float] = NO_OPTIONS) -> PlainViT:
+    """timm's plain ViT of that name with random weights, sized for (height, width) pixels.
+
+    Raises:
+        ValueError: Unknown or unsupported model, or a size that is no multiple of the patch size.
+    """
+    outline = outline_backbone(name, options)
+    if isinstance(outline, SwinTransformer):
+        raise ValueError(f"backbone {name} is hierarchical, not a plain ViT; choose one such as vit_base_patch16_384")
+    patch_size = outline.patch_embed.patch_size[0]
+    check_image_size(image_size, patch_size, f"{name}'s patch size {patch_size}")
+    # Beit takes no such setting: its features are computed for any grid here, see `positions`.
+    arguments = timm_options(options, hierarchical=False)
+    if not isinstance(outline, Beit):
+        arguments["dynamic_img_size"] = True
+    vit = timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, **arguments)
+    assert isinstance(vit, PlainViT)
+    for module in vit.modules():
+        # L x L integers a block, which take more memory than the weights on large grids and are not read here.
+        if getattr(module, "relative_position_index", None) is not None:
+            module.relative_position_index = None  # type: ignore[assignment]
+    return vit
+
+
+def create_swin(
+    name: str, image_size: tuple[int, int], options: Mapping[str, int | float] = NO_OPTIONS
+) -> SwinTransformer:
+    """timm's Swin of that name with random weights, its windows those of (height, width) pixels.
+
+    Raises:
+        ValueError: Unknown or unsupported model, or a size that is no multiple of the last stage's stride.
+    """
+    outline = outline_backbone(name, options)
+    if not isinstance(outline, SwinTransformer):
+        raise ValueError(f"backbone {name} is not hierarchical; choose one such as swin_tiny_patch4_window7_224")
+    embedding: Any = outline.patch_embed
+    stride = embedding.patch_size[0] * 2 ** (SWIN_STAGES - 1)
+    check_image_size(image_size, stride, f"{name}'s last stride {stride}")
+    swin = timm.create_model(
+        name,
+        pretrained=False,
+        num_classes=0,
+        img_size=image_size,
+        dynamic_img_size=True,
+        drop_path_rate=0.0,
+        **timm_options(options, hierarchical=True),
+    )
+    assert isinstance(swin, SwinTransformer)
+    return swin
+
+
+def timm_options(options: Mapping[str, int | float], hierarchical: bool) -> dict[str, Any]:
+    """timm's arguments for the options: a Swin has `depth` blocks in each stage, heads that double with the width."""
+    if not hierarchical:
+        return dict(options)
+    arguments: dict[str, Any] = {name: value for name, value in options.items() if name not in ("depth", "num_heads")}
+    if "depth" in options:
+        arguments["depths"] = (options["depth"],) * SWIN_STAGES
+    if "num_heads" in options:
+        arguments["num_heads"] = tuple(options["num_heads"] * 2**stage for stage in range(SWIN_STAGES))
+    return arguments
+
+
+def check_image_size(image_size: tuple[int, int], multiple: int, reason: str) -> None:
+    """Raise ValueError unless both sides are multiples."""
+    for size in image_size:
+        if size % multiple:
+            lower, upper = size // multiple * multiple, (size // multiple + 1) * multiple
+            remedy = f"{lower} or {upper}" if lower else f"{upper}"
+            raise ValueError(f"crop {size} is not a multiple of {reason}; use {remedy}")
+
+
+def num_heads_of(block: nn.Module) -> int:
+    """Attention heads of a timm block of any kind."""
+    heads: int = next(module.num_heads for module in block.modules() if hasattr(module, "num_heads"))  # type: ignore[assignment]
+    return heads

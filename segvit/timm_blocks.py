@@ -1,0 +1,143 @@
+"""timm's plain ViT blocks with queries of their own: what downsampling, and BEiT at any grid, need."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention, AttentionRope
+from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Block as BeitBlock
+from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+# B batch, Q queries and L tokens with prefix tokens first, C channels, D head width
+
+KNOWN_BLOCKS = (
+    (Block, Attention),
+    (EvaBlock, EvaAttention),
+    (EvaBlock, AttentionRope),
+    (BeitBlock, BeitAttention),
+)
+
+
+class Places(NamedTuple):
+    """What one block's attention knows of where its queries and keys lie; None where it is not told."""
+
+    query_rotary: Tensor | None
+    """Sine and cosine (patches, 2D) or (heads, patches, 2D), without rows for prefix tokens."""
+    key_rotary: Tensor | None
+    bias: Tensor | None
+    """(heads, Q, L), added to the similarity."""
+
+
+def check_known(block: nn.Module) -> None:
+    """Raise ValueError unless `query_block` knows everything the block computes."""
+    attention = getattr(block, "attn", None)
+    # Exact types: a subclass may compute what is not written out below.
+    if (type(block), type(attention)) not in KNOWN_BLOCKS:
+        raise ValueError(
+            f"query-based downsampling does not know {type(block).__name__} with {type(attention).__name__}; "
+            "use a plain ViT backbone such as vit_base_patch16_384, or structure 'cascade' or 'single'"
+        )
+
+
+def run_block(block: nn.Module, tokens: Tensor, places: Places, num_prefix_tokens: int) -> Tensor:
+    """A timm block of any kind on tokens (B, L, C)."""
+    output: Tensor
+    if isinstance(block, BeitBlock):
+        # timm's forward knows only the bias of the one grid it was built for.
+        return query_block(block, tokens, tokens, places, num_prefix_tokens)
+    if isinstance(block, EvaBlock | EvaBlockPostNorm):
+        output = block(tokens, rope=places.key_rotary)
+    else:
+        output = block(tokens)
+    return output
+
+
+def query_block(block: nn.Module, queries: Tensor, tokens: Tensor, places: Places, num_prefix_tokens: int) -> Tensor:
+    """A timm block whose queries and residual are others than the tokens it reads.
+
+    Args:
+        block: A block that `check_known` accepts.
+        queries: (B, Q, C), before the block's first norm.
+        tokens: (B, L, C), likewise.
+        places: Where both lie.
+        num_prefix_tokens: Class and register tokens in front of both.
+
+    Returns:
+        (B, Q, C).
+    """
+    parts: Any = block
+    attended = query_attention(parts.attn, parts.norm1(queries), parts.norm1(tokens), places, num_prefix_tokens)
+    queries = queries + parts.drop_path1(scale_branch(block, 1, attended))
+    output: Tensor = queries + parts.drop_path2(scale_branch(block, 2, parts.mlp(parts.norm2(queries))))
+    return output
+
+
+def scale_branch(block: nn.Module, branch: int, values: Tensor) -> Tensor:
+    """LayerScale of the attention (1) or MLP (2) branch, where the block has one."""
+    parts: Any = block
+    if isinstance(block, Block):
+        scaled: Tensor = (parts.ls1, parts.ls2)[branch - 1](values)
+        return scaled
+    gamma: Tensor | None = (parts.gamma_1, parts.gamma_2)[branch - 1]
+    return values if gamma is None else gamma * values
+
+
+def query_attention(attention: Any, queries: Tensor, tokens: Tensor, places: Places, num_prefix_tokens: int) -> Tensor:
+    """timm's self-attention (B, Q, C) with other queries (B, Q, C) than the tokens (B, L, C)."""
+    q, k, v = project(attention, queries, tokens)
+    if not isinstance(attention, BeitAttention):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    if places.query_rotary is not None and places.key_rotary is not None:
+        q = rotate(q, places.query_rotary, num_prefix_tokens, attention.rotate_half).type_as(v)
+        k = rotate(k, places.key_rotary, num_prefix_tokens, attention.rotate_half).type_as(v)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    attended = F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if places.bias is None else places.bias.to(q.dtype).unsqueeze(0),
+        dropout_p=attention.attn_drop.p if attention.training else 0.0,
+        scale=attention.scale,
+    )
+    attended = attended.transpose(1, 2).flatten(2)
+    if not isinstance(attention, BeitAttention):
+        attended = attention.norm(attended)
+        if attention.gate is not None:
+            attended = attended * attention.gate(queries).sigmoid()
+    output: Tensor = attention.proj_drop(attention.proj(attended))
+    return output
+
+
+def project(attention: Any, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, heads, Q, D), keys and values (B, heads or fewer, L, D) before their norms."""
+    if attention.qkv is None:
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        flat = [linear(inputs) for linear, inputs in zip(projections, (queries, tokens, tokens), strict=True)]
+        head_width = attention.head_dim
+    else:
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        width = weight.shape[0] // 3
+        if bias is None and getattr(attention, "q_bias", None) is not None:
+            bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
+        q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
+        flat = [
+            F.linear(queries, weight[:width], q_bias),
+            *F.linear(tokens, weight[width:], kv_bias).chunk(2, dim=-1),
+        ]
+        head_width = width // attention.num_heads
+    q, k, v = (torch.unflatten(one, 2, (-1, head_width)).transpose(1, 2) for one in flat)
+    return q, k, v
+
+
+def rotate(heads: Tensor, rotary: Tensor, num_prefix_tokens: int, rotate_half: bool) -> Tensor:
+    """Rotary positions applied to the patches of (B, heads, L, D); prefix tokens have none."""
+    prefix, patches = heads[:, :, :num_prefix_tokens], heads[:, :, num_prefix_tokens:]
+    return torch.cat((prefix, apply_rot_embed_cat(patches, rotary, half=rotate_half)), dim=2)
