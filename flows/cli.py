@@ -215,7 +215,7 @@ def flops(
     except ValueError as error:
         raise UserError(str(error)) from error
     with _facts(as_json) as (console, give):
-        console.print(present.costs_table(rows))
+        console.print(present.costs_view(rows))
         give([asdict(row) for row in rows])
 
 

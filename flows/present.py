@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.tree import Tree
 
@@ -111,24 +111,27 @@ def plan_tree(name: str, planned: Sequence[PlannedStep], complete: bool) -> Tree
     return tree
 
 
-def costs_table(costs: Sequence[PresetCost]) -> Table:
-    """What presets cost, part by part."""
-    table = Table(title="Cost of one image", title_justify="left", caption=f"{COUNTED}\n{ACTIVATIONS}")
-    table.caption_justify = "left"
-    for heading in ("preset", "size", "GFLOPs", "published", "parameters", "activations", "GFLOPs by part"):
-        table.add_column(heading, justify="left" if heading in ("preset", "GFLOPs by part") else "right")
+def costs_view(costs: Sequence[PresetCost]) -> Group:
+    """What presets cost, in all and part by part, and what is counted."""
+    totals = Table(title="Cost of one image", title_justify="left")
+    totals.add_column("preset", overflow="fold")
+    for heading in ("size", "GFLOPs", "published", "parameters", "activations"):
+        totals.add_column(heading, justify="right", no_wrap=True)
+    parts = Table(title="GFLOPs by part", title_justify="left")
+    parts.add_column("preset", overflow="fold", ratio=1)
+    parts.add_column("parts", ratio=2)
     for cost in costs:
         published = cost.published_gflops
-        table.add_row(
+        totals.add_row(
             cost.name,
             "x".join(map(str, cost.size)),
             f"{cost.gflops:.2f}",
             f"{published:.1f} ({cost.gflops / published - 1:+.2%})" if published else "",
             f"{cost.parameters / 1e6:.2f} M",
             f"{cost.activation_bytes / 2**30:.2f} GiB",
-            ", ".join(f"{name.replace('_', ' ')} {part:.2f}" for name, part in cost.parts.items()),
         )
-    return table
+        parts.add_row(cost.name, ", ".join(f"{name.replace('_', ' ')} {part:.2f}" for name, part in cost.parts.items()))
+    return Group(totals, parts, COUNTED, ACTIVATIONS)
 
 
 def runs_table(runs: Sequence[RunSummary]) -> Table:

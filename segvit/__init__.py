@@ -2,6 +2,7 @@
 
 from segvit.checkpoint import load_checkpoint, save_checkpoint
 from segvit.config import ModelConfig
+from segvit.cross_entropy import PixelNormalizer, SemanticCrossEntropy
 from segvit.flops import ModelCost, model_cost
 from segvit.inference import predict, predict_batch, semantic_labels, semantic_scores
 from segvit.latency import measure_latency
@@ -20,9 +21,11 @@ __all__ = [
     "LossNormalizer",
     "ModelConfig",
     "ModelCost",
+    "PixelNormalizer",
     "SegViT",
     "SegmentationLoss",
     "SegmentationMetrics",
+    "SemanticCrossEntropy",
     "SegmentationOutput",
     "build_model",
     "check_config",

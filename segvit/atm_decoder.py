@@ -163,7 +163,8 @@ class ATMCascade(nn.Module):
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
         """One prediction a stage, from features in the backbone's order, on the first feature's grid."""
         batch, grid = len(features[0].tokens), features[0].grid
-        tables = [table.weight.expand(batch, -1, -1) for table in self.class_queries]
+        # Through parameters(): the type of a module list's members is not known to be a table.
+        tables = [table.expand(batch, -1, -1) for table in self.class_queries.parameters()]
         queries = tables[0]
         predictions: list[Prediction] = []
         for index, (stage, feature) in enumerate(zip(self.stages, reversed(features), strict=True)):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,14 +25,29 @@ def attend(
 
     `scale` is the factor of the similarity; None: head width ** -0.5.
     """
-    attended = F.scaled_dot_product_attention(
-        split_heads(queries, num_heads),
-        split_heads(keys, num_heads),
-        split_heads(values, num_heads),
-        dropout_p=dropout,
-        scale=scale,
-    )
+    q, k, v = (split_heads(tokens, num_heads) for tokens in (queries, keys, values))
+    if dropout and queries.device.type == "cpu":
+        attended = attend_with_dropout(q, k, v, dropout, q.shape[-1] ** -0.5 if scale is None else scale)
+    else:
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     return attended.transpose(1, 2).flatten(2)
+
+
+def attend_with_dropout(queries: Tensor, keys: Tensor, values: Tensor, dropout: float, scale: float) -> Tensor:
+    """Attention (B, heads, Q, C) whose weights are dropped at random, on a CPU.
+
+    The fused kernel knows no dropout there, and torch's own spends most of its time on drawing a number a weight.
+    """
+    weights = torch.matmul(queries * scale, keys.transpose(2, 3)).softmax(-1)
+    weights = weights.masked_fill(draw_dropped(weights.shape, dropout), 0.0)
+    return torch.matmul(weights, values) / (1 - dropout)
+
+
+def draw_dropped(shape: Sequence[int], dropout: float) -> Tensor:
+    """Booleans, each True with probability `dropout` rounded to a multiple of 2 ** -16; four for a random number."""
+    count = math.prod(shape)
+    numbers = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    return (numbers.view(torch.int16)[:count] < round(dropout * 2**16) - 2**15).view(shape)
 
 
 def initialize_linear(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from segvit.checkpoint import check_metadata
 from segvit.inference import evaluating, semantic_scores
@@ -80,7 +81,9 @@ def export_program(model: SegViT, size: tuple[int, int], *, with_labels: bool = 
     check_exportable(model, size)
     # A sample of one image would make the batch size a constant.
     images = torch.zeros(2, 3, *size, dtype=torch.uint8, device=model.mean.device)
-    with evaluating(model), torch.no_grad():
+    # Where a fused kernel lays its result out otherwise, a view of it that is traced does not fit what ONNX makes of
+    # attention with a mask (BEiT). The program itself chooses its kernels when it runs.
+    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         # Not strict, len(tensor) would make the batch size a constant.
         return torch.export.export(
             RawImageModel(model, with_labels).eval(),

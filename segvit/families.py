@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers.patch_embed import PatchEmbed
+from timm.models import is_model_in_modules
 from timm.models.beit import Beit
 from timm.models.eva import Eva
 from timm.models.swin_transformer import SwinTransformer
@@ -38,20 +39,18 @@ def outline_backbone(name: str, options: Mapping[str, int | float] = NO_OPTIONS)
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(FAMILY_PATTERNS), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models('vit_*')"
         raise ValueError(f"unknown backbone {name!r}; {hint}")
-    with torch.device("meta"):
-        network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0)
-        # Exact types: a subclass may change what the features are made of.
-        if type(network) not in (VisionTransformer, Eva, Beit, SwinTransformer):
-            raise ValueError(
-                f"backbone {name} is a {type(network).__name__}, not a plain VisionTransformer, Eva or Beit, "
-                "nor a Swin; choose a name such as vit_base_patch16_384 or vit_small_patch14_dinov2"
-            )
-        if options:
-            arguments = timm_options(options, isinstance(network, SwinTransformer))
-            try:
-                network = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
-            except AssertionError as error:
-                raise ValueError(f"backbone_options {dict(options)} do not fit {name}: {error}") from None
+    arguments = timm_options(options, is_hierarchical(name))
+    try:
+        with torch.device("meta"):
+            network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    except (AssertionError, TypeError) as error:
+        raise ValueError(f"backbone_options {dict(options)} do not fit {name}: {error}") from None
+    # Exact types: a subclass may change what the features are made of.
+    if type(network) not in (VisionTransformer, Eva, Beit, SwinTransformer):
+        raise ValueError(
+            f"backbone {name} is a {type(network).__name__}, not a plain VisionTransformer, Eva or Beit, "
+            "nor a Swin; choose a name such as vit_base_patch16_384 or vit_small_patch14_dinov2"
+        )
     assert isinstance(network, PlainViT | SwinTransformer)
     embedding = network.patch_embed
     if type(embedding) is not PatchEmbed:
@@ -66,8 +65,8 @@ def outline_backbone(name: str, options: Mapping[str, int | float] = NO_OPTIONS)
 
 
 def is_hierarchical(name: str) -> bool:
-    """Whether the backbone of that name has stages of several strides; ValueError as of `outline_backbone`."""
-    return isinstance(outline_backbone(name), SwinTransformer)
+    """Whether the name is that of a backbone with stages of several strides."""
+    return is_model_in_modules(name, ["swin_transformer"])
 
 
 def create_vit(name: str, image_size: tuple[int, int], options: Mapping[str, int | float] = NO_OPTIONS) -> PlainViT:

@@ -33,13 +33,13 @@ class LinearHead(nn.Module):
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
         """One prediction without class logits, on the grid of the first feature."""
         grid = features[0].grid
-        maps = [as_map(norm(feature.tokens), feature.grid, grid) for norm, feature in zip(self.norms, features)]
+        maps = [as_map(norm(feature.tokens), feature.grid, grid) for norm, feature in zip(self.norms, features, strict=True)]
         logits = self.linear(torch.cat(maps, dim=1).flatten(2).transpose(1, 2))
-        masks = at_least_float32(logits).transpose(1, 2).unflatten(2, grid)
+        masks = torch.unflatten(at_least_float32(logits).transpose(1, 2), 2, grid)
         return DecoderOutput([Prediction(None, masks)], features[0].stride)
 
 
 def as_map(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """Tokens (B, L, C) of a grid as a map (B, C, h, w), bilinearly resized to `size`."""
-    cells = tokens.transpose(1, 2).unflatten(2, grid)
+    cells = torch.unflatten(tokens.transpose(1, 2), 2, grid)
     return cells if grid == size else F.interpolate(cells, size=size, mode="bilinear", align_corners=False)

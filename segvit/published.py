@@ -6,10 +6,9 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +17,7 @@ from torch import Tensor
 from segvit.config import ModelConfig, Structure
 from segvit.losses import NO_OBJECT_WEIGHT
 from segvit.model import SegViT, build_model
+from segvit.published_names import Layout, tensor_names
 
 # The published backbones are of this architecture, with sizes of their own.
 ARCHITECTURE = "vit_base_patch16_384"
@@ -26,18 +26,6 @@ MOST_NAMED = 20
 PREFIX = "module."
 
 Shape = tuple[int, ...]
-
-
-class Layout(NamedTuple):
-    """How many of each part a checkpoint has: enough to name all of its tensors."""
-
-    structure: Structure
-    num_blocks: int
-    num_stages: int
-    """ATM stages of a cascade, upsampling stages of Shrunk, otherwise 1."""
-    num_layers: int
-    """Decoder layers a stage."""
-    input_projection: bool
 
 
 def load_published(
@@ -135,93 +123,6 @@ def rename(model: SegViT) -> dict[str, str]:
     if strange := sorted(set(own) ^ set(names.values())):
         raise ValueError(f"the published format has no place for {listing(strange)}; use segvit.save_checkpoint")
     return names
-
-
-def tensor_names(layout: Layout) -> dict[str, str]:
-    """Published to own names of every tensor of a layout."""
-    names = {"backbone.cls_token": "backbone.vit.cls_token", "backbone.pos_embed": "backbone.vit.pos_embed"}
-    names |= both("backbone.patch_embed.projection", "backbone.vit.patch_embed.proj")
-    for index in range(layout.num_blocks):
-        names |= within(f"backbone.layers.{index}.", f"backbone.vit.blocks.{index}.", BLOCK_NAMES)
-    if layout.structure == "shrunk":
-        names["decode_head.q.weight"] = "decoder.grid_queries.weight"
-        for stage, upsampling in stages("decode_head.", "decoder.upsampling.{}.", layout.num_stages):
-            names |= stage_names(stage, upsampling, layout.num_layers, UPSAMPLING_LAYER_NAMES, projection=True)
-        names |= head_names("decode_head.atm.", "decoder.atm.", "class_queries.weight")
-        for stage, own in stages("decode_head.atm.", "decoder.atm.stage.", 1):
-            names |= stage_names(stage, own, layout.num_layers, ATM_LAYER_NAMES, projection=False)
-        return names
-    cascade = layout.structure == "cascade"
-    names |= head_names("decode_head.", "decoder.", "class_queries.0.weight" if cascade else "class_queries.weight")
-    pattern = "decoder.stages.{}." if cascade else "decoder.stage."
-    for stage, own in stages("decode_head.", pattern, layout.num_stages):
-        names |= stage_names(stage, own, layout.num_layers, ATM_LAYER_NAMES, projection=layout.input_projection)
-    return names
-
-
-def stages(head: str, own: str, count: int) -> list[tuple[Callable[[str], str], str]]:
-    """For each stage, the published name of a part of it, and the prefix of its own names."""
-
-    def part_name(number: int) -> Callable[[str], str]:
-        return lambda part: f"{head}{part}_{number}"
-
-    return [(part_name(index + 1), own.format(index)) for index in range(count)]
-
-
-def stage_names(
-    stage: Callable[[str], str], own: str, num_layers: int, layer_names: Mapping[str, str], *, projection: bool
-) -> dict[str, str]:
-    """Names of one stage: its layers, and its projection where it has one."""
-    names: dict[str, str] = {}
-    if projection:
-        names |= both(stage("input_proj"), f"{own}input.0") | both(stage("proj_norm"), f"{own}input.1")
-    for index in range(num_layers):
-        names |= within(f"{stage('decoder')}.layers.{index}.", f"{own}layers.{index}.", layer_names)
-    return names
-
-
-def head_names(published: str, own: str, queries: str) -> dict[str, str]:
-    """Names of the class queries and the class head."""
-    return {f"{published}q.weight": own + queries} | both(f"{published}class_embed", f"{own}class_head")
-
-
-def both(published: str, own: str) -> dict[str, str]:
-    """Weight and bias of a renamed layer."""
-    return {f"{published}.{part}": f"{own}.{part}" for part in ("weight", "bias")}
-
-
-def within(published: str, own: str, names: Mapping[str, str]) -> dict[str, str]:
-    """The names below two prefixes."""
-    return {published + theirs: own + ours for theirs, ours in names.items()}
-
-
-def attention_names(published: str, own: str, weight: str, bias: str, output: str) -> dict[str, str]:
-    """Stacked in-projection and output projection."""
-    names = {f"{published}.in_proj_weight": f"{own}.{weight}", f"{published}.in_proj_bias": f"{own}.{bias}"}
-    return names | both(f"{published}.out_proj", f"{own}.{output}")
-
-
-BLOCK_NAMES = (
-    both("ln1", "norm1")
-    | attention_names("attn.attn", "attn", "qkv.weight", "qkv.bias", "proj")
-    | both("ln2", "norm2")
-    | both("ffn.layers.0.0", "mlp.fc1")
-    | both("ffn.layers.1", "mlp.fc2")
-)
-_LAYER_NAMES = (
-    attention_names("self_attn", "self_attention", "in_proj", "in_proj_bias", "out_proj")
-    | both("linear1", "mlp.0")
-    | both("linear2", "mlp.3")
-    | {name: name for norm in ("norm1", "norm2", "norm3") for name in both(norm, norm)}
-)
-UPSAMPLING_LAYER_NAMES = _LAYER_NAMES | attention_names(
-    "multihead_attn", "cross_attention", "in_proj", "in_proj_bias", "out_proj"
-)
-ATM_LAYER_NAMES = _LAYER_NAMES | {
-    theirs: ours
-    for part in ("q", "k", "v", "proj")
-    for theirs, ours in both(f"multihead_attn.{part}", f"attention_to_mask.{part}").items()
-}
 
 
 def read_state(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -372,7 +273,9 @@ def class_head(structure: Structure) -> str:
 
 def check_state(state: Mapping[str, Tensor], needed: Mapping[str, Shape], num_classes: int) -> None:
     """Raise one ValueError naming every tensor that is missing, unknown or of another shape."""
-    allowed = {head + EMPTY_WEIGHT: (num_classes + 1,) for head in ("decode_head.", "decode_head.atm.")}
+    allowed: dict[str, Shape] = {
+        head + EMPTY_WEIGHT: (num_classes + 1,) for head in ("decode_head.", "decode_head.atm.")
+    }
     block = {name: shape for name, shape in needed.items() if name.startswith("backbone.layers.0.")}
     num_kept = count(needed, r"backbone\.layers\.(\d+)\.")
     for index, name in product(range(num_kept, count(state, r"backbone\.layers\.(\d+)\.")), block):

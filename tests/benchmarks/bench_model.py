@@ -217,7 +217,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_of:
-        print(peak_memory(*options.memory_of, options))
+        case, part = options.memory_of
+        print(peak_memory(case, part, options))
         return
     times = best_times(options.case, options)
     results: dict[str, Any] = {}

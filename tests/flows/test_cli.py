@@ -17,6 +17,7 @@ FROZEN_OPTIONS = {
     "show": {"run_id", "--workspace", "--tracking-uri", "--json"},
     "models": {"name", "--workspace", "--tracking-uri", "--json"},
     "predict": {"model", "images", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
+    "flops": {"presets", "--published", "--size", "--json"},
     "submit": {"config", "--address", "--workspace", "--set", "--tracking-uri"},
 }
 
@@ -90,6 +91,12 @@ def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pyte
             ["submit", CONFIG, "--address", "http://127.0.0.1:9", "--workspace", "/tmp/ws"],
             "no job server answers at http://127.0.0.1:9",
         ),
+        (["flops"], "error: name one preset or more, or use --published"),
+        (["flops", "ade20k_vit_base", "--published"], "or use --published for the published models, not both"),
+        (["flops", "ade20k_vit_bas"], "error: unknown preset 'ade20k_vit_bas'; did you mean ade20k_vit_base"),
+        (["flops", "ade20k_vit_base", "--size", "512"], "error: --size '512' is not of the form HxW in pixels"),
+        (["flops", "ade20k_vit_base", "--size", "0x512"], "--size '0x512' is not of the form HxW"),
+        (["flops", "--published", "--size", "64x64"], "--size 64x64 has no meaning with --published"),
         (["submit", CONFIG, "--address", "127.0.0.1:9", "--workspace", "/tmp/ws"], "is no job server"),
         (["submit", CONFIG, "--address", "http://127.0.0.1:9", "--workspace", "ws"], "workspace ws is relative"),
     ],
@@ -109,6 +116,39 @@ def test_mistakes__one_message_and_exit_1(
     assert message in printed.err
     assert "Traceback" not in printed.err + printed.out
     assert not list(tmp_path.rglob("mlflow.db"))
+
+
+def test_flops__published_rows_stand_beside_the_papers_figures(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("flops", "--published", "--json") == 0
+    rows = json.loads(capfd.readouterr().out)
+    assert {row["name"]: row["published_gflops"] for row in rows} == {
+        "ade20k_vit_base": 120.9,
+        "ade20k_vit_large_shrunk": 373.5,
+        "ade20k_vit_large": 637.9,
+        "coco_stuff10k_vit_large_shrunk": 224.8,
+        "coco_stuff10k_vit_large": 383.9,
+        "pascal_context_vit_large_shrunk": 186.9,
+        "pascal_context_vit_large": 321.6,
+    }
+    for row in rows:
+        assert row["gflops"] == pytest.approx(row["published_gflops"], rel=0.005)
+        assert row["gflops"] == pytest.approx(sum(row["parts"].values()))
+    assert rows[0]["parameters"] == pytest.approx(108.74e6, abs=0.005e6)
+
+
+def test_flops__presets_at_a_size(capfd: pytest.CaptureFixture[str]) -> None:
+    presets = ("ablation_linear_cross_entropy", "ade20k_vit_base")
+    assert run("flops", *presets, "--size", "64x96", "--json") == 0
+    rows = json.loads(capfd.readouterr().out)
+    assert [(row["name"], row["size"], row["published_gflops"]) for row in rows] == [
+        (name, [64, 96], None) for name in presets
+    ]
+    assert rows[1]["gflops"] > rows[0]["gflops"]
+    assert run("flops", *presets, "--size", "64x96") == 0
+    printed = capfd.readouterr().out
+    assert "64x96" in printed
+    assert f"{rows[1]['gflops']:.2f}" in printed
+    assert "One multiply-add counts as one" in printed
 
 
 def test_unknown_option__exit_2(capfd: pytest.CaptureFixture[str]) -> None:

@@ -119,9 +119,7 @@ class ViT(nn.Module):
         features = []
         for index, block in enumerate(self.layers):
             if index == self.sizes.shrink_at:
-                kept = [
-                    row * grid[1] + column for row in range(0, grid[0], 2) for column in range(0, grid[1], 2)
-                ]
+                kept = [row * grid[1] + column for row in range(0, grid[0], 2) for column in range(0, grid[1], 2)]
                 tokens = block(tokens, kept)
                 grid = (math.ceil(grid[0] / 2), math.ceil(grid[1] / 2))
             else:
@@ -320,7 +318,7 @@ def reference_losses(
     entropy, weights = [], []
     focal, dice = [], []
     for image in range(batch):
-        found = set(labels[image].unique().tolist()) - {ignore_index}
+        found = set(labels[image].flatten().tolist()) - {ignore_index}
         for query in range(num_classes):
             target = query if query in found else num_classes
             weight = 1.0 if query in found else 0.1
@@ -370,6 +368,6 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         is_norm = ".ln" in name or "norm" in name
         scale = 0.3 if is_norm or parameter.ndim == 1 else 1.5 / math.sqrt(parameter[0].numel())
-        if name.endswith("q.weight") and "multihead" not in name or name.startswith("backbone.pos"):
+        if (name.endswith("q.weight") and "multihead" not in name) or name.startswith("backbone.pos"):
             scale = 1.0
         parameter.data = (noise * scale + (1.0 if is_norm and name.endswith("weight") else 0.0)).to(parameter)

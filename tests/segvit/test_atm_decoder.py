@@ -63,7 +63,7 @@ def test_cascade__visits_the_last_features_first_and_accumulates_masks() -> None
     first, last = (feature_map(2, 3, 16) for _ in range(2))
     output = decoder([first, last])
 
-    queries = decoder.class_queries[0].weight.expand(2, -1, -1)  # type: ignore[union-attr, operator]
+    queries = decoder.class_queries[0].weight.expand(2, -1, -1)  # type: ignore[operator]
     total = torch.zeros(2, 5, 2, 3)
     for stage, feature, prediction in zip(decoder.stages, (last, first), output.predictions, strict=True):
         tokens = stage.input(feature.tokens)  # type: ignore[operator]
@@ -141,9 +141,10 @@ def test_decoder__gradient_check(kind: str) -> None:
         return
     decoder = ATMCascade((4, 4), small).double()
 
-    def run(tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def run(tokens: Tensor) -> tuple[Tensor, Tensor]:
         feature = FeatureMap(tokens, (2, 3), 16, (2, 3))
         final = decoder([feature, feature._replace(tokens=tokens.flip(1))]).predictions[-1]
+        assert final.class_logits is not None
         return final.mask_logits, final.class_logits
 
     assert torch.autograd.gradcheck(run, (tokens,))

@@ -16,7 +16,7 @@ from segvit.families import create_vit
 from segvit.model import build_backbone, build_model
 from segvit.positions import bias_table, geometric_places, token_positions
 
-SMALL: dict[str, int | float] = {"embed_dim": 48, "depth": 3, "num_heads": 3}
+SMALL: dict[str, Any] = {"embed_dim": 48, "depth": 3, "num_heads": 3}
 FAMILIES = [
     "vit_tiny_patch16_224",
     "vit_base_patch16_clip_224",
@@ -85,8 +85,9 @@ def test_features__equal_timm_set_to_another_grid(name: str, grid: tuple[int, in
     twin = timm_twin(name, vit)
     backbone = PlainBackbone(vit, (2,)).eval()
     twin.set_input_size(img_size=(grid[0] * side, grid[1] * side))
-    if getattr(twin, "pos_embed", None) is not None:
-        twin.pos_embed = nn.Parameter(backbone.position_embedding(grid))
+    positions = backbone.position_embedding(grid)
+    if positions is not None:
+        twin.pos_embed = nn.Parameter(positions)
     images = torch.randn(1, 3, grid[0] * side, grid[1] * side)
     [expected] = intermediate_tokens(twin, images, [2])
     torch.testing.assert_close(backbone(images)[0].tokens, expected, rtol=1e-5, atol=1e-5)
@@ -94,7 +95,7 @@ def test_features__equal_timm_set_to_another_grid(name: str, grid: tuple[int, in
 
 @torch.no_grad()
 def test_features__shared_relative_bias_of_beit() -> None:
-    options = {"use_shared_rel_pos_bias": True, "use_abs_pos_emb": True}
+    options: dict[str, Any] = {"use_shared_rel_pos_bias": True, "use_abs_pos_emb": True}
     twin: Any = timm.create_model("beit_base_patch16_224", num_classes=0, img_size=(64, 96), **SMALL, **options).eval()
     for parameter in twin.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -107,7 +108,7 @@ def test_features__shared_relative_bias_of_beit() -> None:
 @torch.no_grad()
 def test_class_token__without_it_equals_timm_built_without(name: str) -> None:
     vit, side = small_vit(name), patch_size(name)
-    settings = {"class_token": False, "global_pool": "avg"}
+    settings: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
     twin: Any = timm.create_model(name, num_classes=0, img_size=vit.patch_embed.img_size, **SMALL, **settings).eval()
     state = {key: value for key, value in vit.state_dict().items() if key in twin.state_dict()}
     if "pos_embed" in state:
@@ -176,7 +177,7 @@ def test_geometric_places__end_at_the_new_extent_and_start_with_one() -> None:
 def test_position_embedding__other_grid_is_resized_bicubically() -> None:
     backbone = PlainBackbone(create_vit("vit_tiny_patch16_224", (64, 64)), (0,))
     stored = nn.init.normal_(backbone.vit.pos_embed)
-    patches = stored[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    patches = torch.unflatten(stored[:, 1:].transpose(1, 2), 2, (4, 4))
     expected = F.interpolate(patches, size=(3, 5), mode="bicubic", align_corners=False)
     resized = backbone.position_embedding((3, 5))
     assert resized is not None
@@ -238,9 +239,8 @@ def test_precision__float64_stays_and_bfloat16_runs(name: str, shrink_at: int | 
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("shrink_at", [None, 1])
-def test_compile__one_graph_at_another_grid(name: str, shrink_at: int | None) -> None:
-    backbone = PlainBackbone(small_vit(name), (0, 2), shrink_at=shrink_at, shrink_queries="average").eval()
+def test_compile__one_graph_at_another_grid(name: str) -> None:
+    backbone = PlainBackbone(small_vit(name), (0, 2), shrink_at=1, shrink_queries="average").eval()
     images = torch.randn(1, 3, 3 * backbone.patch_size, 5 * backbone.patch_size)
     torch._dynamo.reset()
     compiled = torch.compile(backbone, backend="eager", fullgraph=True)(images)

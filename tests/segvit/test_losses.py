@@ -16,13 +16,13 @@ N = 4
 
 
 def make_output(
-    batch: int, size: tuple[int, int], grid: tuple[int, int] = (3, 4), stride: int = 4
+    batch: int, size: tuple[int, int], grid: tuple[int, int] = (3, 4), stride: int = 4, num_classes: int = N
 ) -> SegmentationOutput:
     padded = (grid[0] * stride, grid[1] * stride)
 
     def prediction(auxiliary: tuple[SegmentationOutput, ...]) -> SegmentationOutput:
-        class_logits = torch.randn(batch, N, N + 1, dtype=torch.float64, requires_grad=True)
-        mask_logits = torch.randn(batch, N, *grid, dtype=torch.float64, requires_grad=True)
+        class_logits = torch.randn(batch, num_classes, num_classes + 1, dtype=torch.float64, requires_grad=True)
+        mask_logits = torch.randn(batch, num_classes, *grid, dtype=torch.float64, requires_grad=True)
         return SegmentationOutput(class_logits, mask_logits, auxiliary, size, padded)
 
     return prediction((prediction(()), prediction(())))
@@ -31,11 +31,13 @@ def make_output(
 def reference_terms(prediction: SegmentationOutput, labels: Tensor, *, keep_ignored: bool) -> dict[str, Tensor]:
     """The formulas, one pixel set at a time in plain loops."""
     height, width = prediction.image_size
+    num_classes = prediction.mask_logits.shape[1]
+    assert prediction.class_logits is not None
     weighted, weight_sum, focals, dices = [], 0.0, [], []
     for image in range(len(labels)):
-        for query in range(N):
+        for query in range(num_classes):
             is_present = bool((labels[image] == query).any())
-            target, weight = (query, 1.0) if is_present else (N, 0.1)
+            target, weight = (query, 1.0) if is_present else (num_classes, 0.1)
             weighted.append(-weight * prediction.class_logits[image, query].log_softmax(0)[target])
             weight_sum += weight
             if not is_present:
@@ -57,25 +59,47 @@ def reference_terms(prediction: SegmentationOutput, labels: Tensor, *, keep_igno
     }
 
 
-def some_labels(case: str, size: tuple[int, int]) -> Tensor:
-    labels = torch.randint(0, N, (3, *size))
+CASES = ["dense", "ignore", "one image ignored", "single class", "all ignored"]
+
+
+def some_labels(case: str, size: tuple[int, int], batch: int = 3, num_classes: int = N) -> Tensor:
+    labels = torch.randint(0, num_classes, (batch, *size))
     if case in ("ignore", "one image ignored"):
         labels[:, :4] = 255
     if case == "one image ignored":
-        labels[1] = 255
+        labels[-1] = 255
     if case == "single class":
-        labels[:] = 2
+        labels[:] = num_classes // 2
     if case == "all ignored":
         labels[:] = 255
     return labels
 
 
-@pytest.mark.parametrize("case", ["dense", "ignore", "one image ignored", "single class", "all ignored"])
-@pytest.mark.parametrize("keep_ignored", [True, False])
-def test_loss__equals_plain_loops_with_gradients(case: str, keep_ignored: bool) -> None:
-    size = (10, 13)  # smaller than the 12 x 16 pixels the mask grid covers
-    output, labels = make_output(3, size), some_labels(case, size)
-    loss = SegmentationLoss(N, count_ignored_as_background=keep_ignored)
+@settings(max_examples=40, deadline=None)
+@given(
+    case=st.sampled_from(CASES),
+    keep_ignored=st.booleans(),
+    grid=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    cut=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    batch=st.integers(1, 3),
+    num_classes=st.integers(1, 6),
+    seed=st.integers(0, 1000),
+)
+def test_loss__equals_plain_loops_with_gradients(
+    case: str,
+    keep_ignored: bool,
+    grid: tuple[int, int],
+    cut: tuple[int, int],
+    batch: int,
+    num_classes: int,
+    seed: int,
+) -> None:
+    """Any height and width, also smaller than the pixels that the mask grid covers."""
+    torch.manual_seed(seed)
+    size = (4 * grid[0] - cut[0], 4 * grid[1] - cut[1])
+    output = make_output(batch, size, grid, num_classes=num_classes)
+    labels = some_labels(case, size, batch, num_classes)
+    loss = SegmentationLoss(num_classes, count_ignored_as_background=keep_ignored)
     terms = loss(output, labels)
     expected: dict[str, Tensor] = {}
     for prefix, prediction in (
@@ -90,6 +114,7 @@ def test_loss__equals_plain_loops_with_gradients(case: str, keep_ignored: bool) 
     for name, value in (expected | {"total": total}).items():
         torch.testing.assert_close(terms[name], value, rtol=1e-9, atol=1e-12)
 
+    assert output.class_logits is not None
     leaves = [output.class_logits, output.mask_logits, output.auxiliary[1].mask_logits]
     gradients = torch.autograd.grad(terms["total"], leaves, allow_unused=True)
     references = torch.autograd.grad(total, leaves, allow_unused=True)
@@ -111,6 +136,7 @@ def test_loss__one_known_case() -> None:
 
 
 def rows(output: SegmentationOutput, start: int, stop: int) -> SegmentationOutput:
+    assert output.class_logits is not None
     return output._replace(
         class_logits=output.class_logits[start:stop],
         mask_logits=output.mask_logits[start:stop],
@@ -151,6 +177,7 @@ def test_loss__half_precision_output_is_compared_in_float32() -> None:
     output = SegmentationOutput(
         torch.randn(1, N, N + 1).bfloat16(), torch.randn(1, N, 2, 2).bfloat16(), (), (8, 8), (8, 8)
     )
+    assert output.class_logits is not None
     upcast = output._replace(class_logits=output.class_logits.float(), mask_logits=output.mask_logits.float())
     labels = torch.randint(0, N, (1, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):

@@ -22,7 +22,8 @@ from segvit.published import load_published, published_state_dict
 
 # The tests are no package, so the module beside this one is imported by its place.
 _spec = importlib.util.spec_from_file_location("segvit_reference", Path(__file__).with_name("reference.py"))
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 reference: Any = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(reference)
 
@@ -123,14 +124,17 @@ def test_load_published__equals_an_independent_implementation(
     losses["total"].backward()
     wanted["total"].backward()
     assert ours.grad is not None
+    assert theirs.grad is not None
     assert_close(ours.grad, theirs.grad, tolerance, "image gradient")
     found = gradients_by_published_name(model)
-    wanted_gradients = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.grad is not None}
+    wanted_gradients = {
+        name: parameter.grad for name, parameter in plain.named_parameters() if parameter.grad is not None
+    }
     for name, parameter in plain.named_parameters():
         if parameter.grad is None or not parameter.grad.any():
             assert name not in found or not found[name].any(), name
         else:
-            # The gradient of a bias that the softmax cancels (keys') is rounding error around zero: to its layer's scale.
+            # The softmax cancels the keys' bias: its gradient is rounding error around zero, so to its layer's scale.
             floor = wanted_gradients.get(name.replace(".bias", ".weight"), parameter.grad).abs().max().item()
             assert_close(found[name], parameter.grad, tolerance, name, floor)
 
