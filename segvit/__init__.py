@@ -3,18 +3,23 @@
 from segvit.checkpoint import load_checkpoint, save_checkpoint
 from segvit.config import ModelConfig
 from segvit.cross_entropy import PixelNormalizer, SemanticCrossEntropy
-from segvit.flops import ModelCost, model_cost
-from segvit.inference import predict, predict_batch, semantic_labels, semantic_scores
+from segvit.export import export_onnx, export_program
+from segvit.flops import ModelCost, PresetCost, model_cost, preset_cost
+from segvit.inference import PUBLISHED_SCALES, predict, predict_batch, semantic_labels, semantic_scores
 from segvit.latency import measure_latency
 from segvit.losses import LossNormalizer, SegmentationLoss
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, SegmentationMetrics, segmentation_metrics
 from segvit.model import SegViT, build_model, check_config
 from segvit.optim import parameter_groups, poly_lambda
 from segvit.output import SegmentationOutput
+from segvit.presets import PRESETS, Preset, PublishedResult, find_preset
 from segvit.pretrained import BackboneWeights, find_backbone_weights, load_backbone_state
+from segvit.published import load_published, published_state_dict
 from segvit.visualize import colorize, draw_legend, overlay, palette_image
 
 __all__ = [
+    "PRESETS",
+    "PUBLISHED_SCALES",
     "BackboneWeights",
     "BoundaryIoU",
     "ConfusionMatrix",
@@ -22,18 +27,25 @@ __all__ = [
     "ModelConfig",
     "ModelCost",
     "PixelNormalizer",
+    "Preset",
+    "PresetCost",
+    "PublishedResult",
     "SegViT",
     "SegmentationLoss",
     "SegmentationMetrics",
-    "SemanticCrossEntropy",
     "SegmentationOutput",
+    "SemanticCrossEntropy",
     "build_model",
     "check_config",
     "colorize",
     "draw_legend",
+    "export_onnx",
+    "export_program",
     "find_backbone_weights",
+    "find_preset",
     "load_backbone_state",
     "load_checkpoint",
+    "load_published",
     "measure_latency",
     "model_cost",
     "overlay",
@@ -42,6 +54,8 @@ __all__ = [
     "poly_lambda",
     "predict",
     "predict_batch",
+    "preset_cost",
+    "published_state_dict",
     "save_checkpoint",
     "segmentation_metrics",
     "semantic_labels",

@@ -2,7 +2,7 @@
 
 An exported file needs neither this package nor PyTorch. With onnxruntime, images being uint8 RGB of (B, 3, H, W):
 
-    import onnxruntime
+    import json, onnxruntime
     session = onnxruntime.InferenceSession("model.onnx")
     labels, mask_logits = session.run(["labels", "mask_logits"], {"images": images})
     class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from segvit.checkpoint import check_metadata
 from segvit.inference import evaluating, semantic_scores
@@ -81,9 +80,7 @@ def export_program(model: SegViT, size: tuple[int, int], *, with_labels: bool = 
     check_exportable(model, size)
     # A sample of one image would make the batch size a constant.
     images = torch.zeros(2, 3, *size, dtype=torch.uint8, device=model.mean.device)
-    # Where a fused kernel lays its result out otherwise, a view of it that is traced does not fit what ONNX makes of
-    # attention with a mask (BEiT). The program itself chooses its kernels when it runs.
-    with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(model), torch.no_grad():
         # Not strict, len(tensor) would make the batch size a constant.
         return torch.export.export(
             RawImageModel(model, with_labels).eval(),
@@ -129,7 +126,8 @@ def export_onnx(
     properties = {name: json.dumps(value) for name, value in (metadata or {}).items()}
     program = export_program(model, size, with_labels=with_labels)
     names = OUTPUT_NAMES if with_labels else OUTPUT_NAMES[:-1]
-    with quiet(optimizer.__name__):
+    # With gradients, the exporter's passes lay out the result of attention with a mask (BEiT) differently and fail.
+    with quiet(optimizer.__name__), torch.no_grad():
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,

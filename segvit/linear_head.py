@@ -33,7 +33,9 @@ class LinearHead(nn.Module):
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
         """One prediction without class logits, on the grid of the first feature."""
         grid = features[0].grid
-        maps = [as_map(norm(feature.tokens), feature.grid, grid) for norm, feature in zip(self.norms, features, strict=True)]
+        maps = [
+            as_map(norm(feature.tokens), feature.grid, grid) for norm, feature in zip(self.norms, features, strict=True)
+        ]
         logits = self.linear(torch.cat(maps, dim=1).flatten(2).transpose(1, 2))
         masks = torch.unflatten(at_least_float32(logits).transpose(1, 2), 2, grid)
         return DecoderOutput([Prediction(None, masks)], features[0].stride)

@@ -14,6 +14,7 @@ from segvit.families import create_vit, is_hierarchical
 from segvit.hierarchical import build_hierarchical
 from segvit.linear_head import LinearHead
 from segvit.output import SegmentationOutput, at_least_float32
+from segvit.presets import find_preset
 from segvit.shrunk import ShrunkDecoder
 
 # B batch, N classes, H W pixels
@@ -69,13 +70,13 @@ class SegViT(nn.Module):
         self.backbone.freeze_blocks(num_blocks)
 
 
-def build_model(config: ModelConfig, num_classes: int) -> SegViT:
-    """The model of a configuration, with random weights; nothing is downloaded.
+def build_model(config: ModelConfig | str, num_classes: int) -> SegViT:
+    """The model of a configuration or of a preset's name, with random weights; nothing is downloaded.
 
     Raises:
-        ValueError: The configuration does not fit the backbone.
+        ValueError: No preset of that name, or the configuration does not fit the backbone.
     """
-    return SegViT(config, num_classes)
+    return SegViT(find_preset(config).model if isinstance(config, str) else config, num_classes)
 
 
 def check_config(config: ModelConfig, num_classes: int = 2) -> None:

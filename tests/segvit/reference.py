@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 # B batch, N classes, L tokens, C channels, H W pixels, h w patch grid
 
+NO_OBJECT_WEIGHT = 0.1
+
 
 class Sizes(NamedTuple):
     """A small model: everything that the product has to find out from the tensors or is told."""
@@ -186,7 +188,7 @@ class Criterion(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         weight = torch.ones(num_classes + 1, dtype=torch.float64)
-        weight[-1] = 0.1
+        weight[-1] = NO_OBJECT_WEIGHT
         self.register_buffer("empty_weight", weight)
 
 
@@ -321,7 +323,7 @@ def reference_losses(
         found = set(labels[image].flatten().tolist()) - {ignore_index}
         for query in range(num_classes):
             target = query if query in found else num_classes
-            weight = 1.0 if query in found else 0.1
+            weight = 1.0 if query in found else NO_OBJECT_WEIGHT
             log_probability = class_logits[image, query].log_softmax(dim=0)[target]
             entropy.append(-weight * log_probability)
             weights.append(weight)

@@ -141,7 +141,7 @@ def test_export_onnx__file_is_valid_alone_and_described(exported: Exported) -> N
 @pytest.fixture
 def small_model() -> SegViT:
     """One block, one decoder layer: quick to export."""
-    return tiny_model("cascade", out_layers=(0,)).eval()
+    return tiny_model("cascade", out_layers=(0,))
 
 
 @pytest.fixture
@@ -171,8 +171,9 @@ def test_export__label_maps_equal_eager_at_their_borders(tmp_path: Path, colour_
     assert_same(run_onnx(tmp_path / "model.onnx", images), expected)
 
 
-def test_export_onnx__linear_head_has_no_class_logits(tmp_path: Path) -> None:
-    model = tiny_model("linear", out_layers=(0,)).eval()
+def test_export_onnx__linear_head_on_attention_with_a_mask_has_no_class_logits(tmp_path: Path) -> None:
+    sizes = {"depth": 1, "embed_dim": 48, "num_heads": 3}
+    model = tiny_model("linear", backbone="beitv2_base_patch16_224", backbone_options=sizes, out_layers=(0,))
     images = some_images(1)
     with torch.no_grad():
         output = model(model.normalize(images))
