@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvit.inference import semantic_scores
 from segvit.losses import check_label_size, named_predictions
 from segvit.output import SegmentationOutput, at_least_float32, full_precision, resize_to_image
+from segvit.scores import semantic_scores
 
 # B batch, N classes, H W pixels
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from segvit.checkpoint import check_metadata
-from segvit.inference import evaluating, semantic_scores
+from segvit.inference import evaluating
 from segvit.model import SegViT
+from segvit.scores import semantic_scores
 
 # B batch, N classes, H W image pixels, h w mask grid
 
@@ -34,7 +35,7 @@ INPUT_NAME = "images"
 OUTPUT_NAMES = ("class_logits", "mask_logits", "labels")
 # The exporter's own: a later one would shut out older runtimes, an earlier one would need a conversion.
 OPSET_VERSION = 18
-# A protobuf message ends at 2 GB; the graph needs some room beside the weights.
+# A protobuf message ends at 2 GB, and torch itself writes no single file above 1.61 GB of weights.
 SINGLE_FILE_MAX_BYTES = 1_600_000_000
 
 
@@ -81,7 +82,7 @@ def export_program(model: SegViT, size: tuple[int, int], *, with_labels: bool = 
     # A sample of one image would make the batch size a constant.
     images = torch.zeros(2, 3, *size, dtype=torch.uint8, device=model.mean.device)
     with evaluating(model), torch.no_grad():
-        # Not strict, len(tensor) would make the batch size a constant.
+        # Strict: the other tracer takes the len() of a tensor, the batch size, for a constant.
         return torch.export.export(
             RawImageModel(model, with_labels).eval(),
             (images,),

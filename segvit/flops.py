@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from segvit.atm_decoder import ATMStage
 from segvit.config import ModelConfig
-from segvit.inference import semantic_scores
 from segvit.model import SegViT, assemble, build_model
 from segvit.presets import find_preset
+from segvit.scores import semantic_scores
 from segvit.shrunk import QueryUpsampling
 
 LAYER_NORM_COST = 5  # per element

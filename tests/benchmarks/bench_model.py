@@ -184,13 +184,19 @@ def peak_memory(case: str, part: str, options: argparse.Namespace) -> float:
         getattr(bench, part)()
     if bench.device.type == "cuda":
         return (torch.cuda.max_memory_allocated() - before) / 1e9
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e9
+    return (peak_resident_bytes() - before) / 1e9
 
 
 def resident_bytes() -> int:
     """Memory the process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory the process has held; getrusage would count its parent's at the fork, too."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024
 
 
 def memory_in_own_process(case: str, part: str) -> float:
