@@ -101,8 +101,8 @@ def export_onnx(
 ) -> None:
     """Write the program of `export_program` as an ONNX file, with the same input and outputs (opset 18).
 
-    The file is self-contained. Only where the weights exceed what ONNX allows in one file (2 GB) do they lie beside it,
-    in ``PATH.data``, which must then travel with it. Both are published by rename once they are complete.
+    The file is self-contained. Only weights above 1.6 GB (a ViT-L has 1.4) lie beside it, in ``PATH.data``, which must
+    then travel with it: ONNX ends at 2 GB a file. Both are published by rename once they are complete.
 
     Args:
         model: See `export_program`.

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from segvit.inference import semantic_scores
 from segvit.losses import SegmentationLoss
-from segvit.model import SegViT
+from segvit.model import SegViT, build_model
+from segvit.presets import find_preset
+from segvit.scores import semantic_scores
 
 MakeModel = Callable[..., SegViT]
 STRUCTURES = ["cascade", "single", "naive_qd", "shrunk"]
@@ -50,7 +51,7 @@ def test_freeze_blocks__no_gradient_and_evaluation_mode_through_train(make_model
     model.train()
     vit = model.backbone.vit
     assert not vit.blocks[2].training
-    assert not vit.blocks[2].drop_path2.training  # type: ignore[union-attr]
+    assert not vit.blocks[2].drop_path2.training
     assert vit.blocks[3].training
     assert model.decoder.training
 
@@ -111,6 +112,28 @@ def test_normalize__uses_the_backbones_mean_and_deviation(make_model: MakeModel)
 
 def test_shrunk__default_downsampling_is_at_a_third_of_the_depth(make_model: MakeModel) -> None:
     assert make_model("shrunk", shrink_at=None).backbone.shrink_at == 4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"out_layers": (11,)}, {"out_layers": (1, 11)}, {"shrink_queries": "convolution"}]
+)
+def test_shrunk__one_upsampling_layer_a_feature(make_model: MakeModel, settings: dict[str, Any]) -> None:
+    model = make_model("shrunk", **settings)
+    decoder: Any = model.decoder
+    assert len(decoder.upsampling) == len(settings.get("out_layers", (3, 11)))
+    output = model(torch.randn(1, 3, 48, 64))
+    assert output.mask_logits.shape == (1, 4, 3, 4)
+    SegmentationLoss(4)(output, torch.randint(0, 4, (1, 48, 64)))["total"].backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_build_model__by_a_presets_name() -> None:
+    with torch.device("meta"):
+        model = build_model("ade20k_vit_large_shrunk", num_classes=7)
+    assert model.config == find_preset("ade20k_vit_large_shrunk").model
+    assert model.num_classes == 7
+    with pytest.raises(ValueError, match="unknown preset 'ade20k_vit_lage'; did you mean ade20k_vit_large"):
+        build_model("ade20k_vit_lage", num_classes=7)
 
 
 def test_shrunk__query_table_is_resized_for_another_grid(make_model: MakeModel) -> None:
