@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvit.attention import FeedForward, MultiheadAttention, attend, initialize_linear
+from segvit.attention import Dropout, FeedForward, MultiheadAttention, attend, initialize_linear
 from segvit.backbone import FeatureMap
 from segvit.output import at_least_float32, full_precision
 
@@ -68,7 +68,10 @@ class AttentionToMask(nn.Module):
         Returns:
             The attended values (B, N, C) and, if asked for, the mask logits (B, N, L).
         """
-        q, k, v = self.q(queries), self.k(tokens), self.v(tokens)
+        q = self.q(queries)
+        # One product for both is faster than two.
+        weight, bias = torch.cat((self.k.weight, self.v.weight)), torch.cat((self.k.bias, self.v.bias))
+        k, v = F.linear(tokens, weight, bias).chunk(2, dim=2)
         dropout = self.dropout if self.training else 0.0
         attended = attend(q, k, v, self.num_heads, dropout, self.scale)
         return self.proj(attended), self.mask_logits(q, k) if with_mask else None
@@ -92,7 +95,7 @@ class ATMLayer(nn.Module):
         self.norm2 = nn.LayerNorm(sizes.width)
         self.mlp = FeedForward(sizes.width, sizes.dropout)
         self.norm3 = nn.LayerNorm(sizes.width)
-        self.drop = nn.Dropout(sizes.dropout)
+        self.drop = Dropout(sizes.dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, *, with_mask: bool) -> tuple[Tensor, Tensor | None]:
         """The updated queries (B, N, C) and, if asked for, the layer's mask logits (B, N, L)."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segvit import mask_terms
-from segvit.mask_terms import MaskTerms, bilinear_matrix, compare
+from segvit.mask_terms import MaskTerms, bilinear_matrix, compare, softplus
 
 
 def some_case(height: int, width: int, **options: Any) -> tuple[Tensor, tuple[Any, ...]]:
@@ -60,7 +60,7 @@ def test_mask_terms__keeps_nothing_of_full_resolution() -> None:
 
 def test_compare__extreme_logits_stay_finite() -> None:
     masks = torch.tensor([-1e4, 1e4, -1e4, 1e4]).view(1, 2, 2)
-    positive = torch.tensor([True, False, False, True]).view(1, 2, 2)
+    positive = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 2, 2)
     focal, dice, *gradients = compare(masks, positive, None, with_gradient=True)
     assert focal.item() == pytest.approx((0.25 * 1e4 + 0.75 * 1e4) / 4)
     assert dice.item() == pytest.approx(1 - (2 * 1 + 1) / (2 + 2 + 1))
@@ -69,9 +69,17 @@ def test_compare__extreme_logits_stay_finite() -> None:
 
 def test_compare__confident_and_right_costs_its_own_probability() -> None:
     """Where 1 - p rounds to 1, the cross-entropy is still p."""
-    focal, _ = compare(torch.full((1, 1, 1), -20.0), torch.zeros(1, 1, 1, dtype=torch.bool), None, False)
+    focal, _ = compare(torch.full((1, 1, 1), -20.0), torch.zeros(1, 1, 1), None, False)
     wrong = torch.tensor(-20.0, dtype=torch.float64).sigmoid()
     assert focal.item() == pytest.approx(0.75 * wrong.item() ** 3, rel=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 3e-7), (torch.float64, 1e-15)])
+def test_softplus__is_exact_everywhere(dtype: torch.dtype, rtol: float) -> None:
+    values = torch.linspace(-80, 80, 20_001, dtype=torch.float64).to(dtype)
+    exact = torch.logaddexp(values.double(), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(softplus(values.clone()).double(), exact, rtol=rtol, atol=0)
+    assert softplus(torch.tensor([1e30, -1e30], dtype=dtype)).tolist() == pytest.approx([1e30, 0.0])
 
 
 @settings(max_examples=50, deadline=None)
