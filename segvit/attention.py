@@ -29,6 +29,7 @@ def attend(
     `scale` is the factor of the similarity; None: head width ** -0.5.
     """
     q, k, v = (split_heads(tokens, num_heads) for tokens in (queries, keys, values))
+    attended: Tensor
     if dropout and queries.device.type == "cpu":
         attended = AttentionWithDropout.apply(q, k, v, dropout, q.shape[-1] ** -0.5 if scale is None else scale)
     else:
@@ -82,10 +83,11 @@ class Dropout(nn.Module):
             return tokens
         if tokens.device.type != "cpu":
             return F.dropout(tokens, self.dropout)
-        return tokens * draw_kept(tokens.shape, self.dropout).div_(1 - self.dropout).to(tokens.dtype)
+        kept: Tensor = draw_kept(tokens.shape, self.dropout)
+        return tokens * kept.div_(1 - self.dropout).to(tokens.dtype)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def draw_kept(shape: Sequence[int], dropout: float) -> Tensor:
     """Float32 zeros and ones on the CPU, zero with probability `dropout` rounded to a multiple of 2 ** -16.
 

@@ -42,9 +42,9 @@ def test_attend__drops_weights_and_keeps_the_mean() -> None:
 def test_attend__gradient_check_with_dropout() -> None:
     inputs = [torch.randn(1, length, 4, dtype=torch.float64, requires_grad=True) for length in (3, 5, 5)]
 
-    def run(*tensors: Tensor) -> Tensor:
+    def run(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         torch.manual_seed(2)  # the same weights are dropped at every evaluation
-        return attend(*tensors, num_heads=2, dropout=0.4, scale=0.9)
+        return attend(queries, keys, values, num_heads=2, dropout=0.4, scale=0.9)
 
     assert torch.autograd.gradcheck(run, inputs)
 
@@ -52,7 +52,7 @@ def test_attend__gradient_check_with_dropout() -> None:
 def test_attend__bf16_keeps_its_type() -> None:
     queries = torch.randn(1, 3, 8, dtype=torch.bfloat16, requires_grad=True)
     attended = attend(queries, queries, queries, 2, dropout=0.5)
-    attended.sum().backward()
+    attended.sum().backward()  # type: ignore[no-untyped-call]
     assert attended.dtype == torch.bfloat16
     assert queries.grad is not None
     assert queries.grad.isfinite().all()
