@@ -30,7 +30,7 @@ def attend(
     """
     q, k, v = (split_heads(tokens, num_heads) for tokens in (queries, keys, values))
     attended: Tensor
-    if dropout and queries.device.type == "cpu":
+    if dropout and draws_here(queries):
         attended = AttentionWithDropout.apply(q, k, v, dropout, q.shape[-1] ** -0.5 if scale is None else scale)
     else:
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
@@ -81,13 +81,16 @@ class Dropout(nn.Module):
         """Tokens of any shape; in training some elements are zero and the others scaled up."""
         if not (self.training and self.dropout):
             return tokens
-        if tokens.device.type != "cpu":
+        if not draws_here(tokens):
             return F.dropout(tokens, self.dropout)
-        kept: Tensor = draw_kept(tokens.shape, self.dropout)
-        return tokens * kept.div_(1 - self.dropout).to(tokens.dtype)
+        return tokens * draw_kept(tokens.shape, self.dropout).div_(1 - self.dropout).to(tokens.dtype)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+def draws_here(tokens: Tensor) -> bool:
+    """Whether dropout goes through `draw_kept`: on CPUs, unless a compiler fuses torch's own."""
+    return tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def draw_kept(shape: Sequence[int], dropout: float) -> Tensor:
     """Float32 zeros and ones on the CPU, zero with probability `dropout` rounded to a multiple of 2 ** -16.
 

@@ -174,4 +174,6 @@ def test_compile__whole_forward_is_one_graph(make_model: MakeModel, structure: s
     images = torch.randn(1, 3, 48, 64)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images).mask_logits, model(images).mask_logits)
+    model.train()
+    assert compiled(images).mask_logits.isfinite().all()  # with dropout, one graph too
     torch._dynamo.reset()
