@@ -95,8 +95,9 @@ def evaluate_part(
     loader = EvalLoader(
         shard_set, split=config.split, rank=rank, world_size=world_size, num_workers=runtime.loader_workers
     )
-    confusion = confusion_of_split(model, loader, device, visit)
-    latency = measure_latency(model, cost_size, repeats=config.latency_repeats) if rank == 0 else math.nan
+    inference = config.inference.options()
+    confusion = confusion_of_split(model, loader, device, visit, inference)
+    latency = measure_latency(model, cost_size, config.latency_repeats, inference) if rank == 0 else math.nan
     half = min(config.num_examples, (len(examples) + 1) // 2)
     return SplitPart(
         confusion, boundary, scores, examples[::-1][:half], examples[: len(examples) - half], probe, latency
@@ -161,6 +162,7 @@ def evaluate_checkpoint(
         checkpoint_digest=checkpoint.digest,
         data_digest=shard_set.splits[config.split].digest,
         split=config.split,
+        inference=config.inference.options(),
         num_images=len(scores),
         miou=metrics.miou,
         macc=metrics.macc,

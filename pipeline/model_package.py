@@ -5,13 +5,15 @@ The model is "from code": MLflow stores the loader script, the `segvit` package 
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version as installed_version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.errors import UserError
@@ -19,7 +21,8 @@ from pipeline.records import Checkpoint
 from pipeline.tracking import Tracking
 
 WEIGHTS_FILE = "model.safetensors"
-CHECKPOINT_FILES = (WEIGHTS_FILE, "config.json")
+CONFIG_FILE = "config.json"
+CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 CHECKPOINT_FOLDER = "artifacts/checkpoint"
 REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow")
 
@@ -31,8 +34,13 @@ class LoggedModel(NamedTuple):
     model_id: str
 
 
-def log_model(tracking: Tracking, title: str, checkpoint: Checkpoint, run_id: str) -> LoggedModel:
-    """Pack a checkpoint and log it under a run; raises UserError for weights that changed since training."""
+def log_model(
+    tracking: Tracking, title: str, checkpoint: Checkpoint, inference: Mapping[str, Any], run_id: str
+) -> LoggedModel:
+    """Pack a checkpoint and log it under a run; the model predicts with `inference`, as it was evaluated.
+
+    Raises UserError for weights that changed since training.
+    """
     client = tracking.client()
     with tempfile.TemporaryDirectory(prefix="segvit-register-") as scratch:
         source = storage.fetch_folder(checkpoint.uri, Path(scratch) / "fetched")
@@ -40,6 +48,8 @@ def log_model(tracking: Tracking, title: str, checkpoint: Checkpoint, run_id: st
         folder.mkdir()
         for file in CHECKPOINT_FILES:
             shutil.copyfile(source / file, folder / file)
+        if inference:
+            add_inference(folder / CONFIG_FILE, inference)
         if storage.file_digest(str(folder / WEIGHTS_FILE)) != checkpoint.digest:
             raise UserError(f"{checkpoint.uri}/{WEIGHTS_FILE} changed after training; remove the folder to train again")
         packed = Path(scratch) / "model"
@@ -53,6 +63,13 @@ def log_model(tracking: Tracking, title: str, checkpoint: Checkpoint, run_id: st
         client.log_model_artifacts(logged.model_id, str(packed))
         client.finalize_logged_model(logged.model_id, "READY")
     return LoggedModel(str(logged.artifact_location), str(logged.model_id))
+
+
+def add_inference(config_file: Path, inference: Mapping[str, Any]) -> None:
+    """Note in a checkpoint's metadata how images are to be predicted."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["metadata"]["inference"] = dict(inference)
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def save_pyfunc(target: Path, checkpoint: Path) -> None:

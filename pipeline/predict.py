@@ -48,7 +48,7 @@ def predict_images(
     palette: list[list[int]] = metadata["palette"]
     for image, (labels_file, overlay_file) in targets.items():
         pixels = _read_image(image)
-        labels = segvit.predict(model, pixels).numpy()
+        labels = segvit.predict(model, pixels, **metadata.get("inference", {})).numpy()
         present = np.unique(labels).tolist()
         picture = draw_legend(
             overlay(pixels, labels, palette),

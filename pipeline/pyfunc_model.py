@@ -24,7 +24,8 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
         from segvit.checkpoint import load_checkpoint
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model, _ = load_checkpoint(context.artifacts["checkpoint"], device=device)
+        self.model, metadata = load_checkpoint(context.artifacts["checkpoint"], device=device)
+        self.inference = metadata.get("inference", {})
 
     # Bare np.ndarray: of another type hint MLflow would make a schema, and refuse arrays.
     def predict(
@@ -33,11 +34,15 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
         """Label maps (B, H, W) of a batch of uint8 images (B, H, W, 3)."""
         import torch
 
-        from segvit.inference import predict_batch
+        from segvit.inference import predict, predict_batch
 
         images = torch.from_numpy(np.ascontiguousarray(model_input, dtype=np.uint8)).permute(0, 3, 1, 2)
-        labels: NDArray[np.int64] = predict_batch(self.model, images).cpu().numpy()
-        return labels
+        if self.inference:
+            labels = torch.stack([predict(self.model, image, **self.inference) for image in images])
+        else:
+            labels = predict_batch(self.model, images)
+        maps: NDArray[np.int64] = labels.cpu().numpy()
+        return maps
 
 
 set_model(SegmentationModel())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -105,6 +105,8 @@ class Evaluation(Record):
     """Scores of one checkpoint on one split; `data_digest` says which scores may be compared.
 
     `uri` holds confusion.json, images.json, examples.json, examples/ and probe/. An absent class has None.
+    `inference`: the keyword arguments of segvit.predict that are not its defaults. `latency_ms` is of such a
+    prediction, `gflops` of one pass of the network, both of an image of `cost_size`.
     """
 
     identity_fields: ClassVar[tuple[str, ...]] = (
@@ -112,6 +114,7 @@ class Evaluation(Record):
         "checkpoint_digest",
         "data_digest",
         "split",
+        "inference",
         "miou",
     )
 
@@ -119,6 +122,7 @@ class Evaluation(Record):
     checkpoint_digest: str
     data_digest: str
     split: str
+    inference: dict[str, Any] = {}
     num_images: int
     miou: float
     macc: float

@@ -68,7 +68,7 @@ def register_model(
     existing = _versions_with_key(tracking, name, key)
     if existing:
         return version_record(existing[0])
-    logged = log_model(tracking, f"{name}-{checkpoint.variant}", checkpoint, run_id)
+    logged = log_model(tracking, f"{name}-{checkpoint.variant}", checkpoint, evaluation.inference, run_id)
     _ensure_registered_model(tracking, name)
     client = tracking.client()
     created = client.create_model_version(

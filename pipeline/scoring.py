@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +13,23 @@ import segvit
 from pipeline.loader import EvalSample
 from segvit.metrics import ConfusionMatrix
 
+WHOLE: Mapping[str, Any] = MappingProxyType({})
+
 
 def predictions(
-    model: segvit.SegViT, samples: Iterable[EvalSample], device: torch.device, batch_size: int = 8
+    model: segvit.SegViT,
+    samples: Iterable[EvalSample],
+    device: torch.device,
+    inference: Mapping[str, Any] = WHOLE,
+    batch_size: int = 8,
 ) -> Iterator[tuple[EvalSample, Tensor]]:
-    """Each sample with its predicted label map (H, W) int64 on `device`; consecutive equal sizes share a batch."""
+    """Each sample with its predicted label map (H, W) int64 on `device`.
+
+    `inference` holds keyword arguments of segvit.predict; without any, consecutive equal sizes share a batch.
+    """
+    if inference:
+        yield from ((sample, segvit.predict(model, sample.image, **inference)) for sample in samples)
+        return
     group: list[EvalSample] = []
 
     def flush() -> Iterator[tuple[EvalSample, Tensor]]:
@@ -36,10 +50,11 @@ def confusion_of_split(
     samples: Iterable[EvalSample],
     device: torch.device,
     visit: Callable[[EvalSample, Tensor], None] | None = None,
+    inference: Mapping[str, Any] = WHOLE,
 ) -> ConfusionMatrix:
     """The confusion matrix of `model` over `samples`; `visit` sees every sample and its prediction."""
     confusion = ConfusionMatrix(model.num_classes)
-    for sample, predicted in predictions(model, samples, device):
+    for sample, predicted in predictions(model, samples, device, inference):
         confusion.update(predicted, sample.label.to(device))
         if visit is not None:
             visit(sample, predicted)

@@ -172,7 +172,7 @@ def train(
     )
 
 
-@step(version=1)
+@step(version=2)
 def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, config: EvaluateConfig) -> Evaluation:
     """Score a checkpoint."""
     from pipeline.evaluate import evaluate_checkpoint
@@ -189,7 +189,7 @@ def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, 
     return evaluation
 
 
-@step(version=1, verify=registry.verify_version)
+@step(version=2, verify=registry.verify_version)
 def register(
     context: StepContext, name: str, checkpoint: Checkpoint, evaluation: Evaluation, shard_set: ShardSet
 ) -> ModelVersion:

@@ -66,6 +66,20 @@ def test_parse_config__variant_parts_must_match(variant: dict[str, Any], message
         parse_config(whole)
 
 
+@pytest.mark.parametrize(
+    ("inference", "message"),
+    [
+        ({"crop": [64, 64]}, "crop and stride have no meaning in mode whole"),
+        ({"mode": "slide", "crop": [64, 64], "stride": [65, 64]}, r"stride \(65, 64\) exceeds crop \(64, 64\)"),
+        ({"scales": []}, "evaluate.inference.scales"),
+        ({"scales": [1.0, -1.0]}, "evaluate.inference.scales.1: -1.0"),
+    ],
+)
+def test_parse_config__inference_that_leaves_pixels_out(inference: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_config(tree(evaluate={"inference": inference}))
+
+
 def test_load_config__overrides_nested_values_as_yaml(tmp_path: Path) -> None:
     config = load_config(
         CONFIGS / "quickstart.yaml", ["train.steps=77", "train.learning_rate=3e-5", "model.crop=[56, 70]"]

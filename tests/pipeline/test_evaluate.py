@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import segvit
-from pipeline.config import EvaluateConfig, RuntimeConfig
+from pipeline.config import EvaluateConfig, InferenceConfig, RuntimeConfig
 from pipeline.evaluate import evaluate_part, write_evaluation_folder
 from pipeline.records import ShardSet
 from pipeline.trainer import TrainJob, build_job_model
@@ -24,6 +24,9 @@ PALETTE = [[20 * index, 255 - 20 * index, 128] for index in range(11)]
 def checkpoint(make_job: Callable[..., TrainJob], tmp_path: Path) -> Path:
     torch.manual_seed(0)
     model = build_job_model(make_job())
+    with torch.no_grad():  # far enough from the initialisation that predictions vary over the image
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
     segvit.save_checkpoint(tmp_path / "checkpoint", model, {"class_names": NAMES, "palette": PALETTE})
     return tmp_path / "checkpoint"
 
@@ -52,6 +55,19 @@ def test_evaluate_part__keeps_the_best_and_the_worst(checkpoint: Path, digits_sh
     model, _ = segvit.load_checkpoint(checkpoint)
     for example in part.probe:
         assert (segvit.predict(model, example.image).numpy() == example.predicted).all()
+
+
+def test_evaluate_part__predicts_as_configured(checkpoint: Path, digits_shards: ShardSet) -> None:
+    inference = InferenceConfig(mode="slide", crop=(48, 64), stride=(32, 32), scales=(1.0, 1.5), flip=True)
+    config = EvaluateConfig(num_examples=1, latency_repeats=1, inference=inference)
+    part = evaluate_part(str(checkpoint), digits_shards, config, (48, 64), 0, 1, RuntimeConfig())
+    model, _ = segvit.load_checkpoint(checkpoint)
+    options = inference.options()
+    assert options == {"mode": "slide", "crop": [48, 64], "stride": [32, 32], "scales": [1.0, 1.5], "flip": True}
+    [first, *_] = part.probe
+    expected = segvit.predict(model, first.image, **options).numpy()
+    assert (first.predicted == expected).all()
+    assert (segvit.predict(model, first.image).numpy() != expected).any()
 
 
 def test_write_evaluation_folder__files_hold_what_was_counted(
