@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 CONFIG_NAME = "experiment.yaml"
+STARTING_CLUSTER_S = 60.0
+POLL_S = 1.0
 
 
 def submit_experiment(
@@ -47,10 +50,13 @@ def submit_experiment(
     command += ["--tracking-uri", tracking_uri] if tracking_uri else []
     with tempfile.TemporaryDirectory(prefix="segvit-submit-") as folder:
         shutil.copyfile(config, Path(folder) / CONFIG_NAME)
-        job_id: str = client.submit_job(entrypoint=shlex.join(command), runtime_env={"working_dir": folder})
+        job_id = _submit_job(client, shlex.join(command), folder)
     say(f"job {job_id} submitted to {address}")
-    asyncio.run(_follow_log(client, job_id, say))
-    info = client.get_job_info(job_id)
+    try:
+        asyncio.run(_follow_log(client, job_id, say))
+    except RuntimeError as error:
+        say(f"the log cannot be followed ({_first_line(error)}); waiting for the job to end")
+    info = _wait_for_end(client, job_id)
     if info.status != "SUCCEEDED":
         # Read whole, for following it may end before its last lines are there.
         lines = client.get_job_logs(job_id).splitlines()
@@ -70,11 +76,40 @@ def connect(address: str) -> JobSubmissionClient:
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, RayError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"no job server answers at {address} ({reason}); start the cluster, forward its port 8265, "
+            f"no job server answers at {address} ({_first_line(error)}); start the cluster, forward its port 8265, "
             "correct the address, or give the cluster's token (RAY_AUTH_TOKEN_PATH)"
         ) from error
+
+
+def _submit_job(client: JobSubmissionClient, command: str, folder: str) -> str:
+    """Submit, again while the cluster is still starting and has no node that takes jobs; returns the job's id."""
+    deadline = time.monotonic() + STARTING_CLUSTER_S
+    while True:
+        try:
+            job_id: str = client.submit_job(entrypoint=command, runtime_env={"working_dir": folder})
+        except RuntimeError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"the cluster at {client.get_address()} takes no job ({_first_line(error)}); "
+                    "look at its state with: ray status"
+                ) from error
+            time.sleep(POLL_S)
+        else:
+            return job_id
+
+
+def _wait_for_end(client: JobSubmissionClient, job_id: str) -> JobDetails:
+    """The job's details once it has ended, which may be a little after its log has."""
+    while True:
+        info: JobDetails = client.get_job_info(job_id)
+        if info.status.is_terminal():
+            return info
+        time.sleep(POLL_S)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 async def _follow_log(client: JobSubmissionClient, job_id: str, say: Callable[[str], None]) -> None:

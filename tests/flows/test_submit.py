@@ -102,6 +102,7 @@ def test_submit__failed_job_exits_1_with_its_cause(cluster: tuple[str, dict[str,
     address, environment = cluster
     ended = submit(address, environment, tmp_path / "ws", "data.dataset=camvid", "data.root=/no/such/folder")
     assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "error: job " in ended.stderr, ended.stdout + ended.stderr
     message = ended.stderr[ended.stderr.index("error: job ") :]
     assert "/no/such/folder" in message
     assert "Traceback" not in ended.stderr
