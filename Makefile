@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test check format clean
+.PHONY: install quickstart test faults check format clean
 
 install: $(STAMP)
 
@@ -21,6 +21,11 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Kills and mutated inputs at random; `make test` runs a short form of both.
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults.kill_prepare --kills 30
+	$(BIN)/python -m tests.faults.fuzz_inputs --inputs 2000
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -192,6 +192,28 @@ def predict(
 
 
 @app.command()
+def data(
+    shard_set: Annotated[str, typer.Argument(metavar="SHARDSET", help="A shard set's folder or URI.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write class bars, samples with overlays and a page there.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a shard set holds: images and pixels of every class in every split."""
+    from flows import present
+    from pipeline.data_report import load_facts, write_data_report
+
+    facts = load_facts(shard_set)
+    with _facts(as_json) as (console, give):
+        console.print(present.data_view(facts))
+        files = write_data_report(facts, out, overwrite) if out is not None else []
+        for file in files:
+            console.print(str(file), markup=False, soft_wrap=True)
+        give({**facts.model_dump(mode="json"), "files": [str(file) for file in files]})
+
+
+@app.command()
 def flops(
     presets: Annotated[list[str] | None, typer.Argument(metavar="PRESET...", help="Names of presets.")] = None,
     published: Annotated[bool, typer.Option("--published", help="The published models, at their own crops.")] = False,

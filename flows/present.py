@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from pipeline.models import VersionSummary
@@ -14,6 +16,11 @@ from pipeline.runs import PlannedStep, RunSummary, RunTree, StepSummary
 from pipeline.tracking import RunState
 from pipeline.workflow import FlowEvent
 from segvit.flops import ACTIVATIONS, COUNTED, PresetCost
+
+if TYPE_CHECKING:
+    from pipeline.data_report import DataFacts, SplitFacts
+
+BAR_WIDTH = 24  # characters
 
 STATE_STYLES = {
     RunState.RUN: "green",
@@ -132,6 +139,51 @@ def costs_view(costs: Sequence[PresetCost]) -> Group:
         )
         parts.add_row(cost.name, ", ".join(f"{name.replace('_', ' ')} {part:.2f}" for name, part in cost.parts.items()))
     return Group(totals, parts, COUNTED, ACTIVATIONS)
+
+
+def data_view(facts: DataFacts) -> Group:
+    """A shard set's splits, and a table of classes for each, with bars of their share of the labelled pixels."""
+    splits = Table(title=f"{facts.name}  {facts.digest[:12]}", title_justify="left")
+    splits.add_column("split")
+    for heading in ("images", "shards", "MB", "pixels", "ignored"):
+        splits.add_column(heading, justify="right")
+    for split in facts.splits:
+        splits.add_row(
+            split.name,
+            f"{split.num_images:,}",
+            str(split.num_shards),
+            f"{split.num_bytes / 1e6:,.1f}",
+            f"{split.num_pixels:,}",
+            f"{split.ignored_share:.2%}",
+        )
+    tables = [_classes_table(split, facts.palette) for split in facts.splits]
+    return Group(splits, *tables, f"{facts.num_quarantined} samples quarantined")
+
+
+def _classes_table(split: SplitFacts, palette: Sequence[tuple[int, int, int]]) -> Table:
+    table = Table(title=f"{split.name}: classes", title_justify="left")
+    table.add_column("class", overflow="fold")
+    for heading in ("images", "of images", "pixels", "of pixels"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("", min_width=BAR_WIDTH, no_wrap=True)
+    most = max((one.pixel_share for one in split.classes), default=0.0)
+    for one, colour in zip(split.classes, palette, strict=True):
+        style = "rgb({},{},{})".format(*colour)
+        table.add_row(
+            Text(one.name),
+            f"{one.images:,}",
+            f"{one.image_share:.1%}",
+            f"{one.pixels:,}",
+            f"{one.pixel_share:.2%}",
+            Text(bar(one.pixel_share / most if most else 0.0), style=style),
+        )
+    return table
+
+
+def bar(fraction: float) -> str:
+    """A bar of `fraction` (0 to 1) of the full width, in eighths of a character; never nothing for something."""
+    eighths = max(round(fraction * BAR_WIDTH * 8), int(fraction > 0))
+    return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8]).rstrip()
 
 
 def runs_table(runs: Sequence[RunSummary]) -> Table:

@@ -65,8 +65,31 @@ class DigitsConfig(Section):
         return self
 
 
+class FolderConfig(Section):
+    """A data set of one's own; all paths are below data.root.
+
+    `classes`: names a line in the order of their ids, or JSON or YAML with names and, if wanted, palette, ids and
+    ignore_ids (255 by default).
+    `val_fraction`: share of the images that a hash of data.seed and their name draws for val; None: the lists
+    `splits`/train.txt and `splits`/val.txt say.
+    """
+
+    images: str = "images"
+    labels: str = "labels"
+    classes: str = "classes.txt"
+    splits: str = "splits"
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+
+
 class DataConfig(Section):
-    """Which raw data set, and how it becomes shards."""
+    """Which raw data set, and how it becomes shards.
+
+    `root`: the data set's folder, the .zip or .tar that holds it, or a folder with the publisher's archives; a
+    local path or any fsspec URL.
+    `on_bad_sample`: `fail` at the first sample that cannot be read or used, or whose image is there twice; or
+    `quarantine` them, at most `max_quarantined_fraction` of all.
+    `max_long_side`: scale larger images and their label maps down to it, pixels; left out, images stay as they are.
+    """
 
     dataset: str
     root: str | None = None
@@ -75,7 +98,9 @@ class DataConfig(Section):
     max_samples_per_split: Positive | None = None
     on_bad_sample: Literal["fail", "quarantine"] = "fail"
     max_quarantined_fraction: Fraction = 0.01
+    max_long_side: Positive | None = None
     digits: DigitsConfig = DigitsConfig()
+    folder: FolderConfig = FolderConfig()
 
 
 class AugmentationConfig(Section):
@@ -83,9 +108,12 @@ class AugmentationConfig(Section):
 
     The image is scaled to fit `resize_long` x `resize_short` (both None: its own size), times a factor drawn from
     `scale_range`; a crop is drawn again, `crop_tries` times at most, while one class covers more than
-    `max_class_fraction` of it.
+    `max_class_fraction` of it. Brightness is in levels, hue in half degrees.
+    `recipe` fills in what is not given: `published`, the values below, which the paper trains with, or `strong`,
+    large-scale jitter from a tenth to twice the size, smaller images padded to the crop.
     """
 
+    recipe: Literal["published", "strong"] = "published"
     resize_long: Positive | None = None
     resize_short: Positive | None = None
     scale_range: Range = (0.5, 2.0)
@@ -95,7 +123,14 @@ class AugmentationConfig(Section):
     brightness: Annotated[float, Field(ge=0.0, le=128.0)] = 32.0
     contrast: Range = (0.5, 1.5)
     saturation: Range = (0.5, 1.5)
-    hue: Annotated[float, Field(ge=0.0, le=90.0)] = 18.0
+    hue: Annotated[float, Field(ge=0.0, le=75.0)] = 18.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("recipe") == "strong":
+            return {"scale_range": (0.1, 2.0), **given}
+        return given
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
@@ -187,7 +222,13 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
-    """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step."""
+    """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step.
+
+    `repeat_factor_threshold`: images with a class that fewer than this share of the images hold come more often,
+    sqrt(threshold / share) times an epoch (LVIS); left out, every image comes once.
+    `stream_buffer`: read shards from front to back, this many samples a request, for storage where a request is
+    slow; left out, samples are read one by one in a full shuffle.
+    """
 
     steps: Positive
     batch_size: Positive
@@ -204,6 +245,8 @@ class TrainConfig(Section):
     checkpoint_every_steps: Positive
     keep: Literal["best", "last"] = "best"
     seed: int = 0
+    repeat_factor_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    stream_buffer: Positive | None = None
     augmentation: AugmentationConfig = AugmentationConfig()
 
     @model_validator(mode="after")

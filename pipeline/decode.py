@@ -1,5 +1,7 @@
 """Images and label maps from their files' bytes.
 
+An image is taken upright, as its EXIF orientation says, and its label map likewise (see `orient_label`).
+
 Pillow decodes: on 480x360 PNG and 683x512 JPEG files it measured as fast as torchvision's decoders up to
 pixels in an array, it resizes a window on its own, and it reads every colour mode.
 """
@@ -7,14 +9,36 @@ pixels in an array, it resizes a window on its own, and it reads every colour mo
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 # In every label map of class ids, on disk and in memory: the pixel belongs to no class.
 IGNORE_INDEX = 255
-SUFFIXES = {"JPEG": "jpg", "PNG": "png"}
+# MPO is what many cameras write: a JPEG file with further pictures after the first.
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
+# Lossless formats with one channel. JPEG would change ids, so it is none of them.
+LABEL_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
+# A picture of more is taken for damage: Pillow needs a quarter of a gigabyte for it, several times over to convert.
+MAX_PIXELS = 1 << 26
+# No format packs more into a byte: one-bit palettes at deflate's best ratio.
+_MAX_PIXELS_PER_BYTE = 8 * 1032
+_SMALL_PIXELS = 1 << 22
+_EXIF_ORIENTATION = 0x0112
+_PNG_DEPTH, _PNG_COLOUR = 24, 25  # bytes of the header
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_SIDEWAYS = (5, 6, 7, 8)
 
 
 class DecodeError(ValueError):
@@ -26,17 +50,51 @@ def open_image(data: bytes) -> tuple[Image.Image, str]:
 
     Palette, greyscale, RGBA and CMYK images become RGB. Raises DecodeError.
     """
-    image, image_format = _load(data)
-    if image_format not in SUFFIXES:
-        raise DecodeError(f"is {image_format}, neither JPEG nor PNG")
-    if "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        if image.mode == "F":
-            raise DecodeError("holds floating-point pixels")
-        # Pillow's own conversion cuts 16-bit values off at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    return (image if image.mode == "RGB" else image.convert("RGB")), SUFFIXES[image_format]
+    image = _open(data)
+    if image.format not in SUFFIXES:
+        raise DecodeError(f"is {image.format}, neither JPEG nor PNG")
+    suffix = SUFFIXES[image.format]
+    try:
+        return _to_rgb(stand_upright(image)), suffix
+    except Exception as error:
+        raise _damage(error) from error
+
+
+def stand_upright(image: Image.Image) -> Image.Image:
+    """`image` turned and mirrored as its EXIF orientation says; unreadable EXIF says nothing."""
+    turn = _UPRIGHT.get(exif_orientation(image))
+    image.load()
+    return image if turn is None else image.transpose(turn)
+
+
+def exif_orientation(image: Image.Image) -> int:
+    """The EXIF orientation of `image`, 1 to 8; 1, upright, where it has none or one that cannot be read."""
+    if "exif" not in image.info:
+        return 1
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    # Damaged EXIF raises nearly anything; the pixels are good without it.
+    except Exception:
+        return 1
+
+
+def orient_label(image: bytes, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`label` (H, W) as it lies on the upright image in the file `image`.
+
+    A label map that fits the upright image stays as it is. One that fits only the pixels as the file stores them,
+    before EXIF turns them by 90 degrees, was drawn on those and is turned with them. Where both fit (square
+    images, turns by 180 degrees and mirror images) the size cannot tell, and the upright image is what label
+    tools show.
+    """
+    try:
+        picture = _open(image)
+    except DecodeError:
+        return label  # whoever decodes the image says what is wrong with it
+    orientation = exif_orientation(picture)
+    stored_size = (picture.height, picture.width)
+    if orientation not in _SIDEWAYS or label.shape != stored_size or picture.width == picture.height:
+        return label
+    return np.array(Image.fromarray(label).transpose(_UPRIGHT[orientation]))
 
 
 def decode_image(data: bytes) -> NDArray[np.uint8]:
@@ -49,10 +107,20 @@ def decode_label(data: bytes) -> NDArray[np.integer]:
 
     Raises DecodeError, also for colour pictures, whose ids would be guesses.
     """
-    image, _ = _load(data)
-    if image.mode not in ("L", "P") and not image.mode.startswith("I"):
+    image = _open(data)
+    if image.format not in LABEL_FORMATS:
+        raise DecodeError(f"is {image.format}, which cannot hold class ids; save it as PNG")
+    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
         raise DecodeError(f"is a {image.mode} picture, not a map of class ids with one channel")
-    return np.asarray(image)
+    if image.format == "PNG" and data[_PNG_COLOUR] == 0 and data[_PNG_DEPTH] < 8:
+        # The format scales such values to the full range, most writers do not: 1 may mean id 1 or id 255.
+        depth = data[_PNG_DEPTH]
+        raise DecodeError(f"is greyscale of {depth} bits, which may mean two ids; save it with 8 bits or a palette")
+    try:
+        image.load()
+        return np.asarray(image, dtype=np.uint8) if image.mode == "1" else np.asarray(image)
+    except Exception as error:
+        raise _damage(error) from error
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
@@ -62,14 +130,35 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _load(data: bytes) -> tuple[Image.Image, str]:
+def _open(data: bytes) -> Image.Image:
+    """The picture in `data`, its head read and its pixels not yet; raises DecodeError."""
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
-    # Damaged files raise nearly anything from inside the codecs; each means the same to the user.
+        # Pillow warns of large pictures on its own; MAX_PIXELS is what counts here.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            text = "unknown format"
-        raise DecodeError(f"cannot be decoded ({text})") from error
-    return image, image.format or "an unknown format"
+        raise _damage(error) from error
+    num_pixels = image.width * image.height
+    if num_pixels > MAX_PIXELS:
+        raise DecodeError(f"has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} allowed")
+    if num_pixels > max(_SMALL_PIXELS, _MAX_PIXELS_PER_BYTE * len(data)):
+        raise DecodeError(f"says {image.width}x{image.height} pixels, which {len(data)} bytes cannot hold")
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise DecodeError("holds floating-point pixels")
+    if image.mode.startswith("I"):
+        # Pillow's own conversion cuts 16-bit values off at 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _damage(error: Exception) -> DecodeError:
+    """Damaged files raise nearly anything from inside the codecs; each means the same to the user."""
+    if isinstance(error, DecodeError):
+        return error
+    text = " ".join(str(error).split()) or type(error).__name__
+    return DecodeError(f"cannot be decoded ({'unknown format' if isinstance(error, UnidentifiedImageError) else text})")

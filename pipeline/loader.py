@@ -1,14 +1,12 @@
 """Samples from shards: an endless training stream with an exact position, and single coverage for evaluation.
 
-Training is one stream of positions 0, 1, 2, ...: position p is place p % n in the seeded permutation of
-epoch p // n over the n samples of the split. Global batch s of size G is positions s * G to (s + 1) * G - 1,
-and a rank's batch is a contiguous slice of it. So every rank takes the same number of steps, every sample
-comes once an epoch, and the step number alone says where to go on, on any number of ranks.
+What comes in which order is arithmetic (pipeline.sample_stream); here it is read, decoded and augmented.
 B = samples in a rank's batch, H W pixels.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,17 +14,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from pipeline.balance import repeat_factors
 from pipeline.config import AugmentationConfig
-from pipeline.decode import DecodeError, decode_image, decode_label, open_image
+from pipeline.decode import DecodeError, decode_image, decode_label
 from pipeline.errors import UserError
+from pipeline.lane_reader import read_lanes
 from pipeline.records import ShardSet
-from pipeline.shards import SampleBytes, ShardReader, ShardSetError, SplitIndex, open_shard_set, spread
-from pipeline.transforms import MEAN_PIXEL, augment
+from pipeline.sample_stream import BatchPlan, Draw, SampleStream, share
+from pipeline.shard_reader import SampleBytes, ShardReader, SplitIndex, open_shard_set
+from pipeline.shards import ShardSetError, spread
+from pipeline.transforms import MEAN_PIXEL, training_view
 
-# Separates the random streams that share a seed.
-_PERMUTATION, _AUGMENTATION = 0, 1
+# Separates augmentation from the other random streams that share a seed (pipeline.sample_stream).
+_AUGMENTATION = 1
+
+View = tuple[NDArray[np.uint8], NDArray[np.uint8], str]
 
 
 class Batch(NamedTuple):
@@ -45,20 +49,30 @@ class EvalSample(NamedTuple):
     key: str
 
 
-class Draw(NamedTuple):
-    """One position of the training stream: which sample, seen in which epoch."""
-
-    epoch: int
-    sample: int
-
-
 class TrainLoader:
     """Iterates this rank's batches from `start_step` on, for ever; each `iter` starts there anew.
 
-    The stream depends on `seed`, the split and `global_batch_size`; a sample's augmentation on (`seed`,
-    epoch, sample). Ranks and loader processes only share out the work. `num_workers` 0 decodes in the
-    calling process.
-    Raises UserError for an empty split, and for fewer samples a step than ranks.
+    The stream depends on `seed`, the split, `global_batch_size`, `repeat_factor_threshold` and `stream_buffer`; a
+    sample's augmentation on (`seed`, epoch, sample, for which time it comes in the epoch). Ranks and loader
+    processes only share out the work: over all ranks every sample comes once an epoch (or as often as its repeat
+    factor says), every rank takes equally many steps, and any step can be continued from, on any number of ranks.
+
+    Samples are read one by one, wherever they lie, in a fully shuffled order. With `stream_buffer`, for storage
+    where a request is slow, each place of the global batch is a lane that reads its part of the shards from front
+    to back, this many samples a request. All promises above hold as well, with fewer shards than ranks, too. What
+    is weaker is the shuffle: shards come in a random order, a batch takes its samples from as many places as it
+    has, and samples are shuffled within a block; two that are neighbours in a shard mostly stay within
+    `stream_buffer` steps of each other. A rank keeps two blocks for each of its lanes in memory.
+
+    Args:
+        repeat_factor_threshold: share of the images below which a class is rare, and images that hold it come
+            more often (pipeline.balance); None: every sample once an epoch.
+        stream_buffer: samples a lane reads with one request; None: no lanes.
+        num_workers: loader processes; 0 decodes in the calling process.
+
+    Raises:
+        UserError: an empty split, or fewer samples a step than ranks.
+        ShardSetError: the shard set is missing, damaged, or not what its record stands for.
     """
 
     def __init__(
@@ -75,6 +89,8 @@ class TrainLoader:
         start_step: int = 0,
         num_workers: int = 0,
         pad_pixel: tuple[int, int, int] = MEAN_PIXEL,
+        repeat_factor_threshold: float | None = None,
+        stream_buffer: int | None = None,
     ) -> None:
         _check_rank(rank, world_size)
         if global_batch_size < world_size:
@@ -88,20 +104,51 @@ class TrainLoader:
             raise UserError(f"split {split!r} of {reader.uri} has no samples; prepare more data")
         self.num_samples = len(index)
         self.num_workers = num_workers
-        self._plan = BatchPlan(self.num_samples, global_batch_size, seed, rank, world_size, start_step)
+        factors = None if repeat_factor_threshold is None else repeat_factors(reader, split, repeat_factor_threshold)
+        stream = SampleStream(
+            self.num_samples,
+            seed,
+            repeat_factors=factors,
+            shards=index.shard,
+            lanes=global_batch_size,
+            buffer=stream_buffer,
+        )
+        self._plan = BatchPlan(stream, global_batch_size, rank, world_size, start_step)
         self._views = _TrainingViews(reader, index, crop, augmentation, seed, pad_pixel)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = DataLoader(
-            self._views,
-            batch_sampler=self._plan,
-            num_workers=self.num_workers,
-            collate_fn=_collate,
-            # Without a generator of its own it would draw from the model's random stream.
-            generator=torch.Generator(),
-        )
+        streamed = self._plan.stream.buffer is not None
+        batches = self._streamed_batches() if streamed else self._random_access_batches()
         # Labels leave the loader processes as uint8: an eighth of the bytes to hand over.
         return (batch._replace(labels=batch.labels.long()) for batch in batches)
+
+    def _random_access_batches(self) -> Iterator[Batch]:
+        return iter(
+            DataLoader(
+                self._views,
+                batch_sampler=self._plan,
+                num_workers=self.num_workers,
+                collate_fn=_collate,
+                # Without a generator of its own it would draw from the model's random stream.
+                generator=torch.Generator(),
+            )
+        )
+
+    def _streamed_batches(self) -> Iterator[Batch]:
+        lanes = range(self._plan.share.start, self._plan.share.stop)
+        # A process that owns no lane would have nothing to hand over.
+        num_workers = min(self.num_workers, len(lanes))
+        parts: Iterator[Batch] = iter(
+            DataLoader(
+                _LaneViews(self._views, self._plan),
+                batch_size=None,
+                num_workers=num_workers,
+                collate_fn=_collate,
+                generator=torch.Generator(),
+            )
+        )
+        # Processes take turns, so that the parts of a batch come one after the other.
+        return (_join(list(itertools.islice(parts, max(1, num_workers)))) for _ in itertools.count())
 
 
 class EvalLoader:
@@ -125,7 +172,7 @@ class EvalLoader:
         index = reader.index(split)
         chosen = spread(len(index), max_samples)
         self.num_workers = num_workers
-        self._samples = chosen[_share(len(chosen), rank, world_size)]
+        self._samples = chosen[share(len(chosen), rank, world_size)]
         self._images = _WholeImages(reader, index)
 
     def __len__(self) -> int:
@@ -142,41 +189,7 @@ class EvalLoader:
         return (sample._replace(label=sample.label.long()) for sample in samples)
 
 
-class BatchPlan(Sampler[list[Draw]]):
-    """Which samples a rank draws at each step: the arithmetic of the stream, without reading anything."""
-
-    def __init__(
-        self, num_samples: int, global_batch_size: int, seed: int, rank: int, world_size: int, start_step: int
-    ) -> None:
-        self.num_samples = num_samples
-        self.global_batch_size = global_batch_size
-        self.seed = seed
-        self.share = _share(global_batch_size, rank, world_size)
-        self.start_step = start_step
-        self._epoch = -1
-        self._order: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        step = self.start_step
-        while True:
-            yield self.draws(step)
-            step += 1
-
-    def draws(self, step: int) -> list[Draw]:
-        """This rank's draws at `step`."""
-        first = step * self.global_batch_size
-        positions = range(first + self.share.start, first + self.share.stop)
-        return [self._draw(*divmod(position, self.num_samples)) for position in positions]
-
-    def _draw(self, epoch: int, place: int) -> Draw:
-        if epoch != self._epoch:
-            rng = np.random.default_rng([self.seed, _PERMUTATION, epoch])
-            self._order = rng.permutation(np.arange(self.num_samples, dtype=np.uint32))
-            self._epoch = epoch
-        return Draw(epoch, int(self._order[place]))
-
-
-class _TrainingViews(Dataset[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]):
+class _TrainingViews(Dataset[View]):
     def __init__(
         self,
         reader: ShardReader,
@@ -189,15 +202,34 @@ class _TrainingViews(Dataset[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]):
         self.reader, self.index = reader, index
         self.crop, self.augmentation, self.seed, self.pad_pixel = crop, augmentation, seed, pad_pixel
 
-    def __getitem__(self, draw: Draw) -> tuple[NDArray[np.uint8], NDArray[np.uint8], str]:
-        sample = self.reader.read(self.index, draw.sample)
-        rng = np.random.default_rng([self.seed, _AUGMENTATION, draw.epoch, draw.sample])
+    def __getitem__(self, draw: Draw) -> View:
+        return self.view(draw, self.reader.read(self.index, draw.sample))
+
+    def view(self, draw: Draw, sample: SampleBytes) -> View:
+        """What training sees of `sample` at `draw`."""
+        copy = [draw.copy] if draw.copy else []
+        rng = np.random.default_rng([self.seed, _AUGMENTATION, draw.epoch, draw.sample, *copy])
         try:
-            image, label = open_image(sample.image)[0], decode_label(sample.label).astype(np.uint8)
+            view = training_view(sample.image, sample.label, self.crop, self.augmentation, rng, self.pad_pixel)
         except DecodeError as error:
             raise _damaged(self.reader, sample, error) from error
-        view = augment(image, label, self.crop, self.augmentation, rng, self.pad_pixel)
         return view.image, view.label, sample.key
+
+
+class _LaneViews(IterableDataset[list[View]]):
+    """A rank's lanes; each loader process takes a contiguous part of them."""
+
+    def __init__(self, views: _TrainingViews, plan: BatchPlan) -> None:
+        self.views, self.plan = views, plan
+
+    def __iter__(self) -> Iterator[list[View]]:
+        worker = get_worker_info()
+        lanes = range(self.plan.share.start, self.plan.share.stop)
+        if worker is not None:
+            lanes = lanes[share(len(lanes), worker.id, worker.num_workers)]
+        reader, index = self.views.reader, self.views.index
+        for drawn in read_lanes(reader, index, self.plan.stream, lanes, self.plan.start_step):
+            yield [self.views.view(draw, sample) for draw, sample in drawn]
 
 
 class _WholeImages(Dataset[EvalSample]):
@@ -214,7 +246,7 @@ class _WholeImages(Dataset[EvalSample]):
         return EvalSample(pixels, torch.from_numpy(label.astype(np.uint8)), sample.key)
 
 
-def _collate(views: list[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]) -> Batch:
+def _collate(views: list[View]) -> Batch:
     height, width = views[0][1].shape
     images = np.empty((len(views), 3, height, width), dtype=np.uint8)
     labels = np.empty((len(views), height, width), dtype=np.uint8)
@@ -224,9 +256,11 @@ def _collate(views: list[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]) -> B
     return Batch(torch.from_numpy(images), torch.from_numpy(labels), tuple(key for _, _, key in views))
 
 
-def _share(count: int, rank: int, world_size: int) -> slice:
-    """The contiguous slice of `count` items that is `rank`'s; sizes differ by one at most."""
-    return slice(count * rank // world_size, count * (rank + 1) // world_size)
+def _join(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    keys = tuple(key for part in parts for key in part.keys)
+    return Batch(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]), keys)
 
 
 def _check_rank(rank: int, world_size: int) -> None:

@@ -1,6 +1,6 @@
 """From a raw data set to a shard set: one task a shard, then index and manifest from the rows they left.
 
-Nothing but a summary of each shard comes back to the caller's process, however many samples there are.
+Nothing but a summary of each shard and 8 bytes an image come back to the caller's process.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -17,24 +18,27 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.config import DataConfig
-from pipeline.datasets import RawDataset, RawSample, open_dataset
-from pipeline.datasets.raw import digest_of
+from pipeline.datasets import RawDataset, open_dataset
 from pipeline.decode import IGNORE_INDEX
+from pipeline.duplicates import Place, find_duplicates
 from pipeline.errors import UserError
+from pipeline.listing import Listing
 from pipeline.records import ShardSet
 from pipeline.shard_task import (
     ROWS,
-    ShardPlan,
+    Duplicate,
     ShardResult,
+    TaskOptions,
+    explain_duplicate,
     explain_rejection,
     prepare_shard,
     publish_parquet,
+    read_column,
     read_rows,
-    remove_files,
+    replace_duplicates,
     rows_name,
 )
 from pipeline.shards import (
-    FORMAT_VERSION,
     INDEX,
     INDEX_SCHEMA,
     MANIFEST,
@@ -44,11 +48,15 @@ from pipeline.shards import (
     ShardEntry,
     ShardSetError,
     read_manifest,
-    spread,
     verify_shard_set,
 )
 
 PROGRESS_INTERVAL_S = 2.0
+ROW_GROUP_ROWS = 1 << 16
+READ_THREADS = 8
+
+Report = Callable[[str], None]
+Results = dict[str, ShardResult]  # by the shard's name
 
 
 def prepare_shards(
@@ -56,110 +64,168 @@ def prepare_shards(
     target: str,
     *,
     max_tasks: int = 8,
-    progress: Callable[[str], None] | None = None,
+    progress: Report | None = None,
 ) -> ShardSet:
     """Write the shard set that `config` describes to the folder `target`; what is there and valid is kept.
 
     Runs as Ray tasks, `max_tasks` at a time, where Ray is initialised, and in this process where it is not.
-    `progress` gets a line every few seconds; None prints them. Raises UserError for a missing data root, for
-    a bad sample under the policy `fail`, and for more of them than the policy `quarantine` allows.
+    `progress` gets a line every few seconds and one with the sums at the end; None prints them. Raises UserError
+    for a missing data root, for a bad sample under the policy `fail`, and for more of them than the policy
+    `quarantine` allows. An image that is there twice is a bad sample, too.
     """
     report = progress or (lambda line: print(line, flush=True))
     if storage.is_local(target):
         # Tasks on other processes resolve relative paths against folders of their own.
         target = str(storage.local_path(target))
     dataset = open_dataset(config)
-    samples = {split: _choose_samples(dataset, split, config) for split in dataset.splits()}
-    plans = [plan for split in samples for plan in _plan_shards(dataset, split, samples[split], config)]
-    plan_digest = digest_of([plan.name, plan.digest] for plan in plans)
-    current = _find_current(target, plan_digest, config)
-    if current is not None:
-        report(f"prepare {dataset.name}: the shard set at {target} is up to date")
-        return current
-    remove_files(target, [MANIFEST])
-    meter = _Meter(dataset.name, plans, report)
-    results: dict[str, ShardResult] = {}
-    rejected: list[dict[str, str]] = []
-    with contextlib.closing(_run_shards(dataset, plans, target, config, max_tasks)) as finished:
+    with _list(dataset, config) as listing:
+        current = _find_current(target, listing, config)
+        if current is not None:
+            report(f"prepare {dataset.name}: the shard set at {target} is up to date")
+            return current
+        storage.remove_files(target, [MANIFEST])
+        run = _Run(dataset, listing, target, config, max_tasks)
+        results = _check_all(run, report)
+        _leave_out_duplicates(run, results, report)
+        shard_set = _publish_set(run, results)
+    num_good = sum(result.num_samples for result in results.values())
+    report(
+        f"prepare {dataset.name}: {listing.num_samples} images = {num_good} in {len(results)} shards "
+        f"+ {shard_set.num_quarantined} in {QUARANTINE}; published {target}"
+    )
+    return shard_set
+
+
+def _list(dataset: RawDataset, config: DataConfig) -> Listing:
+    try:
+        return Listing(dataset, config)
+    except OSError as error:
+        raise UserError(
+            f"data root {config.root} cannot be listed ({error}); mend or remove what is named, or its permissions"
+        ) from error
+
+
+class _Run:
+    """What is to be prepared, and where its tasks run."""
+
+    def __init__(self, dataset: RawDataset, listing: Listing, target: str, config: DataConfig, max_tasks: int) -> None:
+        self.dataset = dataset
+        self.listing = listing
+        self.target = target
+        self.config = config
+        self.options = TaskOptions(config.on_bad_sample == "fail", config.max_long_side)
+        self._max_tasks = max_tasks
+
+    def run_tasks(self, work: Callable[..., ShardResult], jobs: Iterable[tuple[Any, ...]]) -> Generator[ShardResult]:
+        """The results of `work(dataset, plan, target, options, *rest)` as they come, for each (plan, *rest)."""
+        # Whoever initialised Ray has imported it; importing it here would cost a second for nothing.
+        if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+            for plan, *rest in jobs:
+                yield work(self.dataset, plan, self.target, self.options, *rest)
+            return
+        import ray
+
+        task, shared = ray.remote(work), ray.put(self.dataset)
+        waiting, running = iter(jobs), list[Any]()
+        try:
+            while True:
+                # Plans are read from disk when there is room for their task, never all at once.
+                while len(running) < self._max_tasks and (job := next(waiting, None)) is not None:
+                    running.append(task.remote(shared, job[0], self.target, self.options, *job[1:]))
+                if not running:
+                    return
+                done, running = ray.wait(running, num_returns=1)
+                yield ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+
+def _check_all(run: _Run, report: Report) -> Results:
+    """All shards, checked sample by sample and published, duplicates still in them."""
+    meter = _Meter(run.dataset.name, run.listing, report)
+    results: Results = {}
+    first: dict[str, str] | None = None
+    jobs = ((run.listing.load(shard),) for shard in run.listing.shards)
+    with contextlib.closing(run.run_tasks(prepare_shard, jobs)) as finished:
         for result in finished:
             results[result.name] = result
-            rejected += result.rejected
             meter.advance(result)
-            _apply_policy(config, rejected, meter.num_samples)
-    ordered = {split: [results[plan.name] for plan in plans if plan.split == split] for split in samples}
-    return _publish_set(dataset, target, ordered, plan_digest)
+            first = first or result.first_rejected
+            if first is not None:
+                _apply_policy(run.config, meter.num_rejected, run.listing.num_samples, first)
+    return results
 
 
-def _choose_samples(dataset: RawDataset, split: str, config: DataConfig) -> Sequence[RawSample]:
-    samples = dataset.samples(split)
-    if not samples:
-        place = f" below {config.root}" if config.root else ""
-        raise UserError(f"dataset {dataset.name} has no images in split {split!r}{place}; check data.root")
-    keys: set[str] = set()
-    for sample in samples:
-        if sample.key in keys:
-            raise UserError(f"{sample.image}: another image in split {split!r} has this name; rename one")
-        keys.add(sample.key)
-    return [samples[int(place)] for place in spread(len(samples), config.max_samples_per_split)]
+def _leave_out_duplicates(run: _Run, results: Results, report: Report) -> None:
+    """Publish those shards again that hold an image which is elsewhere, too; changes `results`."""
+    ordered = [results[shard.name] for shard in run.listing.shards]
+    found = find_duplicates(ordered, lambda shard: read_column(run.target, shard, "image_sha256"))
+    wanted = _name_duplicates(run, found)
+    if wanted:
+        first = next(iter(wanted.values()))[0]
+        num_bad = len(found) + sum(result.num_rejected for result in ordered)
+        _apply_policy(run.config, num_bad, run.listing.num_samples, explain_duplicate(first))
+    changed = [
+        shard for shard in run.listing.shards if results[shard.name].duplicates != tuple(wanted.get(shard.name, ()))
+    ]
+    if changed:
+        report(
+            f"prepare {run.dataset.name}: {len(found)} images are there twice; writing {len(changed)} shards without"
+        )
+    jobs = ((run.listing.load(shard), wanted.get(shard.name, [])) for shard in changed)
+    with contextlib.closing(run.run_tasks(replace_duplicates, jobs)) as finished:
+        for result in finished:
+            results[result.name] = result
 
 
-def _plan_shards(
-    dataset: RawDataset, split: str, samples: Sequence[RawSample], config: DataConfig
-) -> Iterator[ShardPlan]:
-    for number, start in enumerate(range(0, len(samples), config.samples_per_shard)):
-        chosen = samples[start : start + config.samples_per_shard]
-        identity = [FORMAT_VERSION, dataset.name, dataset.class_names]
-        digest = digest_of([*identity, *([sample.key, sample.stamp] for sample in chosen)])
-        yield ShardPlan(split, f"{split}-{number:05d}.tar", chosen, digest)
+def _name_duplicates(run: _Run, found: dict[Place, Place]) -> dict[str, list[Duplicate]]:
+    """By shard, in the order of the data set: what to leave out, with the files' names."""
+    rows: defaultdict[str, set[int]] = defaultdict(set)
+    for place in {*found, *found.values()}:
+        rows[place.shard].add(place.row)
+    files: dict[Place, str] = {}
+    splits: dict[str, str] = {}
+    for shard in run.listing.shards:
+        if shard.name in rows:
+            splits[shard.name] = shard.split
+            by_key = {sample.key: sample.image for sample in run.listing.load(shard).samples}
+            keys = read_column(run.target, shard.name, "key")
+            files |= {Place(shard.name, row): by_key[keys[row]] for row in rows[shard.name]}
+    named: dict[str, list[Duplicate]] = {name: [] for name in splits}
+    for place in sorted(found, key=lambda place: place.row):
+        kept = found[place]
+        same_as = f"{files[kept]} of split {splits[kept.shard]}"
+        named[place.shard].append(Duplicate(place.row, files[place], same_as))
+    return {name: duplicates for name, duplicates in named.items() if duplicates}
 
 
-def _run_shards(
-    dataset: RawDataset, plans: Sequence[ShardPlan], target: str, config: DataConfig, max_tasks: int
-) -> Generator[ShardResult]:
-    """The results as they come, with at most `max_tasks` tasks submitted at any time."""
-    fail = config.on_bad_sample == "fail"
-    # Whoever initialised Ray has imported it; importing it here would cost a second for nothing.
-    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
-        yield from (prepare_shard(dataset, plan, target, fail) for plan in plans)
-        return
-    import ray
-
-    task, shared = ray.remote(prepare_shard), ray.put(dataset)
-    waiting, running = deque(plans), list[Any]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < max_tasks:
-                running.append(task.remote(shared, waiting.popleft(), target, fail))
-            done, running = ray.wait(running, num_returns=1)
-            yield ray.get(done[0])
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-
-
-def _publish_set(
-    dataset: RawDataset,
-    target: str,
-    results: dict[str, list[ShardResult]],
-    plan_digest: str,
-) -> ShardSet:
+def _publish_set(run: _Run, results: Results) -> ShardSet:
     """Index, quarantine and, last, the manifest."""
-    for split, shards in results.items():
+    splits = {
+        split: [results[shard.name] for shard in run.listing.shards if shard.split == split]
+        for split in run.listing.splits
+    }
+    for split, shards in splits.items():
         if not any(shard.num_samples for shard in shards):
-            raise UserError(f"no sample of split {split!r} is good; mend the data set {dataset.name}")
-    every = [shard for shards in results.values() for shard in shards]
-    _sweep(target, {name for shard in every for name in (shard.name, rows_name(shard.name))})
-    tables = (read_rows(target, shard.name) for shard in every)
-    publish_parquet(storage.join(target, INDEX), tables, INDEX_SCHEMA)
-    _publish_quarantine(target, [row for shard in every for row in shard.rejected])
+            raise UserError(f"no sample of split {split!r} is good; mend the data set {run.dataset.name}")
+    _sweep(run.target, {name for shard in results for name in (shard, rows_name(shard))})
+    quarantined = [QUARANTINE_SCHEMA.empty_table()]
+    index = (table for shards in splits.values() for table in _row_groups(run, shards, quarantined))
+    index_uri, quarantine_uri = (storage.join(run.target, name) for name in (INDEX, QUARANTINE))
+    num_good = publish_parquet(index_uri, index, INDEX_SCHEMA)
+    num_bad = publish_parquet(quarantine_uri, [pa.concat_tables(quarantined)], QUARANTINE_SCHEMA)
+    assert num_good + num_bad == run.listing.num_samples, (
+        f"{run.listing.num_samples} samples went in, {num_good} + {num_bad} came out"
+    )
     manifest = Manifest(
-        name=dataset.name,
-        classes=dataset.class_names,
-        palette=dataset.palette,
+        name=run.dataset.name,
+        classes=run.dataset.class_names,
+        palette=run.dataset.palette,
         ignore_index=IGNORE_INDEX,
         splits={
             split: tuple(
@@ -171,85 +237,92 @@ def _publish_set(
                 )
                 for shard in shards
             )
-            for split, shards in results.items()
+            for split, shards in splits.items()
         },
-        num_quarantined=sum(len(shard.rejected) for shard in every),
-        source_digest=dataset.source_digest(),
-        plan_digest=plan_digest,
-        index_sha256=storage.file_digest(storage.join(target, INDEX)),
-        quarantine_sha256=storage.file_digest(storage.join(target, QUARANTINE)),
+        num_quarantined=num_bad,
+        source_digest=run.dataset.source_digest(),
+        plan_digest=run.listing.digest,
+        index_sha256=storage.file_digest(index_uri),
+        quarantine_sha256=storage.file_digest(quarantine_uri),
     )
-    storage.publish_json(storage.join(target, MANIFEST), manifest.model_dump(mode="json"))
-    return manifest.to_record(target)
+    storage.publish_json(storage.join(run.target, MANIFEST), manifest.model_dump(mode="json"))
+    return manifest.to_record(run.target)
 
 
-def _apply_policy(config: DataConfig, rejected: Sequence[dict[str, str]], num_samples: int) -> None:
-    if not rejected:
-        return
+def _row_groups(run: _Run, shards: Sequence[ShardResult], quarantined: list[pa.Table]) -> Iterator[pa.Table]:
+    """The index of one split in tables of some size; the quarantine's parts go to `quarantined`."""
+    step = max(1, ROW_GROUP_ROWS // run.config.samples_per_shard)
+    # Threads, because each file of a remote store keeps us waiting, and there is one a shard.
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for start in range(0, len(shards), step):
+            names = [shard.name for shard in shards[start : start + step]]
+            parts = list(pool.map(read_rows, [run.target] * len(names), names))
+            quarantined += [rejected for _, rejected in parts if len(rejected)]
+            yield pa.concat_tables([rows for rows, _ in parts])
+
+
+def _apply_policy(config: DataConfig, num_bad: int, num_samples: int, first: dict[str, str]) -> None:
+    """Raise UserError where the policy does not let `num_bad` of `num_samples` samples pass."""
     if config.on_bad_sample == "fail":
-        raise UserError(explain_rejection(rejected[0]))
-    if len(rejected) > config.max_quarantined_fraction * num_samples:
+        raise UserError(explain_rejection(first))
+    if num_bad > config.max_quarantined_fraction * num_samples:
         raise UserError(
-            f"{len(rejected)} of {num_samples} samples are bad, more than data.max_quarantined_fraction "
+            f"{num_bad} of {num_samples} samples are bad, more than data.max_quarantined_fraction "
             f"{config.max_quarantined_fraction:g} allows; mend them or raise it. "
-            f"The first: {explain_rejection(rejected[0])}"
+            f"The first: {explain_rejection(first)}"
         )
 
 
-def _find_current(target: str, plan_digest: str, config: DataConfig) -> ShardSet | None:
+def _find_current(target: str, listing: Listing, config: DataConfig) -> ShardSet | None:
     """The shard set at `target` where it is whole and was made by the same plan."""
     try:
         manifest = read_manifest(target)
-        if manifest.plan_digest != plan_digest:
+        if manifest.plan_digest != listing.digest:
             return None
         shard_set = verify_shard_set(target, deep=True)
     except ShardSetError:
         return None
     if manifest.num_quarantined:
         with storage.open_uri(storage.join(target, QUARANTINE)) as file:
-            rejected = pq.read_table(file).to_pylist()
-        num_good = sum(split.num_samples for split in shard_set.splits.values())
-        _apply_policy(config, rejected, num_good + len(rejected))
+            first = next(pq.ParquetFile(file).iter_batches(1)).to_pylist()[0]
+        _apply_policy(config, manifest.num_quarantined, listing.num_samples, first)
+    # A store without renaming may have kept the manifest's temporary copy when the last run was killed.
+    _sweep(target, {name for shard in listing.shards for name in (shard.name, rows_name(shard.name))})
     return shard_set
-
-
-def _publish_quarantine(target: str, rejected: Sequence[dict[str, str]]) -> None:
-    table = pa.Table.from_pylist(list(rejected), QUARANTINE_SCHEMA)
-    publish_parquet(storage.join(target, QUARANTINE), [table], QUARANTINE_SCHEMA)
 
 
 def _sweep(target: str, keep: set[str]) -> None:
     """Remove shards and rows of former plans, and what killed tasks left half written."""
-    tars = [name for name in storage.list_names(target) if ".tar" in name]
+    names = [name for name in storage.list_names(target) if ".tar" in name or name.endswith(storage.PARTIAL)]
     rows = [f"{ROWS}/{name}" for name in storage.list_names(storage.join(target, ROWS))]
-    remove_files(target, [name for name in [*tars, *rows] if name not in keep])
+    storage.remove_files(target, [name for name in [*names, *rows] if name not in keep])
 
 
 class _Meter:
     """Counts what is done and reports it with the rate and the time left."""
 
-    def __init__(self, dataset: str, plans: Sequence[ShardPlan], report: Callable[[str], None]) -> None:
+    def __init__(self, dataset: str, listing: Listing, report: Report) -> None:
         self.dataset = dataset
-        self.num_shards = len(plans)
-        self.num_samples = sum(len(plan.samples) for plan in plans)
+        self.num_shards = len(listing.shards)
+        self.num_samples = listing.num_samples
+        self.num_rejected = 0
         self._report = report
         self._start = self._last = time.monotonic()
-        self._shards = self._good = self._rejected = 0
+        self._shards = self._done = 0
 
     def advance(self, result: ShardResult) -> None:
         """Count a finished shard; report when it is the last, or enough time has passed."""
         self._shards += 1
-        self._good += result.num_samples
-        self._rejected += len(result.rejected)
+        self._done += result.num_samples + result.num_quarantined
+        self.num_rejected += result.num_rejected
         now = time.monotonic()
         if self._shards < self.num_shards and now - self._last < PROGRESS_INTERVAL_S:
             return
         self._last = now
-        done = self._good + self._rejected
-        rate = done / max(now - self._start, 1e-9)
-        left = round((self.num_samples - done) / max(rate, 1e-9))
+        rate = self._done / max(now - self._start, 1e-9)
+        left = round((self.num_samples - self._done) / max(rate, 1e-9))
         self._report(
             f"prepare {self.dataset}: {self._shards}/{self.num_shards} shards, "
-            f"{done}/{self.num_samples} images, {self._rejected} rejected, "
+            f"{self._done}/{self.num_samples} images, {self.num_rejected} rejected, "
             f"{rate:.0f} images/s, ETA {left // 60}:{left % 60:02d}"
         )

@@ -1,4 +1,4 @@
-"""The shard set on storage: WebDataset tars, written byte-for-byte reproducibly and read by byte range.
+"""The shard set on storage: WebDataset tars, written byte-for-byte reproducibly; pipeline.shard_reader reads them.
 
 A shard set is one folder: `<split>-00000.tar` and so on, `index.parquet` (a row a sample),
 `quarantine.parquet` (a row a rejected sample) and `manifest.json`, written last, which names everything else.
@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
-from collections import OrderedDict
-from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import IO
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,11 +19,11 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.file_stamps import FileStamp, file_stamps
 from pipeline.records import Record, ShardSet, SplitInfo
 
 FORMAT_VERSION = 1
 MANIFEST, INDEX, QUARANTINE = "manifest.json", "index.parquet", "quarantine.parquet"
-MAX_OPEN_SHARDS = 64
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -138,105 +134,6 @@ class ShardWriter:
         self.num_bytes += len(data)
 
 
-@dataclass(frozen=True, eq=False)
-class SplitIndex:
-    """Where the samples of one split lie, in the data set's order; all arrays are (n,)."""
-
-    keys: pa.Array
-    shard_names: tuple[str, ...]
-    shard: NDArray[np.int32]  # position in shard_names
-    image_offset: NDArray[np.int64]
-    image_size: NDArray[np.int64]
-    label_offset: NDArray[np.int64]
-    label_size: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-    def key(self, sample: int) -> str:
-        """The key of sample number `sample`."""
-        return str(self.keys[sample].as_py())
-
-
-class SampleBytes(NamedTuple):
-    """One sample as it lies in its shard."""
-
-    key: str
-    image: bytes
-    label: bytes
-
-
-class ShardReader:
-    """An opened shard set. Safe to fork and to pickle: files are opened where they are read."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-        self.manifest = read_manifest(uri)
-        self._forget_files()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "manifest": self.manifest}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._forget_files()
-
-    def index(self, split: str) -> SplitIndex:
-        """Places of all samples of `split`; raises ShardSetError where there is no such split."""
-        if split not in self.manifest.splits:
-            choices = ", ".join(self.manifest.splits)
-            raise ShardSetError(f"shard set {self.uri} has no split {split!r}; choose from {choices}")
-        columns = ["key", "shard", "image_offset", "image_size", "label_offset", "label_size"]
-        with storage.open_uri(storage.join(self.uri, INDEX)) as file:
-            table = pq.read_table(file, columns=columns, filters=[("split", "=", split)])
-        shards = table["shard"].combine_chunks().dictionary_encode()
-        return SplitIndex(
-            table["key"].combine_chunks(),
-            tuple(shards.dictionary.to_pylist()),
-            shards.indices.to_numpy(),
-            *(table[column].to_numpy() for column in columns[2:]),
-        )
-
-    def read(self, index: SplitIndex, sample: int) -> SampleBytes:
-        """The bytes of sample number `sample`: one read of the range that holds both members."""
-        start = int(index.image_offset[sample])
-        end = int(index.label_offset[sample] + index.label_size[sample])
-        shard = index.shard_names[index.shard[sample]]
-        data = self._read_range(shard, start, end - start)
-        if len(data) != end - start:
-            raise ShardSetError(f"{storage.join(self.uri, shard)} ends before byte {end}; prepare it again")
-        return SampleBytes(
-            index.key(sample),
-            data[: int(index.image_size[sample])],
-            data[len(data) - int(index.label_size[sample]) :],
-        )
-
-    def _forget_files(self) -> None:
-        self._process = os.getpid()
-        self._filesystem, self._folder = fsspec.core.url_to_fs(self.uri)
-        self._is_local = storage.is_local(self.uri)
-        self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
-
-    def _read_range(self, shard: str, offset: int, size: int) -> bytes:
-        if self._process != os.getpid():
-            # Remote file systems hold threads and sockets that do not survive a fork.
-            self._forget_files()
-        if not self._is_local:
-            place = f"{self._folder}/{shard}"
-            return bytes(self._filesystem.cat_file(place, start=offset, end=offset + size))
-        file = self._files.get(shard)
-        if file is None:
-            file = self._files[shard] = storage.open_uri(storage.join(self.uri, shard))
-            if len(self._files) > MAX_OPEN_SHARDS:
-                self._files.popitem(last=False)[1].close()
-        return os.pread(file.fileno(), size, offset)
-
-
-def open_shard_set(shard_set: ShardSet | str) -> ShardReader:
-    """Open a shard set by record or URI; raises ShardSetError where it is missing or damaged."""
-    return ShardReader(shard_set if isinstance(shard_set, str) else shard_set.uri)
-
-
 def spread(count: int, limit: int | None) -> NDArray[np.int64]:
     """Positions among `count`, at most `limit` of them (None: all), evenly spaced and rising."""
     if limit is None or limit >= count:
@@ -270,16 +167,7 @@ def verify_shard_set(uri: str, deep: bool = False) -> ShardSet:
     """
     manifest = read_manifest(uri)
     shards = [shard for shards in manifest.splits.values() for shard in shards]
-    for shard in shards:
-        place = storage.join(uri, shard.name)
-        try:
-            num_bytes = storage.file_size(place)
-        except FileNotFoundError as error:
-            raise ShardSetError(f"shard {place} is missing; prepare the shard set again") from error
-        if num_bytes != shard.num_bytes:
-            raise ShardSetError(
-                f"shard {place} has {num_bytes} bytes, the manifest says {shard.num_bytes}; prepare it again"
-            )
+    check_sizes(uri, manifest, file_stamps(uri))
     sums = {INDEX: manifest.index_sha256, QUARANTINE: manifest.quarantine_sha256}
     rows = {INDEX: sum(shard.num_samples for shard in shards), QUARANTINE: manifest.num_quarantined}
     for name, num_rows in rows.items():
@@ -291,6 +179,19 @@ def verify_shard_set(uri: str, deep: bool = False) -> ShardSet:
             if storage.file_digest(place) != sha256:
                 raise ShardSetError(f"{place} differs from the manifest in its sha256; prepare it again")
     return manifest.to_record(uri)
+
+
+def check_sizes(uri: str, manifest: Manifest, stamps: dict[str, FileStamp]) -> None:
+    """Raise ShardSetError for a shard that is missing or of another size than the manifest says."""
+    for shards in manifest.splits.values():
+        for shard in shards:
+            place, stamp = storage.join(uri, shard.name), stamps.get(shard.name)
+            if stamp is None:
+                raise ShardSetError(f"shard {place} is missing; prepare the shard set again")
+            if stamp.num_bytes != shard.num_bytes:
+                raise ShardSetError(
+                    f"shard {place} has {stamp.num_bytes} bytes, the manifest says {shard.num_bytes}; prepare it again"
+                )
 
 
 def _count_rows(uri: str) -> int:

@@ -5,13 +5,14 @@ Publishing means: written under a temporary name, then renamed. A reader sees th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,10 +20,19 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 PARTIAL = ".partial"
+# Longer files are no picture, list or record; they are opened and read in parts.
+MAX_READ_BYTES = 1 << 29
 
 
 def _filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return cast("tuple[fsspec.AbstractFileSystem, str]", fsspec.core.url_to_fs(uri))
+
+
+def _fresh_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Without what it remembers of listings: other processes write to the same place."""
+    filesystem, path = _filesystem(uri)
+    filesystem.invalidate_cache()
+    return filesystem, path
 
 
 def is_local(uri: str) -> bool:
@@ -45,19 +55,19 @@ def local_path(uri: str) -> Path:
 
 def exists(uri: str) -> bool:
     """Whether a file or folder is there."""
-    filesystem, path = _filesystem(uri)
+    filesystem, path = _fresh_filesystem(uri)
     return bool(filesystem.exists(path))
 
 
 def file_size(uri: str) -> int:
     """Bytes of the file at `uri`; raises FileNotFoundError."""
-    filesystem, path = _filesystem(uri)
+    filesystem, path = _fresh_filesystem(uri)
     return int(filesystem.size(path))
 
 
 def list_names(uri: str) -> list[str]:
     """Names of the files and folders directly below `uri`, sorted; empty where there is no such folder."""
-    filesystem, path = _filesystem(uri)
+    filesystem, path = _fresh_filesystem(uri)
     if not filesystem.exists(path):
         return []
     return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, detail=False))
@@ -70,8 +80,11 @@ def open_uri(uri: str) -> IO[bytes]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of the file at `uri`."""
+    """The whole content of the file at `uri`; raises OSError for one of more than MAX_READ_BYTES."""
     with open_uri(uri) as file:
+        if file.seek(0, os.SEEK_END) > MAX_READ_BYTES:
+            raise OSError(errno.EFBIG, f"larger than {MAX_READ_BYTES >> 20} MiB", uri)
+        file.seek(0)
         return file.read()
 
 
@@ -122,6 +135,14 @@ def publish_bytes(uri: str, data: bytes) -> None:
 def publish_json(uri: str, value: Any) -> None:
     """Write `value` as JSON with sorted keys to `uri`, whole or not at all."""
     publish_bytes(uri, (json.dumps(value, sort_keys=True, indent=1) + "\n").encode())
+
+
+def remove_files(uri: str, names: Iterable[str]) -> None:
+    """Remove the files `names` below `uri` that are there."""
+    filesystem, folder = _filesystem(uri)
+    for name in names:
+        with suppress(FileNotFoundError):
+            filesystem.rm_file(f"{folder}/{name}")
 
 
 def publish_folder(local_folder: str | Path, uri: str) -> None:

@@ -1,19 +1,21 @@
 """Training augmentation (SegViT section 6): resize, crop, flip, photometric distortion, padding.
 
-Sizes are (height, width) in pixels. The crop's window is chosen on the label map alone; then only the part of
-the image below it is resized, so that the rest of a large image costs nothing after decoding.
+The order of work is turned around where that changes nothing but the time: sizes and the crop's place are drawn on
+the label map, the image is decoded no larger than needed, cut, and only then resized. Boxes begin and end on whole
+pixels, so that image and label are cut at the same place.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.config import AugmentationConfig
-from pipeline.decode import IGNORE_INDEX
+from pipeline.decode import IGNORE_INDEX, DecodeError
+from pipeline.fast_decode import decode_ids, decode_reduced, use_one_thread
 
 # ImageNet's mean colour; close to 0 after the normalisation of every backbone we know.
 MEAN_PIXEL = (124, 116, 104)
@@ -21,115 +23,164 @@ MEAN_PIXEL = (124, 116, 104)
 Pixels = NDArray[np.uint8]
 
 
-class Window(NamedTuple):
-    """A rectangle of the resized image."""
+class Span(NamedTuple):
+    """One axis of a view: `length` pixels from `start` on become `resized` pixels.
 
-    top: int
-    left: int
-    height: int
-    width: int
+    `start` and `length` count pixels of the image as decoded, `reduction` times smaller than in its file.
+    """
+
+    start: int
+    length: int
+    resized: int
+    reduction: int
+
+    def nearest(self, extent: int) -> NDArray[np.intp]:
+        """The pixel of the file, of `extent` pixels, under the centre of each resized pixel."""
+        # In whole numbers, as a centre may fall on the border of two pixels: (x + 1/2) * length / resized.
+        odd = np.arange(1, 2 * self.resized, 2, dtype=np.intp)
+        places = self.start * self.reduction + odd * (self.length * self.reduction) // (2 * self.resized)
+        # An incomplete block of reduced pixels reaches over the end.
+        return np.minimum(places, extent - 1)
+
+    def within(self) -> slice:
+        """The span in the image as decoded."""
+        return slice(self.start, self.start + self.length)
+
+    def within_file(self) -> slice:
+        """The span in the image as it lies in its file."""
+        return slice(self.start * self.reduction, (self.start + self.length) * self.reduction)
+
+
+class View(NamedTuple):
+    """Which part of an image is seen, how large, and whether mirrored."""
+
+    rows: Span
+    columns: Span
+    flip: bool
 
 
 class AugmentedPair(NamedTuple):
     """What training sees of one sample."""
 
-    image: Pixels  # (H, W, 3)
+    image: Pixels  # (H, W, 3); each channel is one block of memory, as batches (B, 3, H, W) want it
     label: Pixels  # (H, W)
 
 
-def augment(
-    image: Image.Image,
-    label: Pixels,
+def training_view(
+    image: bytes,
+    label: bytes,
     crop: tuple[int, int],
     config: AugmentationConfig,
     rng: np.random.Generator,
     pad_pixel: tuple[int, int, int] = MEAN_PIXEL,
 ) -> AugmentedPair:
-    """One random view of an RGB `image` and its `label` (H, W), `crop` in size.
+    """One random view, `crop` (height, width) in size, of the `image` and `label` files' bytes.
 
-    Where the resized image is smaller than the crop, the rest is `pad_pixel` and ignored.
+    Where the resized image is smaller than the crop, the rest is `pad_pixel` and ignored. The same bytes, settings
+    and state of `rng` give the same view. Raises DecodeError.
     """
-    size = draw_size(label.shape, config, rng)
-    window = draw_window(label, size, crop, config, rng)
-    flip = bool(rng.random() < config.flip_probability)
-    view = distort(cut_image(image, size, window), config, rng)
-    pixels, classes = np.asarray(view), cut_label(label, size, window)
-    if flip:
-        pixels, classes = pixels[:, ::-1], classes[:, ::-1]
-    return pad(pixels, classes, crop, pad_pixel)
+    use_one_thread()
+    classes = decode_ids(label)
+    view = draw_view(classes, crop, config, rng)
+    pixels = decode_reduced(image, view.rows.reduction)
+    expected = tuple(-(-extent // view.rows.reduction) for extent in classes.shape)
+    if pixels.shape[:2] != expected:
+        raise DecodeError(f"has an image and a label of different size, {classes.shape} pixels the label")
+    cut = distort(cut_image(pixels, view), config, rng)
+    return pad(cut, cut_label(classes, view), crop, pad_pixel)
 
 
-def draw_size(shape: tuple[int, ...], config: AugmentationConfig, rng: np.random.Generator) -> tuple[int, int]:
-    """The size to resize an image of `shape` (height, width) to; its aspect ratio is kept."""
-    height, width = shape
+def draw_view(label: Pixels, crop: tuple[int, int], config: AugmentationConfig, rng: np.random.Generator) -> View:
+    """A random scale, a random window at it, and a mirror or none, for an image with this `label` (H, W).
+
+    The window is drawn again while one class covers more of its labelled pixels than the config allows; after
+    `crop_tries` draws the last one stands, so an image of one class still gives a view.
+    """
+    scale = draw_scale(label.shape, config, rng)
+    reduction = 1
+    while scale * reduction * 2 <= 1.0:
+        reduction *= 2
+    for _ in range(config.crop_tries):
+        rows, columns = (
+            draw_span(extent, scale, reduction, limit, rng) for extent, limit in zip(label.shape, crop, strict=True)
+        )
+        part = label[rows.within_file(), columns.within_file()]
+        if config.max_class_fraction >= 1.0 or largest_fraction(part) <= config.max_class_fraction:
+            break
+    return View(rows, columns, bool(rng.random() < config.flip_probability))
+
+
+def draw_scale(shape: tuple[int, ...], config: AugmentationConfig, rng: np.random.Generator) -> float:
+    """How many times larger than in its file an image of `shape` (height, width) is to be seen."""
     fit = 1.0
     if config.resize_long is not None and config.resize_short is not None:
-        fit = min(config.resize_long / max(height, width), config.resize_short / min(height, width))
-    scale = fit * rng.uniform(*config.scale_range)
-    return max(1, round(height * scale)), max(1, round(width * scale))
+        fit = min(config.resize_long / max(shape), config.resize_short / min(shape))
+    return float(fit * rng.uniform(*config.scale_range))
 
 
-def draw_window(
-    label: Pixels,
-    size: tuple[int, int],
-    crop: tuple[int, int],
-    config: AugmentationConfig,
-    rng: np.random.Generator,
-) -> Window:
-    """A random window, drawn again while one class covers more of its labelled pixels than the config allows.
-
-    After `crop_tries` draws the last one stands, so an image of one class still gives a view.
-    """
-    height, width = min(crop[0], size[0]), min(crop[1], size[1])
-    for _ in range(config.crop_tries):
-        top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
-        window = Window(top, left, height, width)
-        if config.max_class_fraction >= 1.0:
-            break
-        counts = np.bincount(cut_label(label, size, window).ravel(), minlength=IGNORE_INDEX + 1)
-        counts[IGNORE_INDEX] = 0
-        if 0 < counts.max() <= config.max_class_fraction * counts.sum():
-            break
-    return window
+def draw_span(extent: int, scale: float, reduction: int, limit: int, rng: np.random.Generator) -> Span:
+    """A random part of an axis of `extent` pixels that gives `limit` pixels at `scale`, or all where it is shorter."""
+    reduced = -(-extent // reduction)
+    whole = max(1, round(extent * scale))
+    if whole <= limit:
+        return Span(0, reduced, whole, reduction)
+    length = min(max(1, round(limit / (scale * reduction))), reduced)
+    return Span(int(rng.integers(reduced - length + 1)), length, limit, reduction)
 
 
-def cut_image(image: Image.Image, size: tuple[int, int], window: Window) -> Image.Image:
-    """The `window` of `image` as it is after resizing to `size`, bilinear."""
-    if size == (image.height, image.width):
-        return image.crop((window.left, window.top, window.left + window.width, window.top + window.height))
-    down, right = image.height / size[0], image.width / size[1]
-    box = (
-        window.left * right,
-        window.top * down,
-        min((window.left + window.width) * right, image.width),
-        min((window.top + window.height) * down, image.height),
-    )
-    return image.resize((window.width, window.height), Image.Resampling.BILINEAR, box=box)
+def largest_fraction(label: Pixels) -> float:
+    """The share of the most frequent class in the labelled pixels of `label` (h, w); 1 where nothing is labelled."""
+    counts = cv2.calcHist([label], [0], None, [256], [0, 256])[:IGNORE_INDEX]
+    total = float(counts.sum())
+    return float(counts.max()) / total if total else 1.0
 
 
-def cut_label(label: Pixels, size: tuple[int, int], window: Window) -> Pixels:
-    """The `window` of `label` as it is after resizing to `size`; nearest, as class ids do not average."""
-    rows = _nearest(window.top, window.height, size[0], label.shape[0])
-    columns = _nearest(window.left, window.width, size[1], label.shape[1])
-    cut: Pixels = label[rows].take(columns, axis=1)
+def cut_image(pixels: Pixels, view: View) -> Pixels:
+    """The `view` of `pixels` (H, W, 3) as decoded; resized bilinearly. May overwrite `pixels`."""
+    cut = pixels[view.rows.within(), view.columns.within()]
+    size = (view.rows.resized, view.columns.resized)
+    if cut.shape[:2] != size:
+        cut = np.asarray(cv2.resize(cut, size[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
+    if view.flip:
+        cv2.flip(cut, 1, dst=cut)
     return cut
 
 
-def distort(image: Image.Image, config: AugmentationConfig, rng: np.random.Generator) -> Image.Image:
-    """Photometric distortion: brightness, contrast (before or after the colours), saturation and hue.
+def cut_label(label: Pixels, view: View) -> Pixels:
+    """The `view` of `label` (H, W) as in its file; nearest, as class ids do not average."""
+    rows, columns = (span.nearest(extent) for span, extent in zip(view[:2], label.shape, strict=True))
+    if view.flip:
+        columns = columns[::-1]
+    # The cheap step, whole rows, last where rows are repeated and first where they are left out.
+    if view.rows.resized > view.rows.length * view.rows.reduction:
+        first = view.rows.within_file()
+        cut: Pixels = label[first].take(columns, axis=1)[rows - first.start]
+    else:
+        cut = label[rows].take(columns, axis=1)
+    return cut
 
-    Each is applied with probability 0.5. Hue is in OpenCV's units, half degrees of the colour circle.
+
+def distort(image: Pixels, config: AugmentationConfig, rng: np.random.Generator) -> Pixels:
+    """Photometric distortion of `image` (H, W, 3): brightness, contrast (or at the end), saturation and hue.
+
+    Each is applied with probability 0.5. The published units: brightness in levels, hue in OpenCV's half degrees of
+    the colour circle; both in whole steps, as images of 8 bits have them. May overwrite `image`.
     """
     steps = rng.random(4) < 0.5
     contrast_first = rng.random() < 0.5
-    shift = rng.uniform(-config.brightness, config.brightness) if steps[0] else 0.0
+    shift = round(rng.uniform(-config.brightness, config.brightness)) if steps[0] else 0
     contrast = rng.uniform(*config.contrast) if steps[1] else 1.0
     saturation = rng.uniform(*config.saturation) if steps[2] else 1.0
-    hue = rng.uniform(-config.hue, config.hue) if steps[3] else 0.0
-    image = _scale_levels(image, contrast if contrast_first else 1.0, shift)
-    if saturation != 1.0 or hue != 0.0:
+    hue = round(rng.uniform(-config.hue, config.hue)) if steps[3] else 0
+    if shift:
+        cv2.add(image, np.array([shift, shift, shift, 0], np.float64), dst=image)
+    if contrast != 1.0 and contrast_first:
+        cv2.convertScaleAbs(image, dst=image, alpha=contrast)
+    if saturation != 1.0 or hue:
         image = _shift_colours(image, saturation, hue)
-    return image if contrast_first else _scale_levels(image, contrast, 0.0)
+    if contrast != 1.0 and not contrast_first:
+        cv2.convertScaleAbs(image, dst=image, alpha=contrast)
+    return image
 
 
 def pad(
@@ -137,33 +188,24 @@ def pad(
 ) -> AugmentedPair:
     """`image` (h, w, 3) and `label` (h, w) grown to `crop` at the right and the bottom."""
     height, width = label.shape
-    if (height, width) == crop:
-        return AugmentedPair(image, label)
-    padded = np.empty((*crop, 3), dtype=np.uint8)
-    padded[:] = pad_pixel
-    padded[:height, :width] = image
-    ignored = np.full(crop, IGNORE_INDEX, dtype=np.uint8)
-    ignored[:height, :width] = label
-    return AugmentedPair(padded, ignored)
+    planes = np.empty((3, *crop), dtype=np.uint8)
+    cv2.split(image, [plane[:height, :width] for plane in planes])
+    for plane, value in zip(planes, pad_pixel, strict=True):
+        plane[height:] = value
+        plane[:height, width:] = value
+    if (height, width) != crop:
+        labelled, label = label, np.full(crop, IGNORE_INDEX, dtype=np.uint8)
+        label[:height, :width] = labelled
+    return AugmentedPair(planes.transpose(1, 2, 0), label)
 
 
-def _nearest(start: int, length: int, resized: int, original: int) -> NDArray[np.intp]:
-    centres = (np.arange(start, start + length) + 0.5) * (original / resized)
-    return np.minimum(centres.astype(np.intp), original - 1)
-
-
-def _scale_levels(image: Image.Image, gain: float, shift: float) -> Image.Image:
-    """Every level plus `shift`, then times `gain`; cut to 0-255 after each, as 8-bit images are."""
-    if gain == 1.0 and shift == 0.0:
-        return image
-    levels = np.clip(np.clip(np.arange(256) + shift, 0, 255).round() * gain, 0, 255).round()
-    return image.point(levels.astype(int).tolist() * 3)
-
-
-def _shift_colours(image: Image.Image, saturation: float, hue: float) -> Image.Image:
-    """Saturation times `saturation` and hue plus `hue` half degrees, in HSV."""
-    levels = np.arange(256)
-    hues = (levels + round(hue * 256 / 180)) % 256
-    saturations = np.clip(levels * saturation, 0, 255).round()
-    table = np.concatenate([hues, saturations, levels]).astype(int).tolist()
-    return image.convert("HSV").point(table).convert("RGB")
+def _shift_colours(image: Pixels, saturation: float, hue: int) -> Pixels:
+    """Saturation times `saturation` and hue plus `hue` half degrees, in HSV. Overwrites `image`."""
+    # With red and blue exchanged the colour circle runs backwards: no hue falls below 0, where 8 bits would cut it.
+    # Above 180 the way back starts again by itself.
+    forward = hue >= 0
+    change = np.array([[1, 0, 0, abs(hue)], [0, saturation, 0, 0], [0, 0, 1, 0]], np.float32)
+    # To and fro between two blocks of memory, which stay in the processor's cache.
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV if forward else cv2.COLOR_BGR2HSV)
+    cv2.transform(hsv, change, dst=image)
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_HSV2RGB if forward else cv2.COLOR_HSV2BGR, dst=hsv), np.uint8)

@@ -6,8 +6,13 @@ from collections.abc import Callable
 
 from pipeline import storage
 from pipeline.config import DataConfig
+from pipeline.datasets.ade20k import ADE20K
 from pipeline.datasets.camvid import CamVid
+from pipeline.datasets.cityscapes import Cityscapes
+from pipeline.datasets.coco_stuff import CocoStuff10K
 from pipeline.datasets.digits import Digits
+from pipeline.datasets.folder import Folder
+from pipeline.datasets.pascal_context import PascalContext
 from pipeline.datasets.raw import RawDataset, RawPair, RawSample, RejectedSampleError
 from pipeline.errors import UserError
 
@@ -21,17 +26,22 @@ __all__ = [
 ]
 
 
-def _open_camvid(config: DataConfig) -> RawDataset:
-    return CamVid(_root(config))
-
-
 def _open_digits(config: DataConfig) -> RawDataset:
     if config.root is not None:
         raise UserError(f"data.root {config.root!r}: dataset digits is embedded and reads no root; remove it")
     return Digits(config.digits, seed=config.seed)
 
 
-_DATASETS: dict[str, Callable[[DataConfig], RawDataset]] = {"camvid": _open_camvid, "digits": _open_digits}
+_DATASETS: dict[str, Callable[[DataConfig], RawDataset]] = {
+    "ade20k": lambda config: ADE20K(_root(config)),
+    "camvid": lambda config: CamVid(_root(config)),
+    "cityscapes": lambda config: Cityscapes(_root(config)),
+    "coco_stuff10k": lambda config: CocoStuff10K(_root(config)),
+    "digits": _open_digits,
+    "folder": lambda config: Folder(_root(config), config.folder, config.seed),
+    "pascal_context_59": lambda config: PascalContext(_root(config), with_background=False),
+    "pascal_context_60": lambda config: PascalContext(_root(config), with_background=True),
+}
 
 
 def dataset_names() -> tuple[str, ...]:
@@ -48,6 +58,6 @@ def open_dataset(config: DataConfig) -> RawDataset:
 
 def _root(config: DataConfig) -> str:
     if config.root is None:
-        raise UserError(f"dataset {config.dataset} needs data.root, the folder that holds it; set it")
+        raise UserError(f"dataset {config.dataset} needs data.root, the folder or archive that holds it; set it")
     # Absolute, because tasks on other processes resolve relative paths against folders of their own.
     return str(storage.local_path(config.root)) if storage.is_local(config.root) else config.root

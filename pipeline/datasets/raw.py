@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple, Protocol, cast
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.datasets.archive import Extent
 from pipeline.decode import IGNORE_INDEX
 
 Palette = tuple[tuple[int, int, int], ...]
@@ -37,12 +37,16 @@ class RawSample:
         image: where the image is, as the user knows it.
         label: where the label map is.
         stamp: changes when either file changes.
+        image_extent: the image's place where it lies inside another file, such as an archive.
+        label_extents: of the label map likewise; more than one where it is put together from parts.
     """
 
     key: str
     image: str
     label: str
     stamp: str
+    image_extent: Extent | None = None
+    label_extents: tuple[Extent, ...] = ()
 
 
 class RawPair(NamedTuple):
@@ -87,19 +91,6 @@ def sample_key(name: str) -> str:
     `%` and two hexadecimal digits, so different names never meet.
     """
     return "".join(f"%{ord(sign):02X}" if sign in "%./" else sign for sign in name)
-
-
-def list_files(uri: str) -> dict[str, str] | None:
-    """Names of the files right in the folder `uri`, each with a stamp of size and time; None: no folder."""
-    filesystem, path = fsspec.core.url_to_fs(uri)
-    if not filesystem.isdir(path):
-        return None
-    stamps = {}
-    for entry in filesystem.ls(path, detail=True):
-        if entry["type"] == "file":
-            time = next((entry[field] for field in ("ETag", "mtime", "LastModified") if field in entry), "")
-            stamps[entry["name"].rsplit("/", 1)[-1]] = f"{entry['size']}:{time}"
-    return dict(sorted(stamps.items()))
 
 
 def digest_of(parts: Iterable[Any]) -> str:

@@ -7,6 +7,10 @@ import pytest
 import typer
 
 from flows.cli import app, main
+from flows.present import BAR_WIDTH, bar
+from pipeline.config import DataConfig, DigitsConfig
+from pipeline.data_report import load_facts
+from pipeline.prepare import prepare_shards
 
 CONFIG = str(Path(__file__).parents[2] / "flows" / "configs" / "quickstart.yaml")
 
@@ -17,6 +21,7 @@ FROZEN_OPTIONS = {
     "show": {"run_id", "--workspace", "--tracking-uri", "--json"},
     "models": {"name", "--workspace", "--tracking-uri", "--json"},
     "predict": {"model", "images", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
+    "data": {"shard_set", "--out", "--overwrite", "--json"},
     "flops": {"presets", "--published", "--size", "--json"},
     "submit": {"config", "--address", "--workspace", "--set", "--tracking-uri"},
 }
@@ -74,7 +79,7 @@ def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pyte
             ["run", CONFIG, "--set", "model.crop=[112,110]"],
             "crop 110 is not a multiple of patch size 14; use 98",
         ),
-        (["plan", CONFIG, "--set", "data.dataset=cats"], "unknown dataset 'cats'; choose from camvid, digits"),
+        (["plan", CONFIG, "--set", "data.dataset=cats"], "unknown dataset 'cats'; choose from "),
         (
             ["plan", CONFIG, "--set", "data.dataset=camvid", "--set", "data.root=/none"],
             "/none",
@@ -91,6 +96,7 @@ def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pyte
             ["submit", CONFIG, "--address", "http://127.0.0.1:9", "--workspace", "/tmp/ws"],
             "no job server answers at http://127.0.0.1:9",
         ),
+        (["data", "/none"], "error: no shard set at /none: manifest.json is missing; prepare it first"),
         (["flops"], "error: name one preset or more, or use --published"),
         (["flops", "ade20k_vit_base", "--published"], "or use --published for the published models, not both"),
         (["flops", "ade20k_vit_bas"], "error: unknown preset 'ade20k_vit_bas'; did you mean ade20k_vit_base"),
@@ -149,6 +155,40 @@ def test_flops__presets_at_a_size(capfd: pytest.CaptureFixture[str]) -> None:
     assert "64x96" in printed
     assert f"{rows[1]['gflops']:.2f}" in printed
     assert "One multiply-add counts as one" in printed
+
+
+def test_data__counts_for_people_and_programs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    digits = DigitsConfig(num_train=5, num_val=2)
+    uri = str(tmp_path / "set")
+    prepare_shards(DataConfig(dataset="digits", digits=digits), uri, progress=lambda _: None)
+    assert run("data", uri) == 0
+    printed = capfd.readouterr().out
+    facts = load_facts(uri)
+    for split in facts.splits:
+        assert f"{split.name}: classes" in printed
+        for one in split.classes:
+            assert f"{one.pixels:,}" in printed
+    assert "█" * BAR_WIDTH in printed
+    assert run("data", uri, "--out", str(tmp_path / "out"), "--json") == 0
+    given = json.loads(capfd.readouterr().out)
+    assert given["splits"][0]["classes"][3]["pixels"] == facts.splits[0].classes[3].pixels
+    assert [Path(file).name for file in given["files"]] == [
+        "classes.png",
+        "samples-train.png",
+        "samples-val.png",
+        "index.html",
+    ]
+    assert all(Path(file).is_file() for file in given["files"])
+    assert run("data", uri, "--out", str(tmp_path / "out")) == 1
+    assert "classes.png exists; choose another folder or use --overwrite" in capfd.readouterr().err
+    assert run("data", uri, "--out", str(tmp_path / "out"), "--overwrite") == 0
+
+
+def test_bar__is_as_long_as_its_fraction() -> None:
+    assert bar(1.0) == "█" * BAR_WIDTH
+    assert bar(0.5) == "█" * (BAR_WIDTH // 2)
+    assert bar(1 / BAR_WIDTH + 3 / BAR_WIDTH / 8) == "█▍"
+    assert (bar(1e-9), bar(0.0)) == ("▏", "")
 
 
 def test_unknown_option__exit_2(capfd: pytest.CaptureFixture[str]) -> None:

@@ -100,7 +100,7 @@ def test_source_digest__follows_settings_and_seed() -> None:
 
 
 def test_open_dataset__unknown_name_lists_the_choices() -> None:
-    with pytest.raises(UserError, match=r"unknown dataset 'mnist'; choose from camvid, digits"):
+    with pytest.raises(UserError, match=r"unknown dataset 'mnist'; choose from ade20k, camvid"):
         open_dataset(DataConfig(dataset="mnist"))
 
 

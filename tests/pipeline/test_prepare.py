@@ -22,6 +22,7 @@ from pipeline.datasets.digits import Digits
 from pipeline.errors import UserError
 from pipeline.prepare import prepare_shards
 from pipeline.records import ShardSet
+from pipeline.sample_check import check_sample
 from pipeline.shards import verify_shard_set
 
 DIGITS = DataConfig(dataset="digits", samples_per_shard=4, digits=DigitsConfig(num_train=10, num_val=3))
@@ -48,7 +49,7 @@ def camvid(tmp_path: Path) -> Path:
         (root / split).mkdir(parents=True)
         (root / f"{split}annot").mkdir()
         for number in range(count):
-            Image.new("RGB", (10, 8), (number, 0, 0)).save(root / split / f"{number}.png")
+            Image.new("RGB", (10, 8), (number, 9 * (split == "val"), 0)).save(root / split / f"{number}.png")
             label = np.full((8, 10), number, dtype=np.uint8)
             Image.fromarray(label).save(root / f"{split}annot" / f"{number}.png")
     return root
@@ -87,8 +88,10 @@ def test_prepare__twice_from_scratch_gives_the_same_bytes(tmp_path: Path) -> Non
     assert (first.digest, first.splits) == (second.digest, second.splits)
     assert (first.splits["train"].num_samples, first.splits["val"].num_samples) == (10, 3)
     assert first == verify_shard_set(str(tmp_path / "first"), deep=True)
-    assert lines[-1].startswith("prepare digits: 4/4 shards, 13/13 images, 0 rejected, ")
-    assert lines[-1].endswith("ETA 0:00")
+    assert lines[-2].startswith("prepare digits: 4/4 shards, 13/13 images, 0 rejected, ")
+    assert lines[-2].endswith("ETA 0:00")
+    place = tmp_path / "first"
+    assert lines[-1] == f"prepare digits: 13 images = 13 in 4 shards + 0 in quarantine.parquet; published {place}"
 
 
 def test_prepare__a_finished_set_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +204,8 @@ def test_prepare__bad_sample_is_one_clear_error(camvid: Path, tmp_path: Path, da
     lenient = camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.125)
     shard_set, lines = run(lenient, tmp_path / "lenient")
     assert (shard_set.num_quarantined, shard_set.splits["train"].num_samples) == (1, 5)
-    assert "8/8 images, 1 rejected" in lines[-1]
+    assert "8/8 images, 1 rejected" in lines[-2]
+    assert "8 images = 7 in 4 shards + 1 in quarantine.parquet" in lines[-1]
     rejected = pq.read_table(tmp_path / "lenient" / "quarantine.parquet").to_pylist()
     assert [(row["split"], row["key"]) for row in rejected] == [("train", "3")]
     assert rejected[0]["file"] in {str(image), str(label)}
@@ -259,7 +263,7 @@ def test_prepare__progress_is_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("pipeline.prepare.time.monotonic", lambda: float(next(clock)))
     _, lines = run(DIGITS.model_copy(update={"samples_per_shard": 1}), tmp_path)
     # 13 shards, one every 0.8 s: a line at every third, and at the last.
-    assert [int(line.split()[2].split("/")[0]) for line in lines] == [3, 6, 9, 12, 13]
+    assert [int(line.split()[2].split("/")[0]) for line in lines[:-1]] == [3, 6, 9, 12, 13]
 
 
 _ON_RAY = """
@@ -308,3 +312,86 @@ def test_real_camvid__plain_webdataset_reads_all_of_it(tmp_path: Path) -> None:
             label = np.asarray(Image.open(root / f"{split}annot" / name))
             written = next(iter(webdataset.WebDataset(sample["__url__"], shardshuffle=False).decode("rgb8")))
             assert written["label.png"].shape == (*label.shape, 3)
+
+
+def test_prepare__equal_images_stay_once_and_evaluation_keeps_them(camvid: Path, tmp_path: Path) -> None:
+    same = (camvid / "train" / "1.png").read_bytes()
+    for place in ("train/2", "train/4", "val/1"):
+        (camvid / f"{place}.png").write_bytes(same)
+    (camvid / "train" / "5.png").write_bytes((camvid / "train" / "0.png").read_bytes())
+    with pytest.raises(
+        UserError, match=r"train/1\.png is the same image, byte for byte, as .*/val/1\.png of split val"
+    ):
+        run(camvid_config(camvid), tmp_path / "fail")
+    assert not (tmp_path / "fail" / "manifest.json").exists()
+    strict = camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.4)
+    with pytest.raises(UserError, match=r"4 of 8 samples are bad"):
+        run(strict, tmp_path / "out")
+
+    lenient = camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.5)
+    shard_set, lines = run(lenient, tmp_path / "out")
+    assert (shard_set.splits["train"].num_samples, shard_set.splits["val"].num_samples) == (2, 2)
+    assert "4 images are there twice; writing 3 shards without" in lines[-2]
+    assert "8 images = 4 in 4 shards + 4 in quarantine.parquet" in lines[-1]
+    rows = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
+    copies = {"1": f"{camvid}/val/1.png of split val", "5": f"{camvid}/train/0.png of split train"}
+    assert [(row["split"], row["key"], row["file"], row["reason"]) for row in rows] == [
+        (
+            "train",
+            key,
+            f"{camvid}/train/{key}.png",
+            f"is the same image, byte for byte, as {copies['5' if key == '5' else '1']}",
+        )
+        for key in ("1", "2", "4", "5")
+    ]
+    index = pq.read_table(tmp_path / "out" / "index.parquet").to_pylist()
+    assert [row["key"] for row in index] == ["0", "3", "0", "1"]
+    for row in index:
+        data = (tmp_path / "out" / row["shard"]).read_bytes()
+        image = data[row["image_offset"] : row["image_offset"] + row["image_size"]]
+        assert image == (camvid / row["split"] / f"{row['key']}.png").read_bytes()
+    # The shard that lost both of its samples is an archive of none, which any reader takes.
+    assert not list(
+        webdataset.WebDataset(str(tmp_path / "out" / "train-00002.tar"), shardshuffle=False, empty_check=False)
+    )
+
+
+def test_prepare__duplicates_come_out_the_same_by_any_way(
+    camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (camvid / "train" / "2.png").write_bytes((camvid / "val" / "0.png").read_bytes())
+    lenient = camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.5)
+    run(lenient, tmp_path / "whole")
+    # Interrupted after the first pass, and after the tar of the second without its rows.
+    for name, last in (("_leave_out_duplicates", None), ("_publish_set", "rows/train-00001.parquet")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pipeline.prepare.{name}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run(lenient, tmp_path / name)
+        if last:
+            (tmp_path / name / last).unlink()
+        run(lenient, tmp_path / name)
+        assert sums(tmp_path / name) == sums(tmp_path / "whole")
+    # The image that stayed goes: the other comes back, and its shard is made from the source again.
+    other = Image.new("RGB", (10, 8), (99, 99, 99))
+    other.save(camvid / "val" / "0.png")
+    run(lenient, tmp_path / "whole")
+    run(lenient, tmp_path / "afresh")
+    assert sums(tmp_path / "whole") == sums(tmp_path / "afresh")
+    keys = pq.read_table(tmp_path / "whole" / "index.parquet")["key"].to_pylist()
+    assert keys == ["0", "1", "2", "3", "4", "5", "0", "1"]
+
+
+def test_prepare__second_pass_copies_and_decodes_nothing(
+    camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (camvid / "train" / "2.png").write_bytes((camvid / "val" / "0.png").read_bytes())
+    checked: list[str] = []
+
+    def check(dataset: object, sample: RawSample, *rest: object) -> object:
+        checked.append(sample.image.removeprefix(f"{camvid}/"))
+        return check_sample(dataset, sample, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shard_task, "check_sample", check)
+    run(camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.5), tmp_path / "out")
+    assert checked == [*(f"train/{number}.png" for number in range(6)), "val/0.png", "val/1.png"]

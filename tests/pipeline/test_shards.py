@@ -20,11 +20,11 @@ from pipeline.config import DataConfig, DigitsConfig
 from pipeline.datasets import open_dataset
 from pipeline.decode import decode_label, encode_png
 from pipeline.prepare import prepare_shards
+from pipeline.shard_reader import open_shard_set
 from pipeline.shards import (
     Manifest,
     ShardSetError,
     ShardWriter,
-    open_shard_set,
     read_manifest,
     spread,
     verify_shard_set,
@@ -110,7 +110,7 @@ def test_webdataset__reads_the_same_samples(shard_folder: Path) -> None:
 
 
 def test_reader__survives_pickling_and_many_shards(shard_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.shards.MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("pipeline.shard_reader.MAX_OPEN_SHARDS", 1)
     reader = open_shard_set(str(shard_folder))
     index = reader.index("train")
     before = [reader.read(index, number) for number in (0, 11, 5, 0)]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,20 @@ def test_remote_location__publish_read_fetch(tmp_path: Path) -> None:
     assert storage.fetch_file(storage.join(uri, "y.json"), tmp_path).name == "y.json"
     with pytest.raises(ValueError, match="not on the local file system"):
         storage.local_path(uri)
+
+
+def test_read_bytes__refuses_what_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "MAX_READ_BYTES", 2 << 20)
+    for size in (2 << 20, (2 << 20) + 1):
+        (tmp_path / str(size)).touch()
+        os.truncate(tmp_path / str(size), size)
+    assert storage.read_bytes(str(tmp_path / str(2 << 20))) == bytes(2 << 20)
+    with pytest.raises(OSError, match=r"larger than 2 MiB"):
+        storage.read_bytes(str(tmp_path / str((2 << 20) + 1)))
+
+
+def test_remove_files__those_that_are_there(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    storage.remove_files(str(tmp_path), ["a", "missing"])
+    assert storage.list_names(str(tmp_path)) == ["b"]

@@ -1,25 +1,34 @@
-"""Augmentation: geometry agrees between image and label, limits are kept, distortion does what it says."""
+"""Augmentation: views are the right part at the right size, image and label agree, distortion is the published one."""
 
 from __future__ import annotations
 
-import colorsys
+import io
+from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from pipeline.config import AugmentationConfig
+from pipeline.decode import DecodeError, encode_png
 from pipeline.transforms import (
     MEAN_PIXEL,
-    Window,
-    augment,
+    AugmentedPair,
+    Span,
+    View,
     cut_image,
     cut_label,
-    distort,
-    draw_size,
-    draw_window,
+    draw_scale,
+    draw_span,
+    draw_view,
+    largest_fraction,
     pad,
+    training_view,
 )
 
 PLAIN = AugmentationConfig(
@@ -31,178 +40,237 @@ PLAIN = AugmentationConfig(
     hue=0.0,
 )
 
-
-class Draws:
-    """A stand-in for a Generator that gives prescribed values of `random` and `uniform`."""
-
-    def __init__(self, coins: list[float], uniforms: list[float]) -> None:
-        self.coins, self.uniforms = coins, uniforms
-
-    def random(self, size: int | None = None) -> object:
-        taken = [self.coins.pop(0) for _ in range(size or 1)]
-        return np.array(taken) if size else taken[0]
-
-    def uniform(self, low: float, high: float) -> float:
-        return self.uniforms.pop(0)
+Pixels = NDArray[np.uint8]
 
 
-def blocks(height: int, width: int, side: int) -> tuple[Image.Image, NDArray[np.uint8]]:
+def at_scale(scale: float, **changes: float) -> AugmentationConfig:
+    return PLAIN.model_copy(update={"scale_range": (scale, scale), **changes})
+
+
+def photograph() -> Pixels:
+    """A real photograph, 427 x 640."""
+    return np.array(load_sample_image("china.jpg"), np.uint8)
+
+
+def jpeg(pixels: Pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()
+
+
+def blocks(height: int, width: int, side: int) -> tuple[Pixels, Pixels]:
     """Blocks of classes, each class with its own grey value, 20 times its id."""
     rows, columns = np.mgrid[0:height, 0:width] // side
     label = ((rows * 3 + columns) % 11).astype(np.uint8)
-    return Image.fromarray(np.repeat(label[..., None] * 20, 3, axis=2).astype(np.uint8)), label
+    return np.repeat(label[..., None] * 20, 3, axis=2).astype(np.uint8), label
 
 
-def test_augment__image_and_label_stay_together() -> None:
+def view_of(
+    image: Pixels, label: Pixels, crop: tuple[int, int], config: AugmentationConfig, seed: int
+) -> AugmentedPair:
+    return training_view(encode_png(image), encode_png(label), crop, config, np.random.default_rng(seed))
+
+
+def test_view__image_and_label_stay_together() -> None:
     image, label = blocks(120, 160, 40)
-    config = PLAIN.model_copy(update={"scale_range": (0.5, 2.0), "flip_probability": 0.5})
     for seed in range(30):
-        view = augment(image, label, (64, 96), config, np.random.default_rng(seed))
+        view = view_of(image, label, (64, 96), PLAIN.model_copy(update={"scale_range": (0.3, 2.0)}), seed)
         assert view.image.shape == (64, 96, 3)
         assert view.label.shape == (64, 96)
         inside = view.label != 255
-        same = view.image[..., 0] == view.label * 20
         # All but the pixels on the blocks' edges, where bilinear values mix.
-        assert np.mean(same[inside]) > 0.85
+        assert np.mean((view.image[..., 0] == view.label * 20)[inside]) > 0.8
         assert np.abs(view.image[..., 0].astype(int) - view.label * 20.0)[inside].mean() < 6
 
 
-def test_augment__same_generator_same_view() -> None:
+def test_view__same_generator_same_view() -> None:
     image, label = blocks(60, 80, 10)
-    first, again, other = (
-        augment(image, label, (32, 32), AugmentationConfig(), np.random.default_rng(seed)) for seed in (5, 5, 6)
-    )
+    first, again, other = (view_of(image, label, (32, 32), AugmentationConfig(), seed) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first.image, again.image)
     np.testing.assert_array_equal(first.label, again.label)
     assert not np.array_equal(first.image, other.image)
 
 
-def test_augment__flip_flips_both() -> None:
+def test_view__flip_flips_both() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (20, 30, 3)).astype(np.uint8)
     label = rng.integers(0, 11, (20, 30)).astype(np.uint8)
-    image = Image.fromarray(pixels)
-    kept = augment(image, label, (20, 30), PLAIN, np.random.default_rng(0))
+    kept = view_of(pixels, label, (20, 30), PLAIN, 0)
     np.testing.assert_array_equal(kept.image, pixels)
     np.testing.assert_array_equal(kept.label, label)
-    always = PLAIN.model_copy(update={"flip_probability": 1.0})
-    flipped = augment(image, label, (20, 30), always, np.random.default_rng(0))
+    flipped = view_of(pixels, label, (20, 30), PLAIN.model_copy(update={"flip_probability": 1.0}), 0)
     np.testing.assert_array_equal(flipped.image, pixels[:, ::-1])
     np.testing.assert_array_equal(flipped.label, label[:, ::-1])
 
 
-def test_draw_size__native_and_fitted_scales() -> None:
+def test_view__channels_are_blocks_of_memory() -> None:
+    image, label = blocks(40, 40, 8)
+    for crop in [(40, 40), (48, 56)]:
+        assert view_of(image, label, crop, PLAIN, 0).image.transpose(2, 0, 1).flags.c_contiguous
+
+
+def test_view__refuses_an_image_and_a_label_of_different_size() -> None:
+    image, label = blocks(40, 40, 8)
+    with pytest.raises(DecodeError, match=r"image and a label of different size, \(40, 39\) pixels the label"):
+        view_of(image, label[:, :39].copy(), (32, 32), PLAIN, 0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.3, 2.0])
+def test_view__enlarged_photograph_equals_resizing_the_whole_then_cropping(scale: float) -> None:
+    photo = photograph()
+    data, label = jpeg(photo), np.arange(427 * 640).reshape(427, 640).astype(np.uint8)
+    config = at_scale(scale, max_class_fraction=1.0)
+    view = training_view(data, encode_png(label), (128, 160), config, np.random.default_rng(3))
+    drawn = draw_view(label, (128, 160), config, np.random.default_rng(3))
+    left, top = drawn.columns.start, drawn.rows.start
+    box = (left, top, left + drawn.columns.length, top + drawn.rows.length)
+    whole = Image.open(io.BytesIO(data)).resize((160, 128), Image.Resampling.BILINEAR, box)
+    difference = np.abs(view.image.astype(int) - np.asarray(whole))
+    # Two pixels at the border see beyond the crop in one and not in the other.
+    assert difference[2:-2, 2:-2].max() <= 2
+    assert difference.mean() < 0.6
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.375, 0.25, 0.125])
+def test_view__photograph_decoded_smaller_is_near_decoding_the_whole_then_resizing(scale: float) -> None:
+    # A height that all the reductions divide: an incomplete block at the end would shift the rest by half a pixel.
+    data, label = jpeg(photograph()[:416]), np.zeros((416, 640), np.uint8)
+    size = (round(416 * scale), round(640 * scale))
+    view = training_view(data, encode_png(label), size, at_scale(scale), np.random.default_rng(0))
+    whole = Image.open(io.BytesIO(data))
+    # The mean over what each pixel covers, against which picking single pixels is more than twice as far off.
+    mean = np.asarray(whole.resize(size[::-1], Image.Resampling.BOX)).astype(int)
+    picked = np.asarray(whole.resize(size[::-1], Image.Resampling.NEAREST)).astype(int)
+    error = np.abs(view.image - mean).mean()
+    assert error < 5.0
+    assert error < np.abs(picked - mean).mean() / 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    crop=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    scale=st.floats(0.05, 3.0),
+    flip=st.booleans(),
+    seed=st.integers(0, 2**32),
+)
+def test_view__any_size_at_any_scale(
+    size: tuple[int, int], crop: tuple[int, int], scale: float, flip: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 150, size).astype(np.uint8)
+    image = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+    config = at_scale(scale, flip_probability=float(flip))
+    drawn = draw_view(label, crop, config, np.random.default_rng(seed))
+    reduction = drawn.rows.reduction
+    assert reduction == drawn.columns.reduction
+    assert scale * reduction > 0.5 or scale >= 1.0 or reduction == 1
+    for span, extent, limit in zip(drawn[:2], size, crop, strict=True):
+        assert 0 <= span.start <= span.start + span.length <= -(-extent // reduction)
+        assert span.resized == min(limit, max(1, round(extent * scale)))
+    view = view_of(image, label, crop, config, seed)
+    height, width = drawn.rows.resized, drawn.columns.resized
+    assert view.image.shape == (*crop, 3)
+    assert (view.label[height:] == 255).all()
+    assert (view.label[:, width:] == 255).all()
+    assert (view.image[height:] == MEAN_PIXEL).all()
+    assert (view.image[:, width:] == MEAN_PIXEL).all()
+    # Nearest: the pixel of the file under the centre of every resized pixel.
+    places = []
+    for span, extent in zip(drawn[:2], size, strict=True):
+        centres = [Fraction(2 * x + 1, 2) * span.length * reduction / span.resized for x in range(span.resized)]
+        places.append([min(span.start * reduction + floor(centre), extent - 1) for centre in centres])
+    expected = label[np.ix_(places[0], places[1])]
+    np.testing.assert_array_equal(view.label[:height, :width], expected[:, ::-1] if flip else expected)
+
+
+def test_cut_image__bilinear_of_the_cut_alone() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
+    view = View(Span(20, 40, 64, 1), Span(31, 50, 80, 1), False)
+    cut = Image.fromarray(pixels[20:60, 31:81]).resize((80, 64), Image.Resampling.BILINEAR)
+    assert np.abs(cut_image(pixels.copy(), view).astype(int) - np.asarray(cut)).max() <= 2
+    mirrored = cut_image(pixels.copy(), view._replace(flip=True))
+    np.testing.assert_array_equal(mirrored, cut_image(pixels, view)[:, ::-1])
+
+
+def test_cut_label__nearest() -> None:
+    label = np.array([[0, 1], [2, 3]], dtype=np.uint8)
+    enlarged = View(Span(0, 2, 4, 1), Span(0, 2, 4, 1), False)
+    np.testing.assert_array_equal(cut_label(label, enlarged)[1:3], [[0, 0, 1, 1], [2, 2, 3, 3]])
+    np.testing.assert_array_equal(cut_label(label, enlarged._replace(flip=True))[1], [1, 1, 0, 0])
+    np.testing.assert_array_equal(cut_label(label, View(Span(1, 1, 1, 1), Span(0, 2, 2, 1), False)), [[2, 3]])
+    # One reduced pixel stands for 2 x 2, of which the centre is the last.
+    np.testing.assert_array_equal(cut_label(label, View(Span(0, 1, 1, 2), Span(0, 1, 1, 2), False)), [[3]])
+
+
+def test_draw_scale__native_and_fitted() -> None:
     rng = np.random.default_rng(0)
-    assert draw_size((360, 480), PLAIN, rng) == (360, 480)
-    double = PLAIN.model_copy(update={"scale_range": (2.0, 2.0)})
-    assert draw_size((360, 480), double, rng) == (720, 960)
+    assert draw_scale((360, 480), PLAIN, rng) == 1.0
+    assert draw_scale((360, 480), at_scale(2.0), rng) == 2.0
     # The published (2048, 512): the short side becomes 512, unless the long one would pass 2048.
     fitted = PLAIN.model_copy(update={"resize_long": 2048, "resize_short": 512})
-    assert draw_size((256, 400), fitted, rng) == (512, 800)
-    assert draw_size((800, 200), fitted, rng) == (2048, 512)
-    assert draw_size((200, 1600), fitted, rng) == (256, 2048)
-    heights = [draw_size((100, 100), AugmentationConfig(), rng)[0] for _ in range(500)]
-    assert min(heights) >= 50
-    assert max(heights) <= 200
-    assert np.mean(heights) == pytest.approx(125, abs=6)
+    assert draw_scale((256, 400), fitted, rng) == 2.0
+    assert draw_scale((800, 200), fitted, rng) == 2.56
+    assert draw_scale((200, 1600), fitted, rng) == 1.28
+    scales = [draw_scale((100, 100), AugmentationConfig(), rng) for _ in range(500)]
+    assert (min(scales) >= 0.5, max(scales) <= 2.0) == (True, True)
+    assert np.mean(scales) == pytest.approx(1.25, abs=0.06)
+    jitter = [draw_scale((100, 100), AugmentationConfig(recipe="strong"), rng) for _ in range(500)]
+    assert min(jitter) < 0.15
+    assert np.mean(jitter) == pytest.approx(1.05, abs=0.08)
 
 
-def test_draw_window__class_cap_is_honoured() -> None:
+def test_draw_span__reaches_both_ends() -> None:
+    rng = np.random.default_rng(0)
+    spans = {draw_span(10, 2.0, 1, 8, rng) for _ in range(200)}
+    assert spans == {Span(start, 4, 8, 1) for start in range(7)}
+    assert draw_span(10, 2.0, 1, 20, rng) == Span(0, 10, 20, 1)
+    assert draw_span(101, 0.25, 4, 64, rng) == Span(0, 26, 25, 4)
+    assert {draw_span(101, 0.25, 4, 25, rng) for _ in range(50)} == {Span(0, 26, 25, 4)}
+
+
+def test_draw_view__class_cap_is_honoured() -> None:
     # The left three quarters hold one class; windows on the seam are needed.
     label = np.zeros((40, 80), dtype=np.uint8)
     label[:, 60:] = 1
     config = PLAIN.model_copy(update={"crop_tries": 200})
     for seed in range(20):
-        window = draw_window(label, (40, 80), (40, 40), config, np.random.default_rng(seed))
-        counts = np.bincount(cut_label(label, (40, 80), window).ravel())
-        assert counts.max() / counts.sum() <= 0.75
+        view = draw_view(label, (40, 40), config, np.random.default_rng(seed))
+        assert largest_fraction(cut_label(label, view)) <= 0.75
     free = PLAIN.model_copy(update={"max_class_fraction": 1.0})
-    lefts = [draw_window(label, (40, 80), (40, 40), free, np.random.default_rng(s)).left for s in range(50)]
-    assert min(lefts) < 10
+    starts = [draw_view(label, (40, 40), free, np.random.default_rng(seed)).columns.start for seed in range(50)]
+    assert min(starts) < 10
 
 
-def test_draw_window__ignored_pixels_do_not_count_and_hopeless_images_end() -> None:
+def test_draw_view__ignored_pixels_do_not_count_and_hopeless_images_end() -> None:
     label = np.full((40, 40), 255, dtype=np.uint8)
-    label[:2, :20], label[:2, 20:] = 0, 1
+    assert largest_fraction(label) == 1.0
+    label[:2, :20], label[:2, 20:30] = 0, 1
+    assert largest_fraction(label) == pytest.approx(2 / 3)
     rng = np.random.default_rng(0)
-    assert draw_window(label, (40, 40), (40, 40), PLAIN, rng) == Window(0, 0, 40, 40)
-    hopeless = np.zeros((40, 40), dtype=np.uint8)
-    assert draw_window(hopeless, (40, 40), (20, 50), PLAIN, rng)[2:] == (20, 40)
+    hopeless = draw_view(np.zeros((40, 40), dtype=np.uint8), (20, 50), PLAIN, rng)
+    assert (hopeless.rows.resized, hopeless.columns.resized) == (20, 40)
 
 
-def test_cut_image__equals_resizing_the_whole_then_cropping() -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
-    image = Image.fromarray(pixels)
-    for size, window in [((135, 180), Window(20, 31, 64, 80)), ((60, 80), Window(7, 5, 40, 50))]:
-        whole = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR)).astype(int)
-        top, left, height, width = window
-        part = np.asarray(cut_image(image, size, window)).astype(int)
-        assert np.abs(part - whole[top : top + height, left : left + width]).max() <= 2
-
-
-def test_cut_label__nearest() -> None:
-    label = np.array([[0, 1], [2, 3]], dtype=np.uint8)
-    np.testing.assert_array_equal(cut_label(label, (4, 4), Window(1, 0, 2, 4)), [[0, 0, 1, 1], [2, 2, 3, 3]])
-    np.testing.assert_array_equal(cut_label(label, (1, 2), Window(0, 0, 1, 2)), [[2, 3]])
-
-
-def test_pad__mean_pixel_and_ignored() -> None:
-    view = pad(np.full((2, 3, 3), 9, np.uint8), np.full((2, 3), 4, np.uint8), (3, 5))
+def test_pad__pixel_and_ignored() -> None:
+    image, label = np.full((2, 3, 3), 9, np.uint8), np.full((2, 3), 4, np.uint8)
+    view = pad(image, label, (3, 5), (1, 2, 3))
     np.testing.assert_array_equal(view.label, [[4, 4, 4, 255, 255], [4, 4, 4, 255, 255], [255] * 5])
     assert (view.image[:2, :3] == 9).all()
-    assert (view.image[2] == MEAN_PIXEL).all()
-    assert (view.image[:, 3:] == MEAN_PIXEL).all()
+    assert (view.image[2] == (1, 2, 3)).all()
+    assert (view.image[:, 3:] == (1, 2, 3)).all()
 
 
-def _pixel(colour: tuple[int, int, int]) -> Image.Image:
-    return Image.new("RGB", (1, 1), colour)
-
-
-def test_distort__brightness_then_contrast() -> None:
-    config = AugmentationConfig()
-    # Coins: brightness, contrast, saturation, hue, then contrast first (< 0.5) or last.
-    draws = Draws([0.1, 0.1, 0.9, 0.9, 0.1], [20.0, 1.5])
-    out = distort(_pixel((10, 100, 200)), config, draws)  # type: ignore[arg-type]
-    assert out.getpixel((0, 0)) == (45, 180, 255)
-    draws = Draws([0.1, 0.9, 0.9, 0.9, 0.1], [-30.0])
-    out = distort(_pixel((10, 100, 200)), config, draws)  # type: ignore[arg-type]
-    assert out.getpixel((0, 0)) == (0, 70, 170)
-
-
-def test_distort__saturation_and_hue_in_hsv() -> None:
-    colour = (200, 120, 40)
-    hue, saturation, value = colorsys.rgb_to_hsv(*(level / 255 for level in colour))
-    draws = Draws([0.9, 0.9, 0.1, 0.1, 0.1], [0.5, 18.0])
-    out = distort(_pixel(colour), AugmentationConfig(), draws)  # type: ignore[arg-type]
-    expected = colorsys.hsv_to_rgb(hue + 36 / 360, saturation * 0.5, value)
-    np.testing.assert_allclose(np.asarray(out)[0, 0], 255 * np.array(expected), atol=3)
-
-
-def test_distort__contrast_last_comes_after_the_colours() -> None:
-    colour = (250, 200, 150)
-    first = distort(
-        _pixel(colour),
-        AugmentationConfig(),
-        Draws([0.9, 0.1, 0.1, 0.9, 0.1], [1.5, 0.5]),  # type: ignore[arg-type]
+def test_recipe__fills_in_what_is_not_given() -> None:
+    published = AugmentationConfig()
+    assert published == AugmentationConfig(recipe="published")
+    assert (published.scale_range, published.max_class_fraction, published.crop_tries) == ((0.5, 2.0), 0.75, 10)
+    assert (published.brightness, published.contrast, published.saturation) == (32.0, (0.5, 1.5), (0.5, 1.5))
+    assert (published.hue, published.flip_probability) == (18.0, 0.5)
+    strong = AugmentationConfig(recipe="strong")
+    assert strong.model_dump(exclude={"recipe", "scale_range"}) == published.model_dump(
+        exclude={"recipe", "scale_range"}
     )
-    last = distort(
-        _pixel(colour),
-        AugmentationConfig(),
-        Draws([0.9, 0.1, 0.1, 0.9, 0.9], [1.5, 0.5]),  # type: ignore[arg-type]
-    )
-    assert first.getpixel((0, 0)) == pytest.approx((255, 255, 240), abs=2)
-    assert last.getpixel((0, 0)) == pytest.approx((255, 255, 255), abs=2)
-
-
-def test_distort__strengths_are_limits_and_zero_switches_off() -> None:
-    grey = _pixel((100, 100, 100))
-    off = PLAIN
-    config = off.model_copy(update={"brightness": 32.0})
-    levels = [distort(grey, config, np.random.default_rng(s)).getpixel((0, 0)) for s in range(200)]
-    reds = np.array(levels)[:, 0]
-    assert reds.min() >= 68
-    assert reds.max() <= 132
-    assert reds.max() - reds.min() > 50
-    assert 0.35 < np.mean(reds == 100) < 0.65
-    colour = _pixel((10, 100, 200))
-    assert {distort(colour, off, np.random.default_rng(s)).getpixel((0, 0)) for s in range(50)} == {(10, 100, 200)}
+    assert strong.scale_range == (0.1, 2.0)
+    assert AugmentationConfig.model_validate(strong.model_dump(mode="json")) == strong
+    assert AugmentationConfig(recipe="strong", scale_range=(0.2, 1.0)).scale_range == (0.2, 1.0)

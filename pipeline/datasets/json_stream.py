@@ -1,0 +1,98 @@
+"""A large JSON object read in one pass and in little memory, with the place of each array element in the file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+CHUNK_BYTES = 1 << 22
+# Of one element; more means that the file is not what it should be.
+MAX_ELEMENT_BYTES = 1 << 26
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Element(NamedTuple):
+    """One element of an array that is a value of the outermost object."""
+
+    key: str  # of the array
+    value: Any
+    offset: int  # bytes from the beginning of the file
+    size: int  # bytes
+
+
+def read_elements(file: IO[bytes]) -> Iterator[Element]:
+    """All elements of all arrays right below the outermost object; other values are passed over.
+
+    Raises ValueError where the file is not such an object.
+    """
+    stream = _Stream(file)
+    stream.expect("{")
+    while stream.peek() != "}":
+        key, _, _ = stream.value()
+        stream.expect(":")
+        if stream.peek() == "[":
+            stream.expect("[")
+            while stream.peek() != "]":
+                yield Element(str(key), *stream.value())
+                if stream.peek() == ",":
+                    stream.expect(",")
+            stream.expect("]")
+        else:
+            stream.value()
+        if stream.peek() == ",":
+            stream.expect(",")
+
+
+class _Stream:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        # One character a byte, so that positions are bytes; strings are put right where they are used.
+        self._text, self._place, self._offset = "", 0, 0
+        self._ended = False
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is no space."""
+        while True:
+            found = _SPACE.match(self._text, self._place)
+            assert found is not None
+            self._place = found.end()
+            if self._place < len(self._text):
+                return self._text[self._place]
+            if not self._grow():
+                raise ValueError(f"it ends after {self._offset + self._place} bytes")
+
+    def expect(self, sign: str) -> None:
+        """Go past `sign`; raises ValueError where something else comes."""
+        if self.peek() != sign:
+            place = self._offset + self._place
+            raise ValueError(f"byte {place} is {self._text[self._place]!r} and should be {sign!r}")
+        self._place += 1
+
+    def value(self) -> tuple[Any, int, int]:
+        """The next value, with its offset and size in bytes."""
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._place)
+            except json.JSONDecodeError as error:
+                if not self._grow():
+                    raise ValueError(f"byte {self._offset + error.pos}: {error.msg}") from error
+                continue
+            # A number may go on behind the buffer, or end in a half of its fraction or exponent.
+            if self._text[end : end + 1] in ("", ".", "e", "E") and self._grow():
+                continue
+            start, self._place = self._place, end
+            return value, self._offset + start, end - start
+
+    def _grow(self) -> bool:
+        """Read on, and drop what is behind; False at the end of the file."""
+        pending = len(self._text) - self._place
+        if pending > MAX_ELEMENT_BYTES:
+            raise ValueError(f"the value at byte {self._offset + self._place} is no JSON or exceeds {pending} bytes")
+        data = self._file.read(max(CHUNK_BYTES, pending))
+        self._offset += self._place
+        self._text, self._place = self._text[self._place :] + data.decode("latin-1"), 0
+        return bool(data)

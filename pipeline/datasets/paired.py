@@ -1,0 +1,206 @@
+"""What the layouts of files have in common: an image file and a label map file a sample, below one tree."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.datasets import archive
+from pipeline.datasets.archive import Extent, ExtentError
+from pipeline.datasets.raw import (
+    LabelIds,
+    Palette,
+    RawPair,
+    RawSample,
+    RejectedSampleError,
+    digest_of,
+    load_facts,
+    sample_key,
+)
+from pipeline.datasets.tree import Entry, FileTree
+from pipeline.decode import DecodeError, decode_label, orient_label
+from pipeline.errors import UserError
+
+# Of files that are meant to be images. All but JPEG and PNG are listed to be rejected, not passed over in silence.
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".mpo"),
+    *(".tif", ".tiff", ".bmp", ".gif", ".webp", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm"),
+)
+
+
+class Pair(NamedTuple):
+    """A sample by name; a file that is not there keeps the place where it should be, as a string."""
+
+    name: str  # without suffix
+    image: Entry | str
+    label: Entry | str
+
+
+class PairedDataset(ABC):
+    """A data set of image and label files. A subclass says what it is called, and finds the pairs."""
+
+    layout: str  # in a few words, for messages
+    wrappers: tuple[str, ...] = ()  # folders that the publisher puts around it
+    required: tuple[str, ...] = ()  # folders without which it cannot be
+    settings: str = ""  # a digest of those that shape label maps: part of every sample's stamp
+
+    def __init__(self, name: str, root: str, classes: Sequence[str], palette: Palette, ids: LabelIds) -> None:
+        self.name = name
+        self.root = root
+        self.class_names = tuple(classes)
+        self.palette = palette
+        self.ids = ids
+        self.tree = FileTree(root, self.wrappers)
+        self._samples: dict[str, list[RawSample]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tasks need no listing: a sample carries its places.
+        return {**self.__dict__, "_samples": {}}
+
+    def splits(self) -> tuple[str, ...]:
+        """Train and val; raises UserError where a folder of theirs is missing."""
+        self.require(self.required)
+        return ("train", "val")
+
+    def samples(self, split: str) -> Sequence[RawSample]:
+        """All images and label maps of `split` by name; one without the other too, to be rejected."""
+        if split not in self._samples:
+            self._samples[split] = [_to_sample(pair, self.settings) for pair in self.find_pairs(split)]
+        return self._samples[split]
+
+    def read(self, sample: RawSample) -> RawPair:
+        """The image file's bytes and the label map as class ids; raises RejectedSampleError."""
+        image = _read(sample.image, "image", sample.image_extent)
+        try:
+            raw = self.decode_label(sample)
+        except DecodeError as error:
+            raise RejectedSampleError(sample.label, str(error), "replace the file or remove the sample") from error
+        return RawPair(image, orient_label(image, self.to_classes(raw, sample.label)))
+
+    def decode_label(self, sample: RawSample) -> NDArray[np.integer]:
+        """(H, W) ids as the publisher writes them; raises DecodeError and RejectedSampleError."""
+        return decode_label(read_label(sample)[0])
+
+    def to_classes(self, raw: NDArray[np.integer], file: str) -> NDArray[np.uint8]:
+        """(H, W) class ids of the ids in `file`; raises RejectedSampleError."""
+        return self.ids.to_classes(raw, file)
+
+    def source_digest(self) -> str:
+        """sha256 over names, sizes and times of the files of all splits."""
+        rows = [[split, sample.key, sample.stamp] for split in self.splits() for sample in self.samples(split)]
+        return digest_of([self.name, *rows])
+
+    @abstractmethod
+    def find_pairs(self, split: str) -> Iterable[Pair]:
+        """The pairs of `split`, always in the same order."""
+
+    def require(self, folders: Iterable[str]) -> None:
+        """Raise UserError where one of `folders` is not there."""
+        if not self.tree.exists():
+            raise UserError(f"data root {self.root} does not exist; set data.root to the {self._title} folder")
+        missing = [folder for folder in folders if not self.tree.has_folder(folder)]
+        if missing:
+            raise UserError(
+                f"data root {self.root} has no folder {', '.join(missing)}; the {self._title} layout is {self.layout}"
+            )
+
+    def find_files(self, folder: str, suffix: str | tuple[str, ...], what: str, split: str) -> dict[str, Entry]:
+        """The files below `folder` that end in `suffix`, in any case, by the path before it.
+
+        `what` they are, such as "image", goes into the UserError for two of one name.
+        """
+        found: dict[str, Entry] = {}
+        for path, entry in self.tree.files(folder).items():
+            for ending in (suffix,) if isinstance(suffix, str) else suffix:
+                if not path.lower().endswith(ending.lower()):
+                    continue
+                stem = path[: -len(ending)]
+                if stem in found:
+                    raise UserError(f"{entry.uri}: another {what} in split {split!r} has this name; rename one")
+                found[stem] = entry
+        return found
+
+    def read_list(self, path: str) -> list[str] | None:
+        """The lines of the list file at `path`, without empty ones; None where there is none.
+
+        Raises UserError for a line that is there twice.
+        """
+        entry = self.tree.file(path)
+        if entry is None:
+            return None
+        return split_lines(decode_text(self.tree.read(entry), entry.uri), entry.uri)
+
+    @property
+    def _title(self) -> str:
+        return type(self).__name__
+
+
+def pair_by_stem(
+    images: Mapping[str, Entry], labels: Mapping[str, Entry], image_place: str, label_place: str
+) -> Iterator[Pair]:
+    """Pairs of equal stem, sorted; what has no partner is paired with a place (`{}` is the stem)."""
+    for stem in sorted(images.keys() | labels.keys()):
+        image = images.get(stem) or image_place.format(stem)
+        yield Pair(stem, image, labels.get(stem) or label_place.format(stem))
+
+
+def read_label(sample: RawSample) -> list[bytes]:
+    """The files or parts of files that make the label map of `sample`; raises RejectedSampleError."""
+    if not sample.label_extents:
+        return [_read(sample.label, "label map", None)]
+    return [_read(sample.label, "label map", extent) for extent in sample.label_extents]
+
+
+def decode_text(data: bytes, uri: str) -> str:
+    """Text in UTF-8, with or without a byte order mark; raises UserError."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{uri} is no UTF-8 text; save it as UTF-8") from error
+
+
+def split_lines(text: str, uri: str) -> list[str]:
+    """Lines without surrounding space and without empty ones; raises UserError for a line that is there twice."""
+    # Not splitlines(), which also cuts at signs that names may hold.
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    seen: set[str] = set()
+    for line in lines:
+        if line in seen:
+            raise UserError(f"{uri} holds {line!r} twice; remove one")
+        seen.add(line)
+    return lines
+
+
+def facts_palette(name: str) -> tuple[tuple[str, ...], Palette]:
+    """Class names and colours from the packaged facts of `name`."""
+    facts = load_facts(name)
+    return tuple(facts["classes"]), tuple((red, green, blue) for red, green, blue in facts["palette"])
+
+
+def _to_sample(pair: Pair, settings: str) -> RawSample:
+    image, label = (Entry(place, "None") if isinstance(place, str) else place for place in pair[1:])
+    return RawSample(
+        key=sample_key(pair.name),
+        image=image.uri,
+        label=label.uri,
+        stamp=" ".join(filter(None, (image.stamp, label.stamp, settings))),
+        image_extent=image.extents[0] if image.extents else None,
+        label_extents=label.extents,
+    )
+
+
+def _read(uri: str, what: str, extent: Extent | None) -> bytes:
+    try:
+        return archive.read_file(uri) if extent is None else archive.read_extent(extent)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        reason = f"is missing: there is no such {what}"
+        raise RejectedSampleError(uri, reason, "add it or remove the sample") from error
+    except ExtentError as error:
+        raise RejectedSampleError(uri, str(error), error.remedy) from error
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error})"
+        raise RejectedSampleError(uri, reason, "check the file and its permissions") from error

@@ -1,0 +1,214 @@
+"""The files of a raw data set, wherever they lie: a folder, an archive, or a folder that holds the archives.
+
+Any fsspec location will do. A tree is listed once, folder by folder and not file by file.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+
+from pipeline import storage
+from pipeline.datasets import archive
+from pipeline.datasets.archive import Extent, ExtentError, Member
+from pipeline.errors import UserError
+
+_STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
+
+
+class Entry(NamedTuple):
+    """One file of a tree."""
+
+    uri: str  # as the user knows it; a member of an archive is `<archive>/<path in it>`
+    stamp: str
+    extents: tuple[Extent, ...] = ()  # its place, or those of its parts, where it lies inside another file
+
+
+class FileTree:
+    """All that lies below `root`, a folder or an archive; `wrappers` are folders that publishers put around it.
+
+    A folder of the data set is looked for right below `root`, then in the `wrappers`, then in the archives
+    right below `root`, and in an archive at any depth. Pickles as its root alone.
+    """
+
+    def __init__(self, root: str, wrappers: Sequence[str] = ()) -> None:
+        self.root = root
+        self.wrappers = tuple(wrappers)
+        self._archives: dict[str, _Archive] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archives": None}
+
+    def exists(self) -> bool:
+        """Whether there is anything at the root."""
+        return storage.exists(self.root)
+
+    def has_folder(self, folder: str) -> bool:
+        """Whether `folder` is there, in a folder or in an archive."""
+        return self._plain_folder(folder) is not None or any(item.find(folder) is not None for item in self._packed())
+
+    def files(self, folder: str) -> dict[str, Entry]:
+        """All files below `folder`, at any depth, by their path below it, sorted; empty where there is none.
+
+        Names are in Unicode's composed form (NFC), so that lists match files whatever system made either. Hidden
+        files (a leading dot) are left out.
+        """
+        place = self._plain_folder(folder)
+        found: dict[str, Entry] = {}
+        if place is not None:
+            for path, stamp in list_tree(place):
+                _add(found, path, Entry(f"{place}/{path}", stamp))
+            return dict(sorted(found.items()))
+        for item in self._packed():
+            prefix = item.find(folder)
+            if prefix is not None:
+                for path, member in item.below(prefix):
+                    _add(found, path, Entry(f"{item.uri}/{prefix}{path}", member.stamp, (member.extent,)))
+        return dict(sorted(found.items()))
+
+    def file(self, path: str) -> Entry | None:
+        """The file at `path`, looked for as folders are; None where there is none."""
+        if not archive.is_archive(self.root):
+            for wrapper in ("", *self.wrappers):
+                uri = storage.join(self.root, *filter(None, (wrapper, path)))
+                stamp = _stamp_of(uri)
+                if stamp is not None:
+                    return Entry(uri, stamp)
+        for item in self._packed():
+            found = item.find_file(path)
+            if found is not None:
+                member = item.members[found]
+                return Entry(f"{item.uri}/{found}", member.stamp, (member.extent,))
+        return None
+
+    def read(self, entry: Entry) -> bytes:
+        """The content of `entry`; raises UserError."""
+        try:
+            return b"".join(map(archive.read_extent, entry.extents)) if entry.extents else archive.read_file(entry.uri)
+        except ExtentError as error:
+            raise UserError(f"{entry.uri} {error}; {error.remedy}") from error
+
+    def _plain_folder(self, folder: str) -> str | None:
+        if archive.is_archive(self.root):
+            return None
+        filesystem, _ = fsspec.core.url_to_fs(self.root)
+        for wrapper in ("", *self.wrappers):
+            uri = storage.join(self.root, *filter(None, (wrapper, folder)))
+            if filesystem.isdir(fsspec.core.url_to_fs(uri)[1]):
+                return uri
+        return None
+
+    def _packed(self) -> list[_Archive]:
+        """The archives, each indexed once."""
+        if self._archives is None:
+            self._archives = {}
+            if archive.is_archive(self.root):
+                uris = [self.root]
+            else:
+                names = storage.list_names(self.root)
+                uris = [storage.join(self.root, name) for name in names if name.lower().endswith(archive.SUFFIXES)]
+            for uri in uris:
+                self._archives[uri] = _Archive(uri)
+        return list(self._archives.values())
+
+
+class _Archive:
+    """The index of one archive, with its folders."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.members: dict[str, Member] = archive.index_archive(uri, _stamp_of(uri) or "")
+        self._folders = {""}
+        for path in self.members:
+            folder = path.rpartition("/")[0]
+            while folder not in self._folders:
+                self._folders.add(folder)
+                folder = folder.rpartition("/")[0]
+
+    def find(self, folder: str) -> str | None:
+        """The path of `folder` with a slash at its end, whatever is around it; the outermost if there are several."""
+        places = [path for path in self._folders if path == folder or path.endswith(f"/{folder}")]
+        return f"{self._outermost(places, folder)}/" if places else None
+
+    def find_file(self, path: str) -> str | None:
+        """The member at `path`, whatever is around it."""
+        places = [name for name in self.members if name == path or name.endswith(f"/{path}")]
+        return self._outermost(places, path) if places else None
+
+    def below(self, prefix: str) -> Iterator[tuple[str, Member]]:
+        """The members whose path starts with `prefix`, without it."""
+        return ((path[len(prefix) :], member) for path, member in self.members.items() if path.startswith(prefix))
+
+    def _outermost(self, places: list[str], wanted: str) -> str:
+        ordered = sorted(places, key=lambda place: (place.count("/"), place))
+        if len(ordered) > 1 and ordered[0].count("/") == ordered[1].count("/"):
+            raise UserError(
+                f"archive {self.uri} holds {wanted} twice, as {ordered[0]} and as {ordered[1]}; "
+                "unpack the one that is meant and set data.root to it"
+            )
+        return ordered[0]
+
+
+def list_tree(uri: str) -> Iterator[tuple[str, str]]:
+    """Paths of all visible files below the folder `uri`, each with a stamp of size and time.
+
+    Symbolic links are followed, a folder that holds itself once. Remote folders cost a request or two each, or a
+    request a thousand files on object stores; never one a file.
+    """
+    if storage.is_local(uri):
+        found = _walk(str(storage.local_path(uri)), "", frozenset())
+    else:
+        filesystem, path = fsspec.core.url_to_fs(uri)
+        filesystem.invalidate_cache()
+        start = len(path.rstrip("/")) + 1
+        entries = filesystem.find(path, detail=True)
+        found = ((name[start:], _stamp(entry)) for name, entry in entries.items())
+    return ((path, stamp) for path, stamp in found if not any(part[:1] == "." for part in path.split("/")))
+
+
+def _add(found: dict[str, Entry], path: str, entry: Entry) -> None:
+    name = unicodedata.normalize("NFC", path)
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{entry.uri!r} has a name that is not UTF-8; rename it") from error
+    if name in found:
+        raise UserError(f"{entry.uri} and {found[name].uri} have the same name; keep one of the two")
+    found[name] = entry
+
+
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    status = Path(folder).stat()
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if entry.is_dir():
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
+            elif entry.is_file():
+                status = entry.stat()
+                yield f"{prefix}{entry.name}", f"{status.st_size}:{status.st_mtime}"
+            else:
+                # A link to nothing, a device, a socket: it is listed, and reading it is what rejects the sample.
+                yield f"{prefix}{entry.name}", "none"
+
+
+def _stamp_of(uri: str) -> str | None:
+    """Stamp of the file at `uri`; None where there is none."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    try:
+        info = filesystem.info(path)
+    except FileNotFoundError:
+        return None
+    return _stamp(info) if info["type"] == "file" else None
+
+
+def _stamp(info: dict[str, Any]) -> str:
+    time = next((info[field] for field in _STAMPS if field in info), "")
+    return f"{info['size']}:{time}"
