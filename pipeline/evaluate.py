@@ -22,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.loader import EvalLoader, EvalSample
 from pipeline.records import Checkpoint, Evaluation, ShardSet
 from pipeline.scoring import confusion_of_split
+from pipeline.shard_check import check_shard_set
 from pipeline.train import wants_gpu
 from segvit.checkpoint import read_config
 from segvit.flops import model_cost
@@ -124,6 +125,7 @@ def evaluate_checkpoint(
     """
     if config.split not in shard_set.splits:
         raise UserError(f"evaluate.split {config.split!r} is not prepared; choose from {', '.join(shard_set.splits)}")
+    check_shard_set(shard_set, [config.split], say=print)
     with tempfile.TemporaryDirectory(prefix="segvit-config-") as folder:
         config_file = storage.fetch_file(storage.join(checkpoint.uri, "config.json"), folder)
         model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])

@@ -12,9 +12,9 @@ import io
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image
+from PIL import Image
 
-from pipeline.decode import DecodeError, decode_label, open_image
+from pipeline.decode import DecodeError, decode_label, exif_orientation, open_image
 
 # The bits that reduce; those of OpenCV's "reduced colour" modes ask for BGR besides.
 _REDUCTION_FLAGS = {
@@ -73,8 +73,7 @@ def _is_plain_jpeg(data: bytes) -> bool:
     # Of cut-off files OpenCV leaves the rest grey, where Pillow raises.
     whole = image.format == "JPEG" and image.mode in ("RGB", "L") and b"\xff\xd9" in data[-64:]
     # Turning after the reduction would begin with the incomplete pixel at the other end.
-    upright = "exif" not in image.info or image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-    return whole and upright
+    return whole and exif_orientation(image) == 1
 
 
 def _decode_jpeg(data: bytes, reduction: int) -> NDArray[np.uint8] | None:

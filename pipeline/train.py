@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError, root_cause
 from pipeline.records import Checkpoint
+from pipeline.shard_check import check_shard_set
 from pipeline.tracking import MetricLog
 from pipeline.trainer import HISTORY_FILE, TrainJob, WorkerPlace
 from pipeline.training import run_training
@@ -97,6 +98,8 @@ def train_variant(job: TrainJob, *, run_name: str, storage_uri: str, target_uri:
     Raises:
         UserError: training failed; the message is the worker's own cause in one line.
     """
+    # Here, not in the workers: none of them waits in a collective for another one's check.
+    check_shard_set(job.shard_set, ["train", "val"], say=print)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job.model_dump(mode="json")},

@@ -142,7 +142,7 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         self.model.train()
-        labels = [batch.labels.to(self.place.device, non_blocking=True) for batch in batches]
+        labels = [batch.labels.to(self.place.device, non_blocking=True).long() for batch in batches]
         normalizer = self._global_normalizer(labels)
         terms: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):

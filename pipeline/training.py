@@ -109,6 +109,8 @@ def _micro_batches(job: TrainJob, place: WorkerPlace, start_step: int) -> Iterat
         world_size=place.world_size,
         start_step=start_step * job.train.accumulation_steps,
         num_workers=job.runtime.loader_workers,
+        repeat_factor_threshold=job.train.repeat_factor_threshold,
+        stream_buffer=job.train.stream_buffer,
     )
     return iter(loader)
 

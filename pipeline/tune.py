@@ -22,6 +22,7 @@ from pipeline import storage
 from pipeline.config import TuneConfig
 from pipeline.errors import UserError
 from pipeline.records import LossWeights
+from pipeline.shard_check import check_shard_set
 from pipeline.train import scaling, train_worker, wants_gpu
 from pipeline.trainer import TrainJob, WorkerPlace
 from pipeline.training import run_training
@@ -111,6 +112,7 @@ def search_loss_weights(
     Raises:
         UserError: no trial finished; the message carries the first trial's cause.
     """
+    check_shard_set(job.shard_set, ["train", "val"], say=print)
     # Tune's own progress table repeats what the trials print.
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     optuna.logging.set_verbosity(optuna.logging.WARNING)

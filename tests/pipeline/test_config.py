@@ -80,6 +80,15 @@ def test_parse_config__inference_that_leaves_pixels_out(inference: dict[str, Any
         parse_config(tree(evaluate={"inference": inference}))
 
 
+def test_parse_config__stream_and_repeat_settings_are_bounded() -> None:
+    whole = tree()
+    whole["train"] |= {"stream_buffer": 0, "repeat_factor_threshold": 1.5}
+    with pytest.raises(UserError) as caught:
+        parse_config(whole)
+    assert "train.stream_buffer: 0: " in str(caught.value)
+    assert "train.repeat_factor_threshold: 1.5: " in str(caught.value)
+
+
 def test_load_config__overrides_nested_values_as_yaml(tmp_path: Path) -> None:
     config = load_config(
         CONFIGS / "quickstart.yaml", ["train.steps=77", "train.learning_rate=3e-5", "model.crop=[56, 70]"]

@@ -88,7 +88,7 @@ def joined(parts: list[Batch]) -> Batch:
 def test_train__shapes_and_types(shard_set: ShardSet) -> None:
     (batch,) = train_batches(shard_set, 1)
     assert (batch.images.dtype, tuple(batch.images.shape)) == (torch.uint8, (4, 3, *CROP))
-    assert (batch.labels.dtype, tuple(batch.labels.shape)) == (torch.int64, (4, *CROP))
+    assert (batch.labels.dtype, tuple(batch.labels.shape)) == (torch.uint8, (4, *CROP))
     assert set(batch.labels.flatten().tolist()) <= {*range(11), 255}
     assert batch.images.is_contiguous()
 
