@@ -54,7 +54,7 @@ def run(
     """Run an experiment from raw images to a promoted model; what is finished already is reused."""
     from flows import present
     from flows.segmentation import segmentation
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from pipeline.tracking import Tracking
     from pipeline.workflow import Flow
 
@@ -101,7 +101,7 @@ def plan(
     """Show an experiment's steps as a tree, each cached or to run; nothing is executed."""
     from flows import present
     from flows.segmentation import segmentation
-    from pipeline.config import load_config
+    from pipeline.config_file import load_config
     from pipeline.recipe import Plan
     from pipeline.tracking import Tracking
 
