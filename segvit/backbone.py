@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class FeatureMap(NamedTuple):
     """(h, w) of the backbone's patches, before any downsampling."""
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, ABC):
     """What decoders know of a backbone, plain or hierarchical: its features' sizes and the images' normalisation."""
 
     name: str
@@ -63,13 +64,13 @@ class Backbone(nn.Module):
         self.num_frozen_blocks = 0
         self.vit = vit
 
+    @abstractmethod
     def frozen_modules(self) -> Iterator[nn.Module]:
         """The parts before the first unfrozen block or stage."""
-        raise NotImplementedError
 
+    @abstractmethod
     def freeze_blocks(self, num_blocks: int) -> None:
         """Freeze the embeddings and the first blocks; see `SegViT.freeze_blocks`."""
-        raise NotImplementedError
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the mode of all but the frozen parts, which stay in evaluation mode."""
