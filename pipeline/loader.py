@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -20,17 +19,15 @@ from pipeline.balance import repeat_factors
 from pipeline.config import AugmentationConfig
 from pipeline.decode import DecodeError, decode_image, decode_label
 from pipeline.errors import UserError
-from pipeline.lane_reader import read_lanes
+from pipeline.lane_reader import DrawnSample, read_lanes
 from pipeline.records import ShardSet
 from pipeline.sample_stream import BatchPlan, Draw, SampleStream, share
 from pipeline.shard_reader import SampleBytes, ShardReader, SplitIndex, open_shard_set
 from pipeline.shards import ShardSetError, spread
-from pipeline.transforms import MEAN_PIXEL, training_view
+from pipeline.transforms import MEAN_PIXEL, AugmentedPair, training_view
 
 # Separates augmentation from the other random streams that share a seed (pipeline.sample_stream).
 _AUGMENTATION = 1
-
-View = tuple[NDArray[np.uint8], NDArray[np.uint8], str]
 
 
 class Batch(NamedTuple):
@@ -126,7 +123,7 @@ class TrainLoader:
                 self._views,
                 batch_sampler=self._plan,
                 num_workers=self.num_workers,
-                collate_fn=_collate,
+                collate_fn=_as_it_is,
                 # Without a generator of its own it would draw from the model's random stream.
                 generator=torch.Generator(),
             )
@@ -141,7 +138,7 @@ class TrainLoader:
                 _LaneViews(self._views, self._plan),
                 batch_size=None,
                 num_workers=num_workers,
-                collate_fn=_collate,
+                collate_fn=_as_it_is,
                 generator=torch.Generator(),
             )
         )
@@ -187,7 +184,7 @@ class EvalLoader:
         return (sample._replace(label=sample.label.long()) for sample in samples)
 
 
-class _TrainingViews(Dataset[View]):
+class _TrainingViews(Dataset[Batch]):
     def __init__(
         self,
         reader: ShardReader,
@@ -200,34 +197,41 @@ class _TrainingViews(Dataset[View]):
         self.reader, self.index = reader, index
         self.crop, self.augmentation, self.seed, self.pad_pixel = crop, augmentation, seed, pad_pixel
 
-    def __getitem__(self, draw: Draw) -> View:
-        return self.view(draw, self.reader.read(self.index, draw.sample))
+    def __getitems__(self, draws: list[Draw]) -> Batch:
+        """A batch, which DataLoader asks for as a whole."""
+        return self.batch([(draw, self.reader.read(self.index, draw.sample)) for draw in draws])
 
-    def view(self, draw: Draw, sample: SampleBytes) -> View:
-        """What training sees of `sample` at `draw`."""
+    def batch(self, drawn: list[DrawnSample]) -> Batch:
+        """What training sees of `drawn`."""
+        images = np.empty((len(drawn), 3, *self.crop), dtype=np.uint8)
+        labels = np.empty((len(drawn), *self.crop), dtype=np.uint8)
+        for (draw, sample), planes, label in zip(drawn, images, labels, strict=True):
+            self._view(draw, sample, AugmentedPair(planes.transpose(1, 2, 0), label))
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), tuple(sample.key for _, sample in drawn))
+
+    def _view(self, draw: Draw, sample: SampleBytes, out: AugmentedPair) -> None:
         copy = [draw.copy] if draw.copy else []
         rng = np.random.default_rng([self.seed, _AUGMENTATION, draw.epoch, draw.sample, *copy])
         try:
-            view = training_view(sample.image, sample.label, self.crop, self.augmentation, rng, self.pad_pixel)
+            training_view(sample.image, sample.label, self.crop, self.augmentation, rng, self.pad_pixel, out)
         except DecodeError as error:
             raise _damaged(self.reader, sample, error) from error
-        return view.image, view.label, sample.key
 
 
-class _LaneViews(IterableDataset[list[View]]):
+class _LaneViews(IterableDataset[Batch]):
     """A rank's lanes; each loader process takes a contiguous part of them."""
 
     def __init__(self, views: _TrainingViews, plan: BatchPlan) -> None:
         self.views, self.plan = views, plan
 
-    def __iter__(self) -> Iterator[list[View]]:
+    def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         lanes = range(self.plan.share.start, self.plan.share.stop)
         if worker is not None:
             lanes = lanes[share(len(lanes), worker.id, worker.num_workers)]
         reader, index = self.views.reader, self.views.index
         for drawn in read_lanes(reader, index, self.plan.stream, lanes, self.plan.start_step):
-            yield [self.views.view(draw, sample) for draw, sample in drawn]
+            yield self.views.batch(drawn)
 
 
 class _WholeImages(Dataset[EvalSample]):
@@ -244,14 +248,8 @@ class _WholeImages(Dataset[EvalSample]):
         return EvalSample(pixels, torch.from_numpy(label.astype(np.uint8)), sample.key)
 
 
-def _collate(views: list[View]) -> Batch:
-    height, width = views[0][1].shape
-    images = np.empty((len(views), 3, height, width), dtype=np.uint8)
-    labels = np.empty((len(views), height, width), dtype=np.uint8)
-    for place, (image, label, _) in enumerate(views):
-        images[place] = image.transpose(2, 0, 1)
-        labels[place] = label
-    return Batch(torch.from_numpy(images), torch.from_numpy(labels), tuple(key for _, _, key in views))
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _join(parts: list[Batch]) -> Batch:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
 from pipeline.decode import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, open_image
+from pipeline.fast_decode import encode_ids
 
 JPEG_QUALITY = 95
 _PNG_START = b"\x89PNG"
@@ -59,7 +60,7 @@ def check_sample(dataset: RawDataset, sample: RawSample, max_long_side: int | No
     if not class_pixels.any():
         reason = "holds no class: all pixels are ignored"
         raise RejectedSampleError(sample.label, reason, "label the image or remove the sample")
-    label_png = encode_png(label)
+    label_png = encode_ids(label)
     row = {
         "key": sample.key,
         "image_size": len(content),

@@ -55,7 +55,7 @@ def _verify_shards(record: ShardSet, _tracking: Tracking) -> str | None:
     return None if found.digest == record.digest else f"{record.uri} holds another shard set now"
 
 
-@step(version=1, verify=_verify_shards)
+@step(version=2, verify=_verify_shards)
 def prepare(context: StepContext, config: DataConfig, source_digest: str) -> ShardSet:
     """Raw layout to shard set; `source_digest` makes a changed source a new step."""
     from pipeline.prepare import prepare_shards

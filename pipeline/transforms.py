@@ -73,11 +73,12 @@ def training_view(
     config: AugmentationConfig,
     rng: np.random.Generator,
     pad_pixel: tuple[int, int, int] = MEAN_PIXEL,
+    out: AugmentedPair | None = None,
 ) -> AugmentedPair:
     """One random view, `crop` (height, width) in size, of the `image` and `label` files' bytes.
 
     Where the resized image is smaller than the crop, the rest is `pad_pixel` and ignored. The same bytes, settings
-    and state of `rng` give the same view. Raises DecodeError.
+    and state of `rng` give the same view. Written to `out` where that is given. Raises DecodeError.
     """
     use_one_thread()
     classes = decode_ids(label)
@@ -86,8 +87,14 @@ def training_view(
     expected = tuple(-(-extent // view.rows.reduction) for extent in classes.shape)
     if pixels.shape[:2] != expected:
         raise DecodeError(f"has an image and a label of different size, {classes.shape} pixels the label")
-    cut = distort(cut_image(pixels, view), config, rng)
-    return pad(cut, cut_label(classes, view), crop, pad_pixel)
+    cut = pixels[view.rows.within(), view.columns.within()]
+    size = (view.rows.resized, view.columns.resized)
+    # Of cutting out and changing colours, what leaves fewer pixels goes first; that moves a value by 0.2 on average.
+    if cut.size < 3 * size[0] * size[1]:
+        resized = resize(distort(cut, config, rng), size, view.flip)
+    else:
+        resized = distort(resize(cut, size, view.flip), config, rng)
+    return pad(resized, cut_label(classes, view), crop, pad_pixel, out)
 
 
 def draw_view(label: Pixels, crop: tuple[int, int], config: AugmentationConfig, rng: np.random.Generator) -> View:
@@ -135,13 +142,11 @@ def largest_fraction(label: Pixels) -> float:
     return float(counts.max()) / total if total else 1.0
 
 
-def cut_image(pixels: Pixels, view: View) -> Pixels:
-    """The `view` of `pixels` (H, W, 3) as decoded; resized bilinearly. May overwrite `pixels`."""
-    cut = pixels[view.rows.within(), view.columns.within()]
-    size = (view.rows.resized, view.columns.resized)
+def resize(cut: Pixels, size: tuple[int, int], flip: bool) -> Pixels:
+    """`cut` (h, w, 3) at `size` (height, width), bilinearly, and mirrored where `flip`. May overwrite `cut`."""
     if cut.shape[:2] != size:
         cut = np.asarray(cv2.resize(cut, size[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
-    if view.flip:
+    if flip:
         cv2.flip(cut, 1, dst=cut)
     return cut
 
@@ -184,19 +189,23 @@ def distort(image: Pixels, config: AugmentationConfig, rng: np.random.Generator)
 
 
 def pad(
-    image: Pixels, label: Pixels, crop: tuple[int, int], pad_pixel: tuple[int, int, int] = MEAN_PIXEL
+    image: Pixels,
+    label: Pixels,
+    crop: tuple[int, int],
+    pad_pixel: tuple[int, int, int] = MEAN_PIXEL,
+    out: AugmentedPair | None = None,
 ) -> AugmentedPair:
     """`image` (h, w, 3) and `label` (h, w) grown to `crop` at the right and the bottom."""
+    if out is None:
+        out = AugmentedPair(np.empty((3, *crop), np.uint8).transpose(1, 2, 0), np.empty(crop, np.uint8))
     height, width = label.shape
-    planes = np.empty((3, *crop), dtype=np.uint8)
+    planes = out.image.transpose(2, 0, 1)
     cv2.split(image, [plane[:height, :width] for plane in planes])
-    for plane, value in zip(planes, pad_pixel, strict=True):
+    for plane, value in zip((*planes, out.label), (*pad_pixel, IGNORE_INDEX), strict=True):
         plane[height:] = value
         plane[:height, width:] = value
-    if (height, width) != crop:
-        labelled, label = label, np.full(crop, IGNORE_INDEX, dtype=np.uint8)
-        label[:height, :width] = labelled
-    return AugmentedPair(planes.transpose(1, 2, 0), label)
+    out.label[:height, :width] = label
+    return out
 
 
 def _shift_colours(image: Pixels, saturation: float, hue: int) -> Pixels:

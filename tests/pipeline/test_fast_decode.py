@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from typing import Any
 
 import cv2
@@ -13,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.decode import DecodeError, decode_image, encode_png
-from pipeline.fast_decode import decode_ids, decode_reduced
+from pipeline.decode import DecodeError, decode_image, decode_label, encode_png
+from pipeline.fast_decode import decode_ids, decode_reduced, encode_ids
 
 
 def scene(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -124,3 +126,52 @@ def test_decode_ids__every_label_kind() -> None:
 def test_decode__keeps_opencv_to_one_thread() -> None:
     decode_reduced(encoded(scene(8, 8)))
     assert cv2.getNumThreads() <= 1
+
+
+def grey_png(shape: tuple[int, int], *content: bytes, kind: bytes = b"\x08\0\0\0\0") -> bytes:
+    """A PNG that says `shape` and holds one IDAT chunk for each `content`."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">II", shape[1], shape[0]) + kind
+    chunks = [chunk(b"IHDR", header), *(chunk(b"IDAT", data) for data in content), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 70), width=st.integers(1, 70), classes=st.integers(1, 256))
+def test_encode_ids__comes_back_from_every_decoder(height: int, width: int, classes: int) -> None:
+    ids = np.random.default_rng(0).integers(0, classes, (height, width)).astype(np.uint8)
+    data = encode_ids(ids)
+    assert data == encode_ids(ids.copy())
+    np.testing.assert_array_equal(decode_ids(data), ids)
+    np.testing.assert_array_equal(decode_label(data), ids)
+    assert decode_ids(data).flags.writeable
+
+
+def test_decode_ids__any_cut_into_chunks_and_any_filter() -> None:
+    ids = np.random.default_rng(1).integers(0, 9, (20, 30)).astype(np.uint8)
+    rows = np.insert(ids, 0, 0, axis=1)
+    stream = zlib.compress(rows.tobytes())
+    for cut in (0, 1, 7, len(stream)):
+        np.testing.assert_array_equal(decode_ids(grey_png((20, 30), stream[:cut], stream[cut:])), ids)
+    # Filter 1, differences to the left neighbour.
+    rows[:, 2:] = ids[:, 1:] - ids[:, :-1]
+    rows[:, 0] = 1
+    np.testing.assert_array_equal(decode_ids(grey_png((20, 30), zlib.compress(rows.tobytes()))), ids)
+
+
+def test_decode_ids__a_bomb_is_an_error() -> None:
+    million = zlib.compress(bytes(1_000_000))
+    for shape, content in (
+        ((60_000, 60_000), million),
+        ((3, 4), zlib.compress(bytes(14))),
+        ((3, 4), b"no stream"),
+        ((0, 4), b""),
+    ):
+        with pytest.raises(DecodeError):
+            decode_ids(grey_png(shape, content))
+    # Many chunks do not add up to more than the header says.
+    parts = [million[i : i + 10] for i in range(0, len(million), 10)]
+    np.testing.assert_array_equal(decode_ids(grey_png((3, 4), *parts)), np.zeros((3, 4)))

@@ -21,13 +21,14 @@ from pipeline.transforms import (
     AugmentedPair,
     Span,
     View,
-    cut_image,
     cut_label,
+    distort,
     draw_scale,
     draw_span,
     draw_view,
     largest_fraction,
     pad,
+    resize,
     training_view,
 )
 
@@ -184,13 +185,37 @@ def test_view__any_size_at_any_scale(
     np.testing.assert_array_equal(view.label[:height, :width], expected[:, ::-1] if flip else expected)
 
 
-def test_cut_image__bilinear_of_the_cut_alone() -> None:
+def test_resize__bilinear_of_the_cut_alone() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3)).astype(np.uint8)
-    view = View(Span(20, 40, 64, 1), Span(31, 50, 80, 1), False)
-    cut = Image.fromarray(pixels[20:60, 31:81]).resize((80, 64), Image.Resampling.BILINEAR)
-    assert np.abs(cut_image(pixels.copy(), view).astype(int) - np.asarray(cut)).max() <= 2
-    mirrored = cut_image(pixels.copy(), view._replace(flip=True))
-    np.testing.assert_array_equal(mirrored, cut_image(pixels, view)[:, ::-1])
+    cut = pixels[20:60, 31:81]
+    expected = Image.fromarray(cut).resize((80, 64), Image.Resampling.BILINEAR)
+    enlarged = resize(cut.copy(), (64, 80), flip=False)
+    assert np.abs(enlarged.astype(int) - np.asarray(expected)).max() <= 2
+    np.testing.assert_array_equal(resize(cut.copy(), (64, 80), flip=True), enlarged[:, ::-1])
+
+
+def test_view__colours_changed_before_enlarging_are_near_those_changed_after() -> None:
+    photo, label = photograph(), np.arange(427 * 640).reshape(427, 640).astype(np.uint8)
+    config = AugmentationConfig(scale_range=(1.9, 1.9), max_class_fraction=1.0)
+    for seed in range(12):
+        view = training_view(encode_png(photo), encode_png(label), (256, 256), config, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        drawn = draw_view(label, (256, 256), config, rng)
+        cut = photo[drawn.rows.within(), drawn.columns.within()].copy()
+        difference = np.abs(view.image.astype(int) - distort(resize(cut, (256, 256), drawn.flip), config, rng))
+        assert difference.mean() < 1.5
+        assert np.percentile(difference, 99) <= 16
+
+
+def test_view__written_where_it_is_wanted() -> None:
+    image, label = blocks(40, 40, 8)
+    made = view_of(image, label, (48, 56), PLAIN, 0)
+    planes = np.full((3, 48, 56), 7, np.uint8)
+    out = AugmentedPair(planes.transpose(1, 2, 0), np.full((48, 56), 7, np.uint8))
+    given = training_view(encode_png(image), encode_png(label), (48, 56), PLAIN, np.random.default_rng(0), out=out)
+    assert given is out
+    np.testing.assert_array_equal(planes.transpose(1, 2, 0), made.image)
+    np.testing.assert_array_equal(out.label, made.label)
 
 
 def test_cut_label__nearest() -> None:
