@@ -9,11 +9,26 @@ import typer
 
 from flows.data_commands import data, flops
 from flows.experiment_commands import plan, run, submit
-from flows.model_commands import models, predict
-from flows.run_commands import runs, show
+from flows.model_commands import compare, models, predict, promote, rollback
+from flows.run_commands import cancel, runs, show
+from flows.search_command import search
 from pipeline.errors import UserError
 
-COMMANDS: tuple[Callable[..., None], ...] = (run, plan, submit, runs, show, models, predict, data, flops)
+COMMANDS: tuple[Callable[..., None], ...] = (
+    run,
+    plan,
+    submit,
+    runs,
+    show,
+    search,
+    models,
+    promote,
+    rollback,
+    compare,
+    predict,
+    data,
+    flops,
+)
 
 app = typer.Typer(
     name="segvit",

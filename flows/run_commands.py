@@ -36,3 +36,24 @@ def show(
     with facts_output(as_json) as (console, give):
         console.print(present.run_tree_view(tree))
         give(tree.model_dump(mode="json"))
+
+
+def cancel(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, its beginning, or 'latest'.")],
+    workspace: Workspace = WORKSPACE,
+    tracking_uri: TrackingUri = None,
+    as_json: Json = False,
+) -> None:
+    """End a running flow, wherever its driver is; a later run goes on with what had finished."""
+    from pipeline.runs import cancel_run
+    from pipeline.tracking import Tracking, who
+
+    tracking = Tracking.for_workspace(workspace, tracking_uri)
+    with facts_output(as_json) as (console, give):
+
+        def say(line: str) -> None:
+            console.print(line, markup=False, soft_wrap=True)
+
+        ended = cancel_run(tracking, run_id, who(), say=say)
+        say(f"run {ended.run_id[:12]} of flow {ended.flow} is {ended.state} ({ended.error or 'it ended by itself'})")
+        give(ended.model_dump(mode="json"))

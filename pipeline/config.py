@@ -222,6 +222,7 @@ class TrainConfig(Section):
     sqrt(threshold / share) times an epoch (LVIS); left out, every image comes once.
     `stream_buffer`: read shards from front to back, this many samples a request, for storage where a request is
     slow; left out, samples are read one by one in a full shuffle.
+    `keep_checkpoints`: so many of the best checkpoints are kept while training runs, and always the last one.
     """
 
     steps: Positive
@@ -238,6 +239,7 @@ class TrainConfig(Section):
     validate_every_steps: Positive
     checkpoint_every_steps: Positive
     keep: Literal["best", "last"] = "best"
+    keep_checkpoints: Positive = 2
     seed: int = 0
     repeat_factor_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     stream_buffer: Positive | None = None
@@ -255,7 +257,11 @@ class TrainConfig(Section):
 
 
 class TuneConfig(Section):
-    """Search of the loss weights. `num_trials` 0 leaves it out and the weights of `loss` are used."""
+    """Search of the loss weights. `num_trials` 0 leaves it out and the weights of `loss` are used.
+
+    `max_failed_fraction`: more failed trials than this share of all, rounded up, end the search with an error.
+    `trial_retries`: how often a trial whose process died goes on from its last checkpoint.
+    """
 
     num_trials: Annotated[int, Field(ge=0)] = 0
     variant: str = "full"
@@ -267,6 +273,8 @@ class TuneConfig(Section):
     dice_weight: Range = (0.3, 3.0)
     learning_rate: Range | None = None
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
+    max_failed_fraction: Fraction = 0.3
+    trial_retries: Annotated[int, Field(ge=0)] = 1
     seed: int = 0
 
 
@@ -321,14 +329,15 @@ class RuntimeConfig(Section):
     """Where and how fast it runs; none of this changes what is computed beyond rounding.
 
     Attributes:
-        num_workers: training processes of one training run, one a GPU.
+        num_workers: training processes of one training run, one a GPU; or [least, most], as many as there is room
+            for: a run goes on with fewer when nodes are lost, and with more when they come. The global batch stays.
         cpus_per_worker: CPU cores reserved for, and threads used by, each.
         use_gpu: None means: when the machine (or the cluster) has one.
         loader_workers: loader processes beside each training process.
         trials_at_once: concurrent trials of the search.
     """
 
-    num_workers: Positive = 1
+    num_workers: Positive | tuple[Positive, Positive] = 1
     cpus_per_worker: Positive = 1
     use_gpu: bool | None = None
     loader_workers: Annotated[int, Field(ge=0)] = 0
@@ -337,6 +346,18 @@ class RuntimeConfig(Section):
     prepare_tasks: Positive = 8
     log_every_steps: Positive = 10
     max_failures: Annotated[int, Field(ge=-1)] = 2
+
+    @field_validator("num_workers")
+    @classmethod
+    def _least_and_most(cls, num_workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(num_workers, tuple) and num_workers[0] > num_workers[1]:
+            raise ValueError(f"num_workers {list(num_workers)} is [least, most]; swap them")
+        return num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """The most training processes of one run."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class ExperimentConfig(Section):
@@ -372,10 +393,11 @@ class ExperimentConfig(Section):
                 f"tune.variant {self.tune.variant!r} trains with cross-entropy, which has no weights to search; "
                 "choose a variant with loss mask, or set tune.num_trials to 0"
             )
-        per_rank = self.runtime.num_workers * self.train.accumulation_steps
-        if self.train.batch_size % per_rank:
+        micro_batch = self.train.batch_size // self.train.accumulation_steps
+        if micro_batch < self.runtime.max_workers:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} is not a multiple of runtime.num_workers x "
-                f"train.accumulation_steps = {per_rank}; change one of them"
+                f"train.batch_size {self.train.batch_size} / train.accumulation_steps {self.train.accumulation_steps} "
+                f"= {micro_batch} leaves some of runtime.num_workers {self.runtime.max_workers} without a sample; "
+                "change one of them"
             )
         return self

@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.config import EvaluateConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.loader import EvalLoader, EvalSample
+from pipeline.per_image import COUNTS_FILE, ImageCounts, write_counts
 from pipeline.records import Checkpoint, Evaluation, ShardSet
 from pipeline.scoring import confusion_of_split
 from pipeline.shard_check import check_shard_set
@@ -55,6 +56,7 @@ class SplitPart(NamedTuple):
     confusion: ConfusionMatrix
     boundary: BoundaryIoU
     scores: list[ImageScore]
+    counts: list[ImageCounts]
     best: list[Example]
     worst: list[Example]
     probe: list[Example]
@@ -78,13 +80,18 @@ def evaluate_part(
         model, _ = segvit.load_checkpoint(storage.fetch_folder(checkpoint_uri, folder), device=str(device))
     boundary = BoundaryIoU(model.num_classes)
     scores: list[ImageScore] = []
+    counts: list[ImageCounts] = []
     examples: list[Example] = []
     probe: list[Example] = []
 
     def visit(sample: EvalSample, predicted: Tensor) -> None:
         boundary.update(predicted, sample.label.to(predicted.device))
-        score = _image_score(sample, predicted, model.num_classes)
+        matrix = ConfusionMatrix(model.num_classes)
+        matrix.update(predicted.cpu(), sample.label)
+        metrics = segmentation_metrics(matrix.matrix)
+        score = ImageScore(sample.key, metrics.miou, metrics.aacc)
         scores.append(score)
+        counts.append(ImageCounts.of(sample.key, matrix.matrix))
         example = Example(score, sample.image.permute(1, 2, 0).numpy(), sample.label.numpy(), predicted.cpu().numpy())
         if len(probe) < NUM_PROBE_IMAGES and (not probe or probe[0].image.shape == example.image.shape):
             probe.append(example)
@@ -101,15 +108,15 @@ def evaluate_part(
     latency = measure_latency(model, cost_size, config.latency_repeats, inference) if rank == 0 else math.nan
     half = min(config.num_examples, (len(examples) + 1) // 2)
     return SplitPart(
-        confusion, boundary, scores, examples[::-1][:half], examples[: len(examples) - half], probe, latency
+        confusion,
+        boundary,
+        scores,
+        counts,
+        best=examples[::-1][:half],
+        worst=examples[: len(examples) - half],
+        probe=probe,
+        latency_ms=latency,
     )
-
-
-def _image_score(sample: EvalSample, predicted: Tensor, num_classes: int) -> ImageScore:
-    matrix = ConfusionMatrix(num_classes)
-    matrix.update(predicted.cpu(), sample.label)
-    metrics = segmentation_metrics(matrix.matrix)
-    return ImageScore(sample.key, metrics.miou, metrics.aacc)
 
 
 def evaluate_checkpoint(
@@ -129,7 +136,7 @@ def evaluate_checkpoint(
     with tempfile.TemporaryDirectory(prefix="segvit-config-") as folder:
         config_file = storage.fetch_file(storage.join(checkpoint.uri, "config.json"), folder)
         model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])
-    world_size = min(runtime.num_workers, shard_set.splits[config.split].num_samples)
+    world_size = min(runtime.max_workers, shard_set.splits[config.split].num_samples)
     task = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime) else 0)(evaluate_part)
     parts: list[SplitPart] = ray.get(
         [
@@ -156,6 +163,7 @@ def evaluate_checkpoint(
             class_names=manifest["classes"],
             palette=manifest["palette"],
         )
+        counts_digest = write_counts([one for part in parts for one in part.counts], f"{folder}/{COUNTS_FILE}")
         storage.publish_folder(folder, target_uri)
     metrics = segmentation_metrics(confusion.matrix)
     cost = model_cost(model_config, shard_set.num_classes, model_config.image_size)
@@ -178,6 +186,7 @@ def evaluate_checkpoint(
         latency_ms=parts[0].latency_ms,
         cost_size=model_config.image_size,
         uri=target_uri,
+        counts_digest=counts_digest,
     )
 
 

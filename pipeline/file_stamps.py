@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,35 +18,52 @@ _STAMPS = (
 )
 
 
+# Times of files tick every few milliseconds: after a change this recent, the next one may leave the same time.
+SETTLED_AFTER_NS = 20_000_000
+
+
 class FileStamp(NamedTuple):
-    """One file as storage lists it; an empty `stamp` means that storage tells nothing but the size."""
+    """One file as storage lists it; an empty `stamp` means that storage tells nothing to rely on but the size."""
 
     num_bytes: int
     stamp: str
 
 
-def file_stamps(uri: str) -> dict[str, FileStamp]:
-    """The files directly below the folder `uri` by name, from one listing; empty where there is no such folder."""
+def file_stamps(uri: str, *, recursive: bool = False) -> dict[str, FileStamp]:
+    """The files directly below the folder `uri` by name, from one listing; empty where there is no such folder.
+
+    `recursive`: those in folders below it, too, by their path from `uri`.
+    """
     if storage.is_local(uri):
-        return _local_stamps(storage.local_path(uri))
+        return _local_stamps(storage.local_path(uri), recursive)
     filesystem, folder = fsspec.core.url_to_fs(uri)
     # Listings are cached, and files may have changed since.
     filesystem.invalidate_cache()
     try:
-        entries = filesystem.ls(folder, detail=True)
+        if recursive:
+            entries = list(filesystem.find(folder, detail=True).values())
+        else:
+            entries = filesystem.ls(folder, detail=True)
     except FileNotFoundError:
         return {}
-    files = [entry for entry in entries if entry["type"] == "file"]
-    return {entry["name"].rsplit("/", 1)[-1]: FileStamp(int(entry["size"] or 0), _stamp(entry)) for entry in files}
+    prefix = f"{folder.rstrip('/')}/"
+    return {
+        entry["name"].rpartition(prefix)[2]: FileStamp(int(entry["size"] or 0), _stamp(entry))
+        for entry in entries
+        if entry["type"] == "file"
+    }
 
 
-def _local_stamps(folder: Path) -> dict[str, FileStamp]:
+def _local_stamps(folder: Path, recursive: bool) -> dict[str, FileStamp]:
     found = {}
     if folder.is_dir():
-        for file in folder.iterdir():
+        settled_ns = time.time_ns() - SETTLED_AFTER_NS
+        for file in folder.rglob("*") if recursive else folder.iterdir():
             if file.is_file():
                 about = file.stat()
-                found[file.name] = FileStamp(about.st_size, f"{about.st_ino} {about.st_mtime_ns} {about.st_ctime_ns}")
+                stamp = f"{about.st_ino} {about.st_mtime_ns} {about.st_ctime_ns}"
+                name = file.relative_to(folder).as_posix()
+                found[name] = FileStamp(about.st_size, stamp if about.st_ctime_ns < settled_ns else "")
     return found
 
 

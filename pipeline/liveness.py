@@ -18,7 +18,7 @@ STARTED_TAG = "segvit.driver.started"
 HEARTBEAT_TAG = "segvit.driver.heartbeat"
 
 
-def identity_tags() -> dict[str, str]:
+def process_tags() -> dict[str, str]:
     """Tags that name this very process: host, boot and process namespace, process id and its start time."""
     pid = os.getpid()
     return {
@@ -26,8 +26,12 @@ def identity_tags() -> dict[str, str]:
         BOOT_TAG: _boot(),
         PID_TAG: str(pid),
         STARTED_TAG: _start_time(pid),
-        HEARTBEAT_TAG: now_text(),
     }
+
+
+def identity_tags() -> dict[str, str]:
+    """`process_tags` with a first heartbeat: what a driver writes."""
+    return process_tags() | {HEARTBEAT_TAG: now_text()}
 
 
 def now_text() -> str:
@@ -35,15 +39,25 @@ def now_text() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def is_running(tags: Mapping[str, str]) -> bool | None:
+    """Whether the process named in `tags` runs; None where it is not on this machine, so that nobody can tell."""
+    pid = tags.get(PID_TAG, "?")
+    if tags.get(HOST_TAG) != socket.gethostname() or tags.get(BOOT_TAG) != _boot() or not pid.isdigit():
+        return None
+    return _exists(int(pid)) and tags.get(STARTED_TAG) == _start_time(int(pid))
+
+
 def why_dead(tags: Mapping[str, str]) -> str | None:
     """Why the driver that wrote `tags` is taken for dead, or None while it is taken for alive."""
-    host, pid = tags.get(HOST_TAG, "an unknown host"), tags.get(PID_TAG, "?")
-    if host == socket.gethostname() and tags.get(BOOT_TAG) == _boot() and pid.isdigit():
+    runs_here = is_running(tags)
+    if runs_here is not None:
+        pid = tags[PID_TAG]
+        if runs_here:
+            return None
         if not _exists(int(pid)):
             return f"its driver (process {pid}) is gone"
-        if tags.get(STARTED_TAG) != _start_time(int(pid)):
-            return f"its driver is gone (process {pid} is another one now)"
-        return None
+        return f"its driver is gone (process {pid} is another one now)"
+    host = tags.get(HOST_TAG, "an unknown host")
     try:
         silent = datetime.now(UTC) - datetime.fromisoformat(tags[HEARTBEAT_TAG])
     except (KeyError, ValueError):

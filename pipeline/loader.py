@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,8 +27,14 @@ from pipeline.shard_reader import SampleBytes, ShardReader, SplitIndex, open_sha
 from pipeline.shards import ShardSetError, spread
 from pipeline.transforms import MEAN_PIXEL, AugmentedPair, training_view
 
+T = TypeVar("T")
+
 # Separates augmentation from the other random streams that share a seed (pipeline.sample_stream).
 _AUGMENTATION = 1
+
+
+class LoaderProcessError(Exception):
+    """A loader process died; a restarted training run continues from its last checkpoint."""
 
 
 class Batch(NamedTuple):
@@ -70,6 +77,7 @@ class TrainLoader:
     Raises:
         UserError: an empty split, or fewer samples a step than ranks.
         ShardSetError: the shard set is missing, damaged, or not what its record stands for.
+        LoaderProcessError: while iterating, when a loader process died.
     """
 
     def __init__(
@@ -118,7 +126,7 @@ class TrainLoader:
         return self._streamed_batches() if streamed else self._random_access_batches()
 
     def _random_access_batches(self) -> Iterator[Batch]:
-        return iter(
+        return _from_processes(
             DataLoader(
                 self._views,
                 batch_sampler=self._plan,
@@ -133,7 +141,7 @@ class TrainLoader:
         lanes = range(self._plan.share.start, self._plan.share.stop)
         # A process that owns no lane would have nothing to hand over.
         num_workers = min(self.num_workers, len(lanes))
-        parts: Iterator[Batch] = iter(
+        parts: Iterator[Batch] = _from_processes(
             DataLoader(
                 _LaneViews(self._views, self._plan),
                 batch_size=None,
@@ -174,17 +182,26 @@ class EvalLoader:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[EvalSample]:
-        samples = DataLoader(
-            self._images,
-            batch_size=None,
-            sampler=self._samples.tolist(),
-            num_workers=min(self.num_workers, len(self._samples)),
-            generator=torch.Generator(),
+        samples: Iterator[EvalSample] = _from_processes(
+            DataLoader(
+                self._images,
+                batch_size=None,
+                sampler=self._samples.tolist(),
+                num_workers=min(self.num_workers, len(self._samples)),
+                generator=torch.Generator(),
+            )
         )
         return (sample._replace(label=sample.label.long()) for sample in samples)
 
 
-class _TrainingViews(Dataset[Batch]):
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """An error on its way from a loader process; PyTorch would put a traceback into its message."""
+
+    error: UserError
+
+
+class _TrainingViews(Dataset["Batch | _Failure"]):
     def __init__(
         self,
         reader: ShardReader,
@@ -197,9 +214,12 @@ class _TrainingViews(Dataset[Batch]):
         self.reader, self.index = reader, index
         self.crop, self.augmentation, self.seed, self.pad_pixel = crop, augmentation, seed, pad_pixel
 
-    def __getitems__(self, draws: list[Draw]) -> Batch:
+    def __getitems__(self, draws: list[Draw]) -> Batch | _Failure:
         """A batch, which DataLoader asks for as a whole."""
-        return self.batch([(draw, self.reader.read(self.index, draw.sample)) for draw in draws])
+        try:
+            return self.batch([(draw, self.reader.read(self.index, draw.sample)) for draw in draws])
+        except UserError as error:
+            return _Failure(error)
 
     def batch(self, drawn: list[DrawnSample]) -> Batch:
         """What training sees of `drawn`."""
@@ -218,27 +238,36 @@ class _TrainingViews(Dataset[Batch]):
             raise _damaged(self.reader, sample, error) from error
 
 
-class _LaneViews(IterableDataset[Batch]):
+class _LaneViews(IterableDataset["Batch | _Failure"]):
     """A rank's lanes; each loader process takes a contiguous part of them."""
 
     def __init__(self, views: _TrainingViews, plan: BatchPlan) -> None:
         self.views, self.plan = views, plan
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | _Failure]:
         worker = get_worker_info()
         lanes = range(self.plan.share.start, self.plan.share.stop)
         if worker is not None:
             lanes = lanes[share(len(lanes), worker.id, worker.num_workers)]
         reader, index = self.views.reader, self.views.index
-        for drawn in read_lanes(reader, index, self.plan.stream, lanes, self.plan.start_step):
-            yield self.views.batch(drawn)
+        try:
+            for drawn in read_lanes(reader, index, self.plan.stream, lanes, self.plan.start_step):
+                yield self.views.batch(drawn)
+        except UserError as error:
+            yield _Failure(error)
 
 
-class _WholeImages(Dataset[EvalSample]):
+class _WholeImages(Dataset["EvalSample | _Failure"]):
     def __init__(self, reader: ShardReader, index: SplitIndex) -> None:
         self.reader, self.index = reader, index
 
-    def __getitem__(self, sample_number: int) -> EvalSample:
+    def __getitem__(self, sample_number: int) -> EvalSample | _Failure:
+        try:
+            return self._whole_image(sample_number)
+        except UserError as error:
+            return _Failure(error)
+
+    def _whole_image(self, sample_number: int) -> EvalSample:
         sample = self.reader.read(self.index, sample_number)
         try:
             image, label = decode_image(sample.image), decode_label(sample.label)
@@ -246,6 +275,23 @@ class _WholeImages(Dataset[EvalSample]):
             raise _damaged(self.reader, sample, error) from error
         pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return EvalSample(pixels, torch.from_numpy(label.astype(np.uint8)), sample.key)
+
+
+def _from_processes(items: DataLoader[T | _Failure]) -> Iterator[T]:
+    """What the loader processes hand over, their errors raised here."""
+    try:
+        for item in items:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield cast("T", item)
+    except RuntimeError as error:
+        # PyTorch has no class for it.
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise LoaderProcessError(
+            f"a loader process was killed or died ({' '.join(str(error).split())}); where memory is short, lower "
+            "runtime.loader_workers"
+        ) from error
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,6 +1,7 @@
 """Packing a checkpoint as an MLflow model that needs nothing of this source tree, and logging it.
 
-The model is "from code": MLflow stores the loader script, the `segvit` package and the checkpoint as files.
+The model is "from code": MLflow stores the loader script, the `segvit` package, the reader of image files and the
+checkpoint as files.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 CHECKPOINT_FOLDER = "artifacts/checkpoint"
+# The name under which pipeline.decode lies in the model; its own would hide any package of the user's.
+DECODER_FILE = "segvit_decode.py"
 REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow")
+# Raise it when registered models are made another way; a checkpoint registered before then gets a new version.
+PACKAGE_FORMAT = 2
+DESCRIPTION = {
+    "input": "uint8 RGB images (B, H, W, 3), an object array of (H, W, 3) images, or base64 JPEG or PNG files",
+    "output": "label maps (B, H, W), an object array of (H, W) maps, or base64 PNG files of class ids",
+}
 
 
 class LoggedModel(NamedTuple):
@@ -82,17 +91,19 @@ def save_pyfunc(target: Path, checkpoint: Path) -> None:
     package = find_spec("segvit")
     assert package is not None
     assert package.origin is not None
-    with warnings.catch_warnings():
+    # Images of any size, as arrays or as text: of all MLflow's types only this one takes them all.
+    anything = Schema([TensorSpec(np.dtype("O"), (-1,))])
+    with tempfile.TemporaryDirectory(prefix="segvit-code-") as scratch, warnings.catch_warnings():
+        decoder = Path(scratch) / DECODER_FILE
+        shutil.copyfile(Path(__file__).with_name("decode.py"), decoder)
         # It would have an input example and type hints; neither suits images of any size.
         warnings.simplefilter("ignore")
         mlflow.pyfunc.save_model(
             str(target),
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"checkpoint": str(checkpoint)},
-            code_paths=[str(Path(package.origin).parent)],
-            signature=ModelSignature(
-                inputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, 3))]),
-                outputs=Schema([TensorSpec(np.dtype("int64"), (-1, -1, -1))]),
-            ),
+            code_paths=[str(Path(package.origin).parent), str(decoder)],
+            signature=ModelSignature(inputs=anything, outputs=anything),
+            metadata=DESCRIPTION,
             pip_requirements=[f"{name}=={installed_version(name).split('+')[0]}" for name in REQUIREMENTS],
         )

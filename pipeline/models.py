@@ -72,6 +72,12 @@ def list_models(tracking: Tracking, name: str | None = None) -> list[VersionSumm
     return sorted(summaries, key=lambda one: (one.name, -one.version))
 
 
+def require_model(tracking: Tracking, name: str) -> None:
+    """Raise UserError with the choices unless a model of that name is registered."""
+    models = all_pages(tracking.client().search_registered_models) if tracking.exists() else []
+    _require_known(name, [model.name for model in models])
+
+
 def resolve_model(tracking: Tracking, model: str) -> ModelReference:
     """The version that `models:/name/3` or `models:/name@alias` names; raises UserError with the choices."""
     found = MODEL_URI.fullmatch(model)
@@ -135,6 +141,7 @@ def _summary(version: MlflowVersion, aliases: dict[str, int]) -> VersionSummary:
 
 def _download(tracking: Tracking, reference: ModelReference, path: str, cache: str | Path) -> Path:
     import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
 
     location = storage.join(version_location(tracking, *reference), *([path] if path else []))
     if is_file_path(location):
@@ -143,9 +150,13 @@ def _download(tracking: Tracking, reference: ModelReference, path: str, cache: s
             raise UserError(f"models:/{reference.name}/{reference.version} has lost its files ({folder} is gone)")
         return folder
     Path(cache).mkdir(parents=True, exist_ok=True)
-    return Path(
-        mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(cache), tracking_uri=tracking.uri)
-    )
+    try:
+        return Path(
+            mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(cache), tracking_uri=tracking.uri)
+        )
+    except (MlflowException, OSError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"models:/{reference.name}/{reference.version} cannot be downloaded ({problem})") from error
 
 
 def _require_known(name: str, known: Sequence[str]) -> None:

@@ -1,126 +1,97 @@
-"""The gate between a candidate and the alias `champion`.
+"""Moving the alias `champion`: forward through the gate, back to the champion before.
 
-`decide` is a pure function of two evaluations and a policy. `promote_version` adds what only the registry can
-tell: that the registered artifact itself, loaded in its own process, reproduces the evaluated predictions. Each
+`pipeline.gate` decides. What only the registry can tell is added here: that the registered artifact itself,
+loaded in its own process, reproduces the evaluated predictions, and that nobody rolled the version back. Each
 decision is written on the version before the alias moves, so asking again mends a crash between the two.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-
-from pipeline import registry, storage
+from pipeline import decisions, registry
+from pipeline.artifact_check import reproduces
 from pipeline.config import PromotionPolicy
 from pipeline.errors import UserError
-from pipeline.model_package import CHECKPOINT_FOLDER, WEIGHTS_FILE
+from pipeline.gate import GateDecision, decide, verdict
 from pipeline.models import ModelReference, model_folder
-from pipeline.records import Check, Evaluation, ModelVersion, PromotionDecision
+from pipeline.records import Check, Evaluation, ModelVersion, PromotionDecision, Record
 from pipeline.registry import CHAMPION
 from pipeline.tracking import Tracking, who
 
-# Rounding differs between devices and moves single border pixels; another model or preprocessing moves many.
-MIN_PROBE_AGREEMENT = 0.995
-ROUNDING = 1e-9
-LOAD_TIMEOUT_S = 600
 
-DECISION = "promotion.decision"
-DECIDED_BY = "promotion.by"
-DECIDED_AT = "promotion.at"
-DECIDED_AGAINST = "promotion.against"
-HISTORY = "promotion.history"
+class Unusable(Record):
+    """A former champion that a rollback could not go back to, and why."""
 
-# Run by a bare interpreter: -I leaves out the working directory, PYTHONPATH and the user's own packages, -B leaves
-# no compiled files in the artifact.
-LOAD_AND_PREDICT = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import mlflow.pyfunc
-import numpy as np
-folder, images, labels = sys.argv[1:]
-model = mlflow.pyfunc.load_model(folder)
-np.save(labels, model.predict(np.load(images, allow_pickle=False)), allow_pickle=False)
-import segvit
-print(segvit.__file__)
-"""
-
-
-class GateDecision(NamedTuple):
-    """Whether a candidate passes, why in one line, and each condition."""
-
-    promoted: bool
+    version: int
     reason: str
-    checks: tuple[Check, ...]
 
 
-def decide(candidate: Evaluation, champion: Evaluation | None, policy: PromotionPolicy) -> GateDecision:
-    """Whether a candidate may become champion: every condition of the policy that applies must hold.
+class Rollback(Record):
+    """The alias moved from `champion_before` (None: there was none any more) back to `champion_after`.
 
-    Without a champion there is nothing to regress from, and only the absolute conditions apply.
-    Raises UserError where the policy protects a class that the data does not have.
+    `skipped`: champions between the two that could not be gone back to.
     """
-    for name in policy.protected_classes:
-        if name not in candidate.class_names:
-            raise UserError(f"promote.protected_classes names {name!r}; choose from {', '.join(candidate.class_names)}")
-    checks = [
-        Check(
-            name="minimum mIoU",
-            passed=candidate.miou >= policy.min_miou - ROUNDING,
-            detail=f"mIoU {candidate.miou:.4f}, minimum {policy.min_miou:.4f}",
-        )
-    ]
-    if champion is not None:
-        checks += _comparison(candidate, champion, policy)
-    checks += [
-        Check(name=name, passed=value <= budget, detail=f"{name} {value:.6g}, at most {budget:.6g}")
-        for name, value, budget in (
-            ("GFLOPs", candidate.gflops, policy.max_gflops),
-            ("parameters", candidate.parameters, policy.max_parameters),
-            ("latency ms", candidate.latency_ms, policy.max_latency_ms),
-        )
-        if budget is not None
-    ]
-    return _verdict(candidate, champion, tuple(checks))
+
+    name: str
+    champion_before: int | None
+    champion_after: int
+    skipped: tuple[Unusable, ...]
+    check: Check
 
 
 def promote_version(
-    tracking: Tracking, version: ModelVersion, policy: PromotionPolicy, *, decided_by: str | None = None
+    tracking: Tracking,
+    version: ModelVersion,
+    policy: PromotionPolicy,
+    *,
+    decided_by: str | None = None,
+    by_hand: bool = False,
+    dry_run: bool = False,
 ) -> PromotionDecision:
     """Ask the gate about a registered version, record the answer on it, and move the alias if it passes.
 
-    A version that is champion already stays so, with the decision that made it so.
+    A version that is champion already stays so, with the decision that made it so. The champion is looked up again
+    right before the alias moves; where it changed meanwhile, the version is compared with the new one.
+
+    Args:
+        decided_by: default the user's name.
+        by_hand: somebody asked for this very version; otherwise one that was rolled back is refused.
+        dry_run: decide in full, the artifact loaded and all, and write nothing.
     """
-    before = registry.find_alias(tracking, version.name, CHAMPION)
-    if before == version.version:
-        return _kept(tracking, version)
-    champion = None if before is None else registry.get_version(tracking, version.name, before).evaluation
-    gate = decide(version.evaluation, champion, policy)
-    if gate.promoted:
-        with tempfile.TemporaryDirectory(prefix="segvit-promote-") as scratch:
-            folder = model_folder(tracking, ModelReference(version.name, version.version), scratch)
-            check = reproduces(folder, version.evaluation)
-        gate = _verdict(version.evaluation, champion, (*gate.checks, check))
-    decision = PromotionDecision(
-        name=version.name,
-        version=version.version,
-        promoted=gate.promoted,
-        reason=gate.reason,
-        checks=gate.checks,
-        champion_before=before,
-        champion_after=version.version if gate.promoted else before,
-    )
-    _record(tracking, decision, decided_by or who())
-    if decision.promoted:
-        registry.set_alias(tracking, version.name, CHAMPION, version.version)
-    return decision
+    artifact: Check | None = None
+    while True:
+        before = registry.find_alias(tracking, version.name, CHAMPION)
+        if before == version.version:
+            return _kept(tracking, version)
+        champion = None if before is None else registry.get_version(tracking, version.name, before).evaluation
+        gate = decide(version.evaluation, champion, policy)
+        if not by_hand:
+            gate = _refused_if_rolled_back(tracking, version, champion, gate)
+        if gate.promoted:
+            artifact = artifact or _loaded_check(tracking, version)
+            gate = verdict(version.evaluation, champion, (*gate.checks, artifact))
+        decision = PromotionDecision(
+            name=version.name,
+            version=version.version,
+            promoted=gate.promoted,
+            reason=gate.reason,
+            checks=gate.checks,
+            champion_before=before,
+            champion_after=version.version if gate.promoted else before,
+            policy=policy.model_dump(mode="json"),
+        )
+        if dry_run:
+            return decision
+        # Loading the artifact took seconds.
+        if _is_champion(tracking, version.name, before):
+            decisions.record_promotion(tracking, decision, decided_by or who())
+            if not decision.promoted:
+                return decision
+            if _is_champion(tracking, version.name, before):
+                registry.set_alias(tracking, version.name, CHAMPION, version.version)
+                return decision
+        print(f"the champion of {version.name} changed meanwhile; deciding about version {version.version} again")
 
 
 def verify_decision(record: PromotionDecision, tracking: Tracking) -> str | None:
@@ -131,91 +102,74 @@ def verify_decision(record: PromotionDecision, tracking: Tracking) -> str | None
     return f"the champion of {record.name} is now {'none' if now is None else f'version {now}'}"
 
 
-def reproduces(folder: Path, evaluation: Evaluation) -> Check:
-    """Whether the registered model in a local folder is the evaluated one, in weights and in predictions.
+def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, dry_run: bool = False) -> Rollback:
+    """Move the alias back to the last champion before this one that loads and predicts as evaluated.
 
-    It is loaded by an interpreter of its own that sees nothing of this source tree, as any user of it would.
+    The version left is refused by the gate from now on, unless it is promoted by hand. `dry_run` finds and checks
+    the version, and writes nothing.
+
+    Raises UserError where there is no such version, saying what is wrong with each, or where the champion changes
+    meanwhile.
     """
-
-    def result(passed: bool, detail: str) -> Check:
-        return Check(name="artifact", passed=passed, detail=f"the registered artifact {detail}")
-
-    weights = folder / CHECKPOINT_FOLDER / WEIGHTS_FILE
-    if not weights.is_file() or storage.file_digest(str(weights)) != evaluation.checkpoint_digest:
-        return result(False, "does not hold the evaluated weights")
-    with tempfile.TemporaryDirectory(prefix="segvit-probe-") as scratch:
-        probe = storage.fetch_folder(storage.join(evaluation.uri, "probe"), Path(scratch) / "probe")
-        expected = np.load(probe / "labels.npy", allow_pickle=False)
-        written = Path(scratch) / "predicted.npy"
-        arguments = [str(folder), str(probe / "images.npy"), str(written)]
+    before = registry.find_alias(tracking, name, CHAMPION)
+    line = decisions.champions(tracking, name, before)
+    skipped: list[Unusable] = []
+    for candidate in reversed(line if before is None else line[:-1]):
+        if candidate == before or candidate in (one.version for one in skipped):
+            continue
         try:
-            ended = subprocess.run(
-                [sys.executable, "-IB", "-c", LOAD_AND_PREDICT, *arguments],
-                cwd=scratch,
-                env=_bare_environment(),
-                capture_output=True,
-                text=True,
-                timeout=LOAD_TIMEOUT_S,
-            )
-        except subprocess.TimeoutExpired:
-            return result(False, f"does not load and predict within {LOAD_TIMEOUT_S} s")
-        if ended.returncode != 0:
-            lines = ended.stderr.strip().splitlines()
-            return result(False, f"does not load: {lines[-1] if lines else f'exit code {ended.returncode}'}")
-        carried = Path(ended.stdout.strip().splitlines()[-1])
-        if not carried.resolve().is_relative_to(folder.resolve()):
-            return result(False, f"does not carry its own code but used {carried}")
-        predicted = np.load(written, allow_pickle=False)
-    if predicted.shape != expected.shape:
-        return result(False, f"predicts shape {predicted.shape}, evaluated was {expected.shape}")
-    agreement = float((predicted == expected).mean())
-    return result(
-        agreement >= MIN_PROBE_AGREEMENT,
-        f"predicts as evaluated in {agreement:.2%} of pixels, at least {MIN_PROBE_AGREEMENT:.2%}",
-    )
-
-
-def _comparison(candidate: Evaluation, champion: Evaluation, policy: PromotionPolicy) -> list[Check]:
-    ours, theirs = candidate.data_digest, champion.data_digest
-    if ours != theirs:
-        detail = f"scored on data {ours[:8]}, the champion on {theirs[:8]}: not comparable"
-        return [Check(name="same data", passed=False, detail=detail)]
-    checks = [Check(name="same data", passed=True, detail=f"both scored on data {ours[:8]}")]
-    checks.append(
-        Check(
-            name="no regression",
-            passed=candidate.miou >= champion.miou - policy.max_regression - ROUNDING,
-            detail=f"mIoU {candidate.miou:.4f}, the champion's {champion.miou:.4f}, "
-            f"tolerance {policy.max_regression:.4f}",
+            check = _loaded_check(tracking, registry.get_version(tracking, name, candidate))
+        except UserError as error:
+            skipped.append(Unusable(version=candidate, reason=str(error)))
+            continue
+        if not check.passed:
+            skipped.append(Unusable(version=candidate, reason=check.detail))
+            continue
+        if not dry_run:
+            if not _is_champion(tracking, name, before):
+                raise UserError(f"the champion of {name} changed meanwhile; look at it with segvit models {name}")
+            decisions.record_rollback(tracking, name, before, candidate, check, decided_by or who())
+            registry.set_alias(tracking, name, CHAMPION, candidate)
+        return Rollback(
+            name=name, champion_before=before, champion_after=candidate, skipped=tuple(skipped), check=check
         )
+    now = f"model {name} has no champion" if before is None else f"version {before} of model {name} is champion"
+    tried = "; ".join(f"version {one.version}: {one.reason}" for one in skipped)
+    raise UserError(
+        f"{now}, and none before it can be gone back to ({tried or 'there was none'}); "
+        f"promote a version with segvit promote {name} VERSION"
     )
-    candidate_iou = dict(zip(candidate.class_names, candidate.per_class_iou, strict=True))
-    champion_iou = dict(zip(champion.class_names, champion.per_class_iou, strict=True))
-    tolerance = policy.max_class_regression
-    for name in policy.protected_classes:
-        mine, other = candidate_iou[name], champion_iou.get(name)
-        if other is None:
-            passed, detail = True, f"{name}: the champion has no IoU"
-        elif mine is None:
-            passed, detail = False, f"{name}: no IoU, the champion's {other:.4f}"
-        else:
-            passed = mine >= other - tolerance - ROUNDING
-            detail = f"{name}: IoU {mine:.4f}, the champion's {other:.4f}, tolerance {tolerance:.4f}"
-        checks.append(Check(name=f"class {name}", passed=passed, detail=detail))
-    return checks
 
 
-def _verdict(candidate: Evaluation, champion: Evaluation | None, checks: tuple[Check, ...]) -> GateDecision:
-    failed = [check.detail for check in checks if not check.passed]
-    if failed:
-        return GateDecision(False, "refused: " + "; ".join(failed), checks)
-    against = "the first champion" if champion is None else f"the champion had {champion.miou:.4f}"
-    return GateDecision(True, f"promoted: mIoU {candidate.miou:.4f}, {against}; {len(checks)} checks passed", checks)
+def _refused_if_rolled_back(
+    tracking: Tracking, version: ModelVersion, champion: Evaluation | None, gate: GateDecision
+) -> GateDecision:
+    rolled_back = decisions.rolled_back(tracking, version.name, version.version)
+    if not rolled_back:
+        return gate
+    detail = (
+        f"version {version.version} was rolled back {rolled_back}; to have it all the same, "
+        f"run segvit promote {version.name} {version.version}"
+    )
+    return verdict(version.evaluation, champion, (*gate.checks, Check(name="rollback", passed=False, detail=detail)))
+
+
+def _loaded_check(tracking: Tracking, version: ModelVersion) -> Check:
+    with tempfile.TemporaryDirectory(prefix="segvit-promote-") as scratch:
+        try:
+            folder = model_folder(tracking, ModelReference(version.name, version.version), scratch)
+        except UserError as error:
+            return Check(name="artifact", passed=False, detail=str(error))
+        return reproduces(folder, version.evaluation)
+
+
+def _is_champion(tracking: Tracking, name: str, version: int | None) -> bool:
+    return registry.find_alias(tracking, name, CHAMPION) == version
 
 
 def _kept(tracking: Tracking, version: ModelVersion) -> PromotionDecision:
     kept = f"version {version.version} is the champion already; kept"
-    recorded = registry.version_tags(tracking, version.name, version.version).get(DECISION)
+    recorded = registry.version_tags(tracking, version.name, version.version).get(decisions.DECISION)
     if recorded is not None:
         decision = PromotionDecision.from_json(recorded)
         if decision.promoted:
@@ -229,25 +183,3 @@ def _kept(tracking: Tracking, version: ModelVersion) -> PromotionDecision:
         champion_before=version.version,
         champion_after=version.version,
     )
-
-
-def _record(tracking: Tracking, decision: PromotionDecision, decided_by: str) -> None:
-    now = datetime.now(UTC)
-    against = "none" if decision.champion_before is None else f"version {decision.champion_before}"
-    facts = {
-        DECIDED_BY: decided_by,
-        DECIDED_AT: now.isoformat(timespec="seconds"),
-        DECIDED_AGAINST: against,
-        registry.PROMOTED: json.dumps(decision.promoted),
-        registry.PROMOTION_REASON: decision.reason,
-    }
-    # The latest decision is there to be read at a glance, and each stays under its time.
-    history = json.dumps(facts | {"checks": [check.model_dump() for check in decision.checks]})
-    facts |= {f"{HISTORY}.{now:%Y%m%dT%H%M%S.%fZ}": history, DECISION: decision.to_json()}
-    registry.set_version_tags(tracking, decision.name, decision.version, facts)
-
-
-def _bare_environment() -> dict[str, str]:
-    # Ray gives tasks that reserve no CPU one thread; this process may use the machine for its few seconds.
-    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR"}

@@ -69,7 +69,10 @@ class BackboneRecord(Record):
 
 
 class LossWeights(Record):
-    """The weights of the three loss terms (SegViT section 5 of the reference), as given or as searched."""
+    """The weights of the three loss terms (SegViT section 5 of the reference), as given or as searched.
+
+    `trials_digest` is the sha256 of the file at `trials_uri`, which holds all trials of the search.
+    """
 
     identity_fields: ClassVar[tuple[str, ...]] = (
         "class_weight",
@@ -85,6 +88,7 @@ class LossWeights(Record):
     miou: float | None = None
     num_trials: int = 0
     trials_uri: str | None = None
+    trials_digest: str | None = None
 
 
 class Checkpoint(Record):
@@ -104,7 +108,8 @@ class Checkpoint(Record):
 class Evaluation(Record):
     """Scores of one checkpoint on one split; `data_digest` says which scores may be compared.
 
-    `uri` holds confusion.json, images.json, examples.json, examples/ and probe/. An absent class has None.
+    `uri` holds confusion.json, counts.parquet, images.json, examples.json, examples/ and probe/. An absent class has
+    None. `counts_digest` is the sha256 of counts.parquet; "" where an earlier release kept no such file.
     `inference`: the keyword arguments of segvit.predict that are not its defaults. `latency_ms` is of such a
     prediction, `gflops` of one pass of the network, both of an image of `cost_size`.
     """
@@ -116,6 +121,7 @@ class Evaluation(Record):
         "split",
         "inference",
         "miou",
+        "counts_digest",
     )
 
     variant: str
@@ -136,6 +142,7 @@ class Evaluation(Record):
     latency_ms: float
     cost_size: tuple[int, int]
     uri: str
+    counts_digest: str = ""
 
 
 class ModelVersion(Record):
@@ -161,7 +168,7 @@ class Check(Record):
 
 
 class PromotionDecision(Record):
-    """What the gate decided for a version, and why."""
+    """What the gate decided for a version, and why; `policy` holds the fields of the PromotionPolicy it asked."""
 
     name: str
     version: int
@@ -170,6 +177,7 @@ class PromotionDecision(Record):
     checks: tuple[Check, ...]
     champion_before: int | None
     champion_after: int | None
+    policy: dict[str, Any] = {}
 
 
 class Report(Record):

@@ -1,7 +1,7 @@
 """The model registry: versions that load anywhere, with their evaluation and lineage in their tags.
 
-A version is registered once: its key is made of the checkpoint's and the evaluation's digests, and
-registering them again returns the version that is there.
+A version is registered once: its key is made of the checkpoint's and the evaluation's digests and the package's
+format, and registering them again returns the version that is there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.model_package import CHECKPOINT_FOLDER, WEIGHTS_FILE, log_model
+from pipeline.model_package import CHECKPOINT_FOLDER, PACKAGE_FORMAT, WEIGHTS_FILE, log_model
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
 from pipeline.tracking import Tracking
 
@@ -30,6 +30,7 @@ VARIANT = "segvit.variant"
 MIOU = "segvit.miou"
 EVALUATION = "segvit.evaluation"
 CHECKPOINT_DIGEST = "segvit.checkpoint_digest"
+SHARD_SET = "segvit.shard_set"
 SHARDS_DIGEST = "segvit.shards_digest"
 DATA_DIGEST = "segvit.data_digest"
 FLOW_RUN = "segvit.flow_run"
@@ -86,6 +87,7 @@ def register_model(
             MIOU: f"{evaluation.miou:.6f}",
             EVALUATION: evaluation.to_json(),
             CHECKPOINT_DIGEST: checkpoint.digest,
+            SHARD_SET: shard_set.to_json(),
             SHARDS_DIGEST: shard_set.digest,
             DATA_DIGEST: evaluation.data_digest,
             FLOW_RUN: flow_run_id,
@@ -177,7 +179,8 @@ def set_version_tags(tracking: Tracking, name: str, version: int, tags: Mapping[
 
 
 def _registration_key(checkpoint: Checkpoint, evaluation: Evaluation) -> str:
-    return hashlib.sha256(f"{checkpoint.content_digest()} {evaluation.content_digest()}".encode()).hexdigest()
+    made_of = f"{PACKAGE_FORMAT} {checkpoint.content_digest()} {evaluation.content_digest()}"
+    return hashlib.sha256(made_of.encode()).hexdigest()
 
 
 def _versions_with_key(tracking: Tracking, name: str, key: str) -> list[MlflowVersion]:

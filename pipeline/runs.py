@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pipeline import liveness
 from pipeline.errors import UserError
 from pipeline.records import Record
-from pipeline.tracking import PLAN_FILE, RECORD_FILE, RunState, Tag, Tracking
+from pipeline.tracking import PLAN_FILE, RECORD_FILE, RunState, Tag, Tracking, note_tag
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+CANCEL_TIMEOUT_S = 90.0
+CANCEL_POLL_S = 0.5
 
 
 class RunSummary(Record):
@@ -142,18 +149,70 @@ def mark_abandoned(tracking: Tracking) -> list[str]:
         reason = liveness.why_dead(run.data.tags)
         if reason is not None:
             end_running_children(tracking, run.info.run_id, RunState.ABANDONED, reason)
-            tags = {Tag.STATE: RunState.ABANDONED, Tag.ERROR: reason}
+            tags = {Tag.STATE: RunState.ABANDONED, Tag.ERROR: reason, **note_tag(RunState.ABANDONED, reason)}
             tracking.end_run(run.info.run_id, "KILLED", tags)
             marked.append(str(run.info.run_id))
     return marked
 
 
 def end_running_children(tracking: Tracking, run_id: str, state: RunState, reason: str) -> None:
-    """Mark all runs below `run_id` that MLflow shows as running, steps and their trials alike."""
-    below = f"tags.`{Tag.PARENT}` = '{run_id}' and attributes.status = 'RUNNING'"
-    for child in list(tracking.runs(below)):
+    """Mark all runs below `run_id` that MLflow shows as running, steps and their trials alike.
+
+    A step that was done, but for its run's end, is ended as such.
+    """
+    below = f"tags.`{Tag.PARENT}` = '{run_id}'"
+    running = list(tracking.runs(f"{below} and attributes.status = 'RUNNING'"))
+    if not running:
+        return
+    # A label whose run has ended has no other: what runs is a twin, made by a request whose answer was lost.
+    ended = {run.data.tags.get(Tag.LABEL) for run in tracking.runs(f"{below} and attributes.status != 'RUNNING'")}
+    for child in running:
+        tags = child.data.tags
         end_running_children(tracking, child.info.run_id, state, reason)
-        tracking.end_run(child.info.run_id, "KILLED", {Tag.STATE: state, Tag.ERROR: reason})
+        if Tag.DONE in tags:
+            tracking.client().set_terminated(child.info.run_id, "FINISHED")
+        elif tags.get(Tag.LABEL, "") and tags[Tag.LABEL] in ended:
+            tracking.client().delete_run(child.info.run_id)
+        else:
+            marks = {Tag.STATE: state, Tag.ERROR: reason, **note_tag(state, reason)}
+            tracking.end_run(child.info.run_id, "KILLED", marks)
+
+
+def cancel_run(
+    tracking: Tracking, run_id: str, user: str, *, timeout_s: float = CANCEL_TIMEOUT_S, say: Callable[[str], None]
+) -> RunSummary:
+    """Ask the driver of a running flow to end, wherever it is, and wait until its run is marked.
+
+    The driver polls for the request; one on this machine gets a SIGTERM, too. Raises UserError for a run that has
+    ended, whose driver is gone, or that has not ended after `timeout_s` seconds.
+    """
+    abandoned = mark_abandoned(tracking)
+    run = find_run(tracking, run_id)
+    name = f"run {run.info.run_id[:12]} of flow {run.data.tags.get(Tag.FLOW, run.info.run_name)}"
+    if run.info.run_id in abandoned:
+        raise UserError(f"{name} had no driver any more ({run.data.tags.get(Tag.ERROR)}); it is marked as abandoned")
+    if run.info.status != "RUNNING":
+        raise UserError(f"{name} has ended already ({_run_summary(run).state}); there is nothing to cancel")
+    tracking.set_tags(run.info.run_id, {Tag.CANCEL: user})
+    if liveness.is_running(run.data.tags):
+        # Gone in this very moment, or another user's: the request stands all the same.
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(int(run.data.tags[liveness.PID_TAG]), signal.SIGTERM)
+    say(
+        f"asked the driver of {name} to end (process {run.data.tags.get(liveness.PID_TAG)} on "
+        f"{run.data.tags.get(liveness.HOST_TAG)})"
+    )
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        mark_abandoned(tracking)
+        run = tracking.client().get_run(run.info.run_id)
+        if run.info.status != "RUNNING":
+            return _run_summary(run)
+        time.sleep(CANCEL_POLL_S)
+    raise UserError(
+        f"{name} has not ended after {timeout_s:.0f} s; the request stands: look again with `segvit show`, "
+        f"or end process {run.data.tags.get(liveness.PID_TAG)} on {run.data.tags.get(liveness.HOST_TAG)}"
+    )
 
 
 def count_states(states: Iterable[RunState]) -> dict[str, int]:

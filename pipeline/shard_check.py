@@ -6,21 +6,18 @@ storage says of its content (times and inode, or an object's ETag); only files t
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline import storage
-from pipeline.file_stamps import FileStamp, file_stamps
+from pipeline.file_stamps import file_stamps
+from pipeline.file_sums import SUMS_AT_ONCE, FileSums
 from pipeline.records import ShardSet
 from pipeline.shard_reader import open_shard_set
-from pipeline.shards import INDEX, Manifest, ShardSetError, check_sizes
+from pipeline.shards import INDEX, QUARANTINE, Manifest, ShardSetError, check_sizes
 
-SUMS_AT_ONCE = 4
 _SAY_FROM_BYTES = 1 << 30
 
 
@@ -42,7 +39,7 @@ def check_shard_set(
     """Make sure that the shard set is, byte for byte, what its record and its manifest say.
 
     First what costs next to nothing: the manifest stands for the record's digest, and one listing shows every
-    file with the right size. Then the sums of the index and of the shards of `splits` (None: all).
+    file with the right size. Then the sums of the index and of the shards of `splits` (None: of all files).
 
     Args:
         shard_set: a record, or a URI, whose manifest is taken at its word.
@@ -57,11 +54,12 @@ def check_shard_set(
     uri, manifest = reader.uri, reader.manifest
     stamps = file_stamps(uri)
     check_sizes(uri, manifest, stamps)
-    if INDEX not in stamps:
-        raise ShardSetError(f"{storage.join(uri, INDEX)} is missing; prepare the shard set again")
+    for name in (INDEX, QUARANTINE):
+        if name not in stamps:
+            raise ShardSetError(f"{storage.join(uri, name)} is missing; prepare the shard set again")
     expected = _expected_sums(manifest, splits)
-    memory = _Memory(uri, cache_folder)
-    unknown = [name for name in expected if memory.sum_of(name, stamps[name]) != expected[name]]
+    memory = FileSums(uri, cache_folder)
+    unknown = [name for name in expected if memory.remembered(name, stamps[name]) != expected[name]]
     num_bytes = sum(stamps[name].num_bytes for name in unknown)
     if say is not None and num_bytes >= _SAY_FROM_BYTES:
         say(f"checking {len(unknown)} files of {uri}, {num_bytes / 2**30:.1f} GiB, for the first time on this machine")
@@ -82,34 +80,6 @@ def check_shard_set(
 
 def _expected_sums(manifest: Manifest, splits: Iterable[str] | None) -> dict[str, str]:
     chosen = manifest.splits if splits is None else {name: manifest.splits.get(name, ()) for name in splits}
-    return {INDEX: manifest.index_sha256, **{shard.name: shard.sha256 for part in chosen.values() for shard in part}}
-
-
-class _Memory:
-    """Sums of one shard set's files on this machine, in one small file."""
-
-    def __init__(self, uri: str, folder: Path | None) -> None:
-        if folder is None:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "segvit" / "sums"
-        place = str(storage.local_path(uri)) if storage.is_local(uri) else uri
-        self._file = folder / f"{hashlib.sha256(place.encode()).hexdigest()[:32]}.json"
-        self._sums: dict[str, list[object]] = {}
-        with contextlib.suppress(OSError, ValueError):
-            known = storage.read_json(str(self._file))
-            self._sums = known if isinstance(known, dict) else {}
-
-    def sum_of(self, name: str, stamp: FileStamp) -> str | None:
-        """The sum of the file while it is as it was when it was read."""
-        row = self._sums.get(name)
-        known = isinstance(row, list) and row[:2] == list(stamp)
-        return str(row[2]) if known and row is not None and len(row) == 3 else None
-
-    def remember(self, name: str, stamp: FileStamp, digest: str) -> None:
-        """Keep the sum of a file; one that storage gives no stamp is read every time."""
-        if stamp.stamp:
-            self._sums[name] = [*stamp, digest]
-
-    def save(self) -> None:
-        """Write what is remembered; a machine without a place for it checks again."""
-        with contextlib.suppress(OSError):
-            storage.publish_json(str(self._file), self._sums)
+    rejected = {QUARANTINE: manifest.quarantine_sha256} if splits is None else {}
+    sums = {shard.name: shard.sha256 for part in chosen.values() for shard in part}
+    return {INDEX: manifest.index_sha256, **rejected, **sums}

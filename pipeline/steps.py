@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import registry, storage
+from pipeline import decisions, registry, storage
 from pipeline.config import (
     DataConfig,
     EvaluateConfig,
@@ -49,10 +49,15 @@ NOT_FOUND = "not found"
 
 
 def _verify_shards(record: ShardSet, _tracking: Tracking) -> str | None:
-    from pipeline.shards import verify_shard_set
+    """By the sha256 sums of all its files; those that storage says have not changed are not read again."""
+    from pipeline.shard_check import check_shard_set
+    from pipeline.shards import ShardSetError
 
-    found = verify_shard_set(record.uri)
-    return None if found.digest == record.digest else f"{record.uri} holds another shard set now"
+    try:
+        check_shard_set(record, say=print)
+    except ShardSetError as damage:
+        return str(damage)
+    return None
 
 
 @step(version=2, verify=_verify_shards)
@@ -108,7 +113,13 @@ def backbone_sources(weights: str) -> dict[str, Any]:
     return {"path": named, "sha256": storage.file_digest(named) if named else "", "wheel": wheel}
 
 
-@step(version=1)
+def _verify_trials(record: LossWeights, _tracking: Tracking) -> str | None:
+    if record.trials_uri is None or storage.file_digest(record.trials_uri) == record.trials_digest:
+        return None
+    return f"{record.trials_uri} has changed"
+
+
+@step(version=2, verify=_verify_trials)
 def tune(
     context: StepContext,
     shard_set: ShardSet,
@@ -128,17 +139,23 @@ def tune(
         run_name=context.run_name,
         storage_uri=storage.join(context.workspace, "ray"),
         target_uri=context.output_uri(),
-        tracking={
-            "tracking_uri": context.tracking.uri,
-            "experiment_name": context.tracking.experiment,
-            "parent_run_id": context.run_id,
-        },
+        tracking=context.tracking,
+        parent_run_id=context.run_id,
     )
 
 
 def _verify_checkpoint(record: Checkpoint, _tracking: Tracking) -> str | None:
-    digest = storage.file_digest(storage.join(record.uri, "model.safetensors"))
-    return None if digest == record.digest else f"the weights at {record.uri} have changed"
+    """By the sha256 of the weights; the seal on the step's outputs covers the files beside them."""
+    from pipeline.file_stamps import file_stamps
+    from pipeline.file_sums import FileSums
+
+    weights, sums = "model.safetensors", FileSums(record.uri)
+    stamps = file_stamps(record.uri)
+    if weights not in stamps:
+        return f"{storage.join(record.uri, weights)} is gone"
+    found = sums.sums(stamps, [weights])[weights]
+    sums.save()
+    return None if found == record.digest else f"{storage.join(record.uri, weights)} has changed"
 
 
 @step(version=2, verify=_verify_checkpoint)
@@ -172,7 +189,13 @@ def train(
     )
 
 
-@step(version=2)
+def _verify_evaluation(record: Evaluation, _tracking: Tracking) -> str | None:
+    from pipeline.per_image import counts_problem
+
+    return counts_problem(record)
+
+
+@step(version=3, verify=_verify_evaluation)
 def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, config: EvaluateConfig) -> Evaluation:
     """Score a checkpoint."""
     from pipeline.evaluate import evaluate_checkpoint
@@ -189,7 +212,7 @@ def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, 
     return evaluation
 
 
-@step(version=2, verify=registry.verify_version)
+@step(version=3, verify=registry.verify_version)
 def register(
     context: StepContext, name: str, checkpoint: Checkpoint, evaluation: Evaluation, shard_set: ShardSet
 ) -> ModelVersion:
@@ -205,10 +228,11 @@ def register(
     )
 
 
-@step(version=1, verify=verify_decision)
+@step(version=2, verify=verify_decision)
 def promote(context: StepContext, versions: Sequence[ModelVersion], policy: PromotionPolicy) -> PromotionDecision:
     """Make the best version the candidate and ask the gate about it."""
     candidate = registry.mark_candidate(context.tracking, versions)
+    decisions.keep_policy(context.tracking, versions, policy)
     decision = promote_version(context.tracking, candidate, policy)
     print(decision.reason, flush=True)
     return decision

@@ -12,15 +12,17 @@ import logging
 import os
 import re
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pipeline import storage
 from pipeline.errors import UserError
@@ -39,6 +41,10 @@ MAX_KEY_LENGTH = 250
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000
 CONNECT_TIMEOUT_S = 5.0
+# How long whoever is at work already waits for a server that has stopped to answer.
+PATIENCE_S = 240.0
+# MLflow's own retries, 0 + 2 + 4 + ... + 120 s: as long as that.
+_HTTP_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "8", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
 
 
 class Tag:
@@ -59,6 +65,10 @@ class Tag:
     RECORD_DIGEST = "segvit.record_sha256"
     REUSED_FROM = "segvit.reused_from"
     TICKET = "segvit.ticket"
+    OUTPUTS = "segvit.outputs_sha256"
+    CANCEL = "segvit.cancel_requested_by"
+    TOKEN = "segvit.token"
+    NOTE = "mlflow.note.content"
     PARENT = "mlflow.parentRunId"
 
 
@@ -96,11 +106,14 @@ class Tracking:
         uri: `sqlite:////absolute/path.db` or `http(s)://host:port`.
         experiment: the experiment that holds the runs.
         artifact_location: where a new experiment keeps artifacts; None leaves it to the server.
+        patience_s: how long the first contact waits for a server to answer. A person's mistake shall cost seconds,
+            but what starts in the middle of a flow waits, as MLflow's own retries do after the first contact.
     """
 
     uri: str
     experiment: str = "segvit"
     artifact_location: str | None = None
+    patience_s: float = 0.0
 
     @classmethod
     def for_workspace(cls, workspace: str, uri: str | None = None, experiment: str = "segvit") -> Tracking:
@@ -122,6 +135,23 @@ class Tracking:
         if "://" not in uri:
             raise UserError(f"tracking URI {uri!r} has no scheme; use sqlite:///FILE or http://HOST:PORT")
         return cls(uri.rstrip("/"), experiment)
+
+    def patient(self) -> Tracking:
+        """The same store for those who start while a flow is at work: they wait for a server that is away."""
+        return replace(self, patience_s=PATIENCE_S)
+
+    @property
+    def is_server(self) -> bool:
+        """Whether requests go over a network, where an answer can get lost after the work was done."""
+        return urlsplit(self.uri).scheme in ("http", "https")
+
+    def answers(self) -> bool:
+        """Whether there is someone to talk to right now; a few seconds at most."""
+        try:
+            replace(self, patience_s=0.0)._require_answer()
+        except UserError:
+            return False
+        return True
 
     def exists(self) -> bool:
         """Whether there is a store to read; looking creates nothing."""
@@ -190,15 +220,43 @@ class Tracking:
         order = ["attributes.start_time DESC"]
         return list(self.client().search_runs([experiment], filter_string, max_results=limit, order_by=order))
 
-    def read_text(self, run_id: str, name: str) -> str | None:
-        """A text artifact of a run, or None where there is none."""
+    def read_text(self, run_id: str, name: str, artifact_uri: str | None = None) -> str | None:
+        """A text artifact of a run, or None where there is none; `artifact_uri` of the run saves asking for it.
+
+        Raises MLflow's exception where the store does not answer: that is no sign of a missing artifact.
+        """
+        from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
-        try:
-            path = self.client().download_artifacts(run_id, name)
-            return Path(path).read_text(encoding="utf-8")
-        except (MlflowException, OSError):
-            return None
+        place = artifact_uri or str(self.client().get_run(run_id).info.artifact_uri)
+        local = _local_folder(place)
+        if local is not None:
+            try:
+                return (local / name).read_text(encoding="utf-8")
+            except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+                return None
+        with tempfile.TemporaryDirectory(prefix="segvit-artifact-") as folder:
+            try:
+                uri = f"{place.rstrip('/')}/{name}"
+                path = download_artifacts(artifact_uri=uri, dst_path=folder, tracking_uri=self.uri)
+                return Path(path).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                return None
+            except (MlflowException, OSError):
+                if any(entry.path == name for entry in self.client().list_artifacts(run_id)):
+                    raise
+                return None
+
+    def create_run(self, name: str, tags: Mapping[str, str]) -> str:
+        """A new run's id. Where the server's answer got lost and MLflow asked again, there may be a twin of it:
+        with `segvit.token` among the tags, twins are looked for and deleted."""
+        client = self.client()
+        run_id = str(client.create_run(self.experiment_id(), run_name=name, tags=dict(tags)).info.run_id)
+        if self.is_server and (token := tags.get(Tag.TOKEN)):
+            for run in self.first_runs(f"tags.`{Tag.TOKEN}` = '{token}'", 10):
+                if run.info.run_id != run_id:
+                    client.delete_run(run.info.run_id)
+        return run_id
 
     def log_params(self, run_id: str, params: Mapping[str, Any] | Sequence[Param]) -> None:
         """Log a mapping, nested ones flattened to dotted keys, in as few requests as MLflow allows."""
@@ -239,18 +297,24 @@ class Tracking:
         return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:///") else None
 
     def _require_answer(self) -> None:
-        # MLflow itself would retry for minutes.
-        parts = urlsplit(self.uri)
-        if parts.scheme not in ("http", "https"):
+        # MLflow itself would always retry for minutes.
+        if not self.is_server:
             return
+        parts = urlsplit(self.uri)
         address = (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80))
-        try:
-            socket.create_connection(address, timeout=CONNECT_TIMEOUT_S).close()
-        except OSError as error:
-            raise UserError(
-                f"the tracking server {self.uri} does not answer ({error.strerror or error}); "
-                "start it or correct the address"
-            ) from error
+        deadline, pause_s = time.monotonic() + self.patience_s, 0.5
+        while True:
+            try:
+                socket.create_connection(address, timeout=CONNECT_TIMEOUT_S).close()
+                return
+            except OSError as error:
+                if time.monotonic() + pause_s > deadline:
+                    raise UserError(
+                        f"the tracking server {self.uri} does not answer ({error.strerror or error}); "
+                        "start it or correct the address"
+                    ) from error
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 8.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +348,11 @@ def _param_key(key: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", key)[:MAX_KEY_LENGTH]
 
 
+def note_tag(state: RunState, cause: str | None = None) -> dict[str, str]:
+    """The tag that MLflow's own pages show as the run's description: its state, and why."""
+    return {Tag.NOTE: f"{state.value}: {cause}" if cause else state.value}
+
+
 def who() -> str:
     """The user's name, for records of who did something."""
     with suppress(KeyError, OSError):
@@ -291,7 +360,18 @@ def who() -> str:
     return "unknown"
 
 
+def _local_folder(artifact_uri: str) -> Path | None:
+    parts = urlsplit(artifact_uri)
+    if parts.scheme in ("", "file"):
+        return Path(unquote(parts.path) if parts.scheme else artifact_uri)
+    return None
+
+
 def _quiet_client(uri: str) -> MlflowClient:
+    for name, value in _HTTP_RETRIES.items():
+        os.environ.setdefault(name, value)
+    # Else it asks the server first what it can do, once for each file that is read.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -7,31 +7,28 @@ ranks and accumulation steps; the loss and its gradient equal those of one proce
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import segvit
 from pipeline import storage
 from pipeline.config import LossConfig, LossKind, RuntimeConfig, TrainConfig
 from pipeline.loader import Batch, EvalLoader, TrainLoader
+from pipeline.non_finite import FiniteWatch
 from pipeline.records import BackboneRecord, Record, ShardSet
 from pipeline.scoring import confusion_of_split
+from pipeline.train_checkpoint import HISTORY_FILE as HISTORY_FILE
+from pipeline.train_checkpoint import TrainState, gather_rng, load_training, save_training
 from segvit.localize import localize_upsampling
 from segvit.metrics import segmentation_metrics
 from segvit.optim import parameter_groups, poly_lambda
 from segvit.pretrained import load_backbone_state, read_file
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "state.json"
-HISTORY_FILE = "history.jsonl"
 LOCALIZE_IMAGES = 48
 
 
@@ -65,16 +62,6 @@ class WorkerPlace(NamedTuple):
     device: torch.device
 
 
-@dataclass
-class TrainState:
-    """What a checkpoint holds besides weights and optimizer moments."""
-
-    step: int = 0
-    best_miou: float = -1.0
-    train_seconds: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-
-
 class Trainer:
     """One worker's model, optimizer and data stream.
 
@@ -88,6 +75,7 @@ class Trainer:
         self.job = job
         self.place = place
         self.state = TrainState()
+        self.watch = FiniteWatch(place.device)
         torch.manual_seed(job.train.seed)
         self.model = build_job_model(job).to(place.device)
         self.loss = build_loss(job)
@@ -107,7 +95,7 @@ class Trainer:
         # Same initial weights everywhere, different dropout on each rank.
         torch.manual_seed(job.train.seed + 7919 * (place.rank + 1))
         if resume_from is not None:
-            self._restore(resume_from)
+            self.state = load_training(resume_from, self.model, self.optimizer, place.rank, place.device)
         self.forward = self._distributed_forward()
 
     def _localize_upsampling(self) -> None:
@@ -154,10 +142,12 @@ class Trainer:
                 losses["total"].backward()
             for name, value in losses.items():
                 terms[name] = terms[name] + value.detach() if name in terms else value.detach()
-        nn.utils.clip_grad_norm_(self._trainable(), self.job.train.gradient_clip_norm)
+        # Of the gradient that all ranks share: the same number everywhere.
+        gradient_norm = nn.utils.clip_grad_norm_(self._trainable(), self.job.train.gradient_clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+        self.watch.note(self.state.step, terms, gradient_norm)
         return terms
 
     def _trainable(self) -> list[nn.Parameter]:
@@ -201,58 +191,19 @@ class Trainer:
         return float(segmentation_metrics(matrix.cpu().numpy()).miou)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint: its RNG state, and from rank 0 everything else."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.place.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.place.device)
-        save_file(rng, folder / f"rng-{self.place.rank}.safetensors")
+        """Write a checkpoint to the new folder, from rank 0; a collective call."""
+        rng = gather_rng(self.place.world_size, self.place.device)
         if self.place.rank:
             return
         manifest = storage.read_json(storage.join(self.job.shard_set.uri, "manifest.json"))
-        segvit.save_checkpoint(
-            folder,
-            self.model,
-            {
-                "variant": self.job.variant,
-                "step": self.state.step,
-                "data_digest": self.job.shard_set.digest,
-                "class_names": manifest["classes"],
-                "palette": manifest["palette"],
-            },
-        )
-        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        moments: dict[str, Tensor] = {}
-        for parameter, values in self.optimizer.state.items():
-            for key, value in values.items():
-                moments[f"{names[id(parameter)]}:{key}"] = value.detach().cpu().contiguous()
-        save_file(moments, folder / OPTIMIZER_FILE)
-        (folder / HISTORY_FILE).write_text("".join(json.dumps(row) + "\n" for row in self.state.history))
-        state = {
+        metadata = {
+            "variant": self.job.variant,
             "step": self.state.step,
-            "best_miou": self.state.best_miou,
-            "train_seconds": self.state.train_seconds,
+            "data_digest": self.job.shard_set.digest,
+            "class_names": manifest["classes"],
+            "palette": manifest["palette"],
         }
-        (folder / STATE_FILE).write_text(json.dumps(state))
-
-    def _restore(self, folder: Path) -> None:
-        weights, _ = segvit.load_checkpoint(folder)
-        self.model.load_state_dict(weights.state_dict())
-        moments = load_file(folder / OPTIMIZER_FILE)
-        parameters = dict(self.model.named_parameters())
-        for key, value in moments.items():
-            name, _, moment = key.rpartition(":")
-            device = "cpu" if moment == "step" else self.place.device
-            self.optimizer.state[parameters[name]][moment] = value.to(device)
-        rng_file = folder / f"rng-{self.place.rank}.safetensors"
-        # A run that continues on more workers has no RNG state for the new ranks; they keep their seed.
-        if rng_file.exists():
-            rng = load_file(rng_file)
-            torch.set_rng_state(rng["cpu"])
-            if "cuda" in rng and self.place.device.type == "cuda":
-                torch.cuda.set_rng_state(rng["cuda"], self.place.device)
-        state = json.loads((folder / STATE_FILE).read_text())
-        history = [json.loads(line) for line in (folder / HISTORY_FILE).read_text().splitlines()]
-        self.state = TrainState(history=history, **state)
+        save_training(folder, self.model, self.optimizer, self.state, rng, metadata)
 
 
 def build_loss(job: TrainJob) -> segvit.SegmentationLoss | segvit.SemanticCrossEntropy:

@@ -1,93 +1,41 @@
-"""The loss-weight search on Ray Tune: Optuna proposes, ASHA stops the hopeless, a trial is a short Ray Train run."""
+"""The loss-weight search on Ray Tune: Optuna proposes, ASHA stops the hopeless, a trial is a short training run.
+
+A search that was killed, at any instant and wherever it ran, goes on from its record: ended trials are kept, unfinished
+ones continue from their last checkpoints, and what is proposed next is what would have been.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from contextlib import suppress
 
-import optuna
-import ray.train
-import ray.train.torch
 import ray.tune
-from ray.air.integrations.mlflow import MLflowLoggerCallback
-from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from pipeline import storage
 from pipeline.config import TuneConfig
 from pipeline.errors import UserError
 from pipeline.records import LossWeights
+from pipeline.search_driver import SearchDriver, run_trials
+from pipeline.search_record import (
+    LEARNING_RATE,
+    RECORD_FOLDER,
+    TRIALS_FILE,
+    WEIGHTS,
+    SearchRecord,
+    SearchSettings,
+    TrialPlace,
+    TrialRecord,
+    best_trial,
+    max_failed,
+    remove_folder,
+    summaries,
+)
+from pipeline.search_tracking import TrialRuns
+from pipeline.search_trial import run_trial, trial_resources
 from pipeline.shard_check import check_shard_set
-from pipeline.train import scaling, train_worker, wants_gpu
-from pipeline.trainer import TrainJob, WorkerPlace
-from pipeline.training import run_training
-
-TRIAL_CPUS = 0.01
-WEIGHTS = ("class_weight", "focal_weight", "dice_weight")
-
-
-def trial_job(job: TrainJob, tune: TuneConfig, sampled: dict[str, float]) -> TrainJob:
-    """`job` shortened to the trial's steps, with the sampled weights and, if it is searched, learning rate."""
-    train = job.train.model_copy(
-        update={
-            "steps": tune.steps,
-            "warmup_steps": min(job.train.warmup_steps, tune.steps // 10),
-            "validate_every_steps": tune.report_every_steps,
-            "learning_rate": sampled.get("learning_rate", job.train.learning_rate),
-        }
-    )
-    loss = job.loss.model_copy(update={name: sampled[name] for name in WEIGHTS})
-    return job.model_copy(
-        update={
-            "variant": "trial " + "/".join(f"{sampled[name]:.3g}" for name in WEIGHTS),
-            "train": train,
-            "loss": loss,
-            "max_val_samples": tune.max_val_samples,
-            "save_checkpoints": False,
-        }
-    )
-
-
-def run_trial(sampled: dict[str, float], job: TrainJob, tune: TuneConfig) -> None:
-    """One trial: a Ray Train run of its own, whose validation scores reach the scheduler as they come."""
-    short = trial_job(job, tune, sampled)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    in_process = job.runtime.num_workers == 1
-    run_config = ray.train.RunConfig(
-        name=f"trial-{ray.tune.get_context().get_trial_id()}",
-        callbacks=[] if in_process else [TuneReportCallback()],  # type: ignore[list-item, no-untyped-call]
-    )
-    TorchTrainer(
-        _trial_in_process if in_process else train_worker,
-        train_loop_config={"job": short.model_dump(mode="json")},
-        # No workers: the loop runs in the trial's own process, which spares starting a second one.
-        scaling_config=ScalingConfig(num_workers=0, use_gpu=wants_gpu(job.runtime))
-        if in_process
-        else scaling(job.runtime, cpus=_cpus_beside_trial(job.runtime.cpus_per_worker)),
-        run_config=run_config,
-    ).fit()
-
-
-def _cpus_beside_trial(cpus_per_worker: int) -> float:
-    # The trial itself must hold some CPU, and on a machine of few cores the workers need all that there are.
-    # Ray takes fractions below 1 only.
-    return 1 - TRIAL_CPUS if cpus_per_worker == 1 else cpus_per_worker
-
-
-def _trial_in_process(loop_config: dict[str, Any]) -> None:
-    job = TrainJob.model_validate(loop_config["job"])
-
-    def report(metrics: dict[str, float], _folder: Path | None) -> None:
-        # Within a trial's own process Tune is told directly; ray.train.report is refused there.
-        if metrics["val_miou"] >= 0:
-            ray.tune.report(metrics)
-
-    run_training(job, WorkerPlace(0, 1, ray.train.torch.get_device()), report)
+from pipeline.tracking import Tracking
+from pipeline.trainer import TrainJob
 
 
 def search_loss_weights(
@@ -97,116 +45,109 @@ def search_loss_weights(
     run_name: str,
     storage_uri: str,
     target_uri: str,
-    tracking: dict[str, str],
+    tracking: Tracking,
+    parent_run_id: str,
 ) -> LossWeights:
     """Search the loss weights (and the learning rate where `tune` gives a range) for the highest val mIoU.
 
     Args:
         job: the training run whose loss weights are searched.
         tune: ranges and budget.
-        run_name: Ray Tune's run name; the same name under the same storage continues a killed search.
-        storage_uri: where Ray Tune keeps its state.
-        target_uri: folder that receives trials.json.
-        tracking: `tracking_uri`, `experiment_name`, `parent_run_id` of the step's run.
+        run_name: the search's name; it and `target_uri` are those of any earlier start of the same search.
+        storage_uri: where Ray keeps its own state while it runs.
+        target_uri: folder of the search's record; it receives trials.json.
+        tracking: the MLflow store.
+        parent_run_id: the step's run, below which the trials' runs go.
 
     Raises:
-        UserError: no trial finished; the message carries the first trial's cause.
+        UserError: more trials failed than `tune` allows, or all; the message carries the first one's cause. The next
+            start tries the failed ones again.
     """
     check_shard_set(job.shard_set, ["train", "val"], say=print)
-    # Tune's own progress table repeats what the trials print.
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    tuner = _restored_or_new(job, tune, run_name, storage_uri, tracking)
-    grid = tuner.fit()
-    results = [grid[index] for index in range(len(grid))]
-    finished = [result for result in results if result.metrics and "val_miou" in result.metrics]
-    if not finished:
-        causes = [str(error).strip().splitlines()[-1] for error in grid.errors]
-        raise UserError(
-            f"all {len(results)} search trials failed; the first one: {causes[0] if causes else 'no result'}"
+    settings = SearchSettings(tune=tune, learning_rate=job.train.learning_rate)
+    record = SearchRecord.take_over(storage.join(target_uri, RECORD_FOLDER), settings)
+    retry_failed(record, tune)
+    ray_uri = storage.join(storage_uri, run_name)
+    place = TrialPlace(uri=record.uri, token=record.token, train_uri=ray_uri)
+    runs = TrialRuns(tracking, parent_run_id, run_name)
+    runs.settle(record.trials.values())
+    configured = {name: getattr(job.loss, name) for name in WEIGHTS} | {LEARNING_RATE: job.train.learning_rate}
+    driver = SearchDriver(tune, configured, record, runs, ended=place.discard)
+    if driver.num_waiting:
+        _say_restored(record)
+        # Ray Tune's own progress table repeats what the trials print.
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        _remove_sessions(ray_uri)
+        run_trials(
+            driver,
+            ray.tune.with_parameters(run_trial, job=job, tune=tune, place=place),
+            resources=trial_resources(job.runtime),
+            trials_at_once=job.runtime.trials_at_once,
+            session_uri=ray_uri,
+            session_name=f"session-{record.token[:8]}",
         )
-    best = max(finished, key=_reached_and_score)
-    trials = [_trial_row(result, job.train.learning_rate, tune.steps) for result in results]
-    trials_uri = storage.join(target_uri, "trials.json")
-    storage.publish_json(trials_uri, trials)
-    chosen = _trial_row(best, job.train.learning_rate, tune.steps)
+    trials = record.in_state("finished", "stopped", "failed")
+    require_success(tune, trials)
+    # A store that was away while trials ended has another chance.
+    runs.settle(trials)
+    weights = publish_trials(record, target_uri, settings)
+    for trial in trials:
+        # The last start may have died between a trial's end and this.
+        place.discard(trial.number)
+    with suppress(OSError):
+        remove_folder(ray_uri)
+    return weights
+
+
+def retry_failed(record: SearchRecord, tune: TuneConfig) -> None:
+    """Put failed trials back to waiting where they had ended the search; few enough are a result and stay."""
+    failed = record.in_state("failed")
+    if len(failed) > max_failed(tune) or len(failed) == tune.num_trials:
+        for trial in failed:
+            record.change(trial.number, state="running", cause=None)
+
+
+def require_success(tune: TuneConfig, trials: Sequence[TrialRecord]) -> None:
+    """Raise UserError, with the first cause, where too many of the ended `trials` failed."""
+    failed = [trial for trial in trials if trial.state == "failed"]
+    if not failed:
+        return
+    first = f"the first one: trial {failed[0].number}, {failed[0].cause}"
+    if len(failed) > max_failed(tune):
+        raise UserError(
+            f"{len(failed)} of {tune.num_trials} search trials failed, tune.max_failed_fraction "
+            f"{tune.max_failed_fraction:g} allows {max_failed(tune)}; {first}"
+        )
+    if len(failed) == tune.num_trials:
+        raise UserError(f"all {len(failed)} search trials failed; {first}")
+
+
+def publish_trials(record: SearchRecord, target_uri: str, settings: SearchSettings) -> LossWeights:
+    """Write trials.json, all of it or none, and name the best trial's values."""
+    trials = record.in_state("finished", "stopped", "failed")
+    best = best_trial(trials)
+    assert best is not None, "a search without a scored trial has failed"
+    rows = [row.model_dump(mode="json") for row in summaries(trials, settings.learning_rate)]
+    trials_uri = storage.join(target_uri, TRIALS_FILE)
+    storage.publish_json(trials_uri, rows)
     return LossWeights(
-        **{name: chosen[name] for name in WEIGHTS},
-        learning_rate=chosen["learning_rate"] if tune.learning_rate else None,
-        miou=chosen["miou"],
+        **{name: best.values[name] for name in WEIGHTS},
+        learning_rate=best.values.get(LEARNING_RATE),
+        miou=best.miou,
         num_trials=len(trials),
         trials_uri=trials_uri,
+        trials_digest=storage.file_digest(trials_uri),
     )
 
 
-def _restored_or_new(
-    job: TrainJob, tune: TuneConfig, run_name: str, storage_uri: str, tracking: dict[str, str]
-) -> ray.tune.Tuner:
-    runtime = job.runtime
-    resources: dict[str, float] = {"CPU": TRIAL_CPUS}
-    if runtime.num_workers == 1:
-        resources = {"CPU": runtime.cpus_per_worker, "GPU": 1 if wants_gpu(runtime) else 0}
-    trainable = ray.tune.with_resources(ray.tune.with_parameters(run_trial, job=job, tune=tune), resources)
-    path = storage.join(storage_uri, run_name)
-    if ray.tune.Tuner.can_restore(path):
-        return ray.tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, restart_errored=True)
-    space = {name: ray.tune.loguniform(*getattr(tune, name)) for name in WEIGHTS}
-    first = {name: getattr(job.loss, name) for name in WEIGHTS}
-    if tune.learning_rate:
-        space["learning_rate"] = ray.tune.loguniform(*tune.learning_rate)
-        first["learning_rate"] = job.train.learning_rate
-    inside = all(_within(first[name], getattr(tune, name)) for name in first)
-    return ray.tune.Tuner(
-        trainable,
-        param_space=space,
-        tune_config=ray.tune.TuneConfig(
-            metric="val_miou",
-            mode="max",
-            num_samples=tune.num_trials,
-            max_concurrent_trials=runtime.trials_at_once,
-            # The configured weights are the trial to beat.
-            search_alg=OptunaSearch(seed=tune.seed, points_to_evaluate=[first] if inside else None),
-            scheduler=ASHAScheduler(
-                time_attr="step",
-                max_t=tune.steps,
-                grace_period=tune.report_every_steps,
-                reduction_factor=tune.reduction_factor,
-            ),
-        ),
-        run_config=ray.tune.RunConfig(
-            name=run_name,
-            storage_path=storage_uri,
-            verbose=0,
-            callbacks=[
-                MLflowLoggerCallback(
-                    tracking_uri=tracking["tracking_uri"],
-                    experiment_name=tracking["experiment_name"],
-                    tags={"mlflow.parentRunId": tracking["parent_run_id"], "segvit.kind": "trial"},
-                )
-            ],
-        ),
-    )
+def _say_restored(record: SearchRecord) -> None:
+    ended, unfinished = record.in_state("finished", "stopped", "failed"), record.in_state("running")
+    if ended or unfinished:
+        print(f"search: {len(ended)} trials are kept, {len(unfinished)} continue", flush=True)
 
 
-def _reached_and_score(result: ray.tune.Result) -> tuple[float, float]:
-    # A trial stopped early may lead by chance; what went further counts first.
-    metrics = result.metrics or {}
-    return metrics["step"], metrics["val_miou"]
-
-
-def _within(value: float, bounds: tuple[float, float]) -> bool:
-    return bounds[0] <= value <= bounds[1]
-
-
-def _trial_row(result: ray.tune.Result, learning_rate: float, steps: int) -> dict[str, Any]:
-    metrics, sampled = result.metrics or {}, result.config or {}
-    reached = int(metrics.get("step", 0))
-    state = "failed" if result.error else ("stopped" if reached < steps else "finished")
-    return {
-        "trial_id": metrics.get("trial_id", ""),
-        **{name: sampled[name] for name in WEIGHTS},
-        "learning_rate": sampled.get("learning_rate", learning_rate),
-        "miou": metrics.get("val_miou"),
-        "steps": reached,
-        "state": state,
-    }
+def _remove_sessions(ray_uri: str) -> None:
+    """What killed starts of the search left of Ray Tune's own state; nothing reads it."""
+    for name in storage.list_names(ray_uri):
+        if name.startswith("session-"):
+            remove_folder(storage.join(ray_uri, name))

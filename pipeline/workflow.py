@@ -16,25 +16,26 @@ parallel because nothing orders them.
 from __future__ import annotations
 
 import json
-import signal
+import logging
 import textwrap
-import threading
 import traceback
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel
 
 from pipeline import execution, liveness, ray_session, runs
+from pipeline.driver_watch import DriverWatch, FlowTerminated
 from pipeline.errors import UserError
 from pipeline.execution import Outcome, StepRef, StepRequest
 from pipeline.recipe import Node, Plan, Recipe
 from pipeline.records import Record
-from pipeline.tracking import PLAN_FILE, RunState, Tag, Tracking, who
+from pipeline.tracking import PLAN_FILE, RunState, Tag, Tracking, note_tag, who
 
 R = TypeVar("R", bound=Record)
 
@@ -92,10 +93,6 @@ class FlowFailed(UserError):  # noqa: N818 - reads as what happened, like Keyboa
         super().__init__(f"flow {flow} failed\n" + textwrap.indent(self.causes, "  "))
 
 
-class FlowTerminated(KeyboardInterrupt):
-    """The process was asked to end (SIGTERM) while a flow ran."""
-
-
 class Flow(Recipe):
     """Runs a recipe; a context manager around it. Leaving the block waits for all steps.
 
@@ -132,15 +129,13 @@ class Flow(Recipe):
         self._on_event = on_event
         self._started_ray = False
         self._planned_steps = 0
-        self._closed = threading.Event()
-        self._terminated = False
-        self._previous_handler: Any = None
+        self._watch = DriverWatch(tracking, "")
 
     def __enter__(self) -> Self:
         runs.mark_abandoned(self.tracking)
         self.run_id = self._create_run()
-        threading.Thread(target=self._beat, name="flow-heartbeat", daemon=True).start()
-        self._handle_sigterm()
+        self._watch = DriverWatch(self.tracking, self.run_id)
+        self._watch.start()
         return self
 
     def __exit__(
@@ -160,22 +155,20 @@ class Flow(Recipe):
             if mistake is not error:
                 raise
         except BaseException as stop:
-            reason = "terminated" if self._terminated else "interrupted"
+            reason = self._watch.stop_reason()
             self._cancel(reason)
             self._finish(RunState.KILLED, "KILLED", reason)
             # Ray turns whatever a signal handler raises while it waits into a KeyboardInterrupt.
-            if self._terminated and not isinstance(stop, FlowTerminated):
-                raise FlowTerminated from None
+            if self._watch.terminated:
+                raise FlowTerminated(reason) from None
             if stop is not error:
                 raise
         else:
             self._finish(RunState.FINISHED, "FINISHED", None)
         finally:
-            self._closed.set()
             if self._started_ray:
                 ray_session.stop()
-            if self._previous_handler is not None:
-                signal.signal(signal.SIGTERM, self._previous_handler)
+            self._watch.release()
 
     def result(self, ref: StepRef[R]) -> R:
         """The record of a step, waited for; raises FlowFailed naming its root cause."""
@@ -202,7 +195,7 @@ class Flow(Recipe):
             self._settled(node, execution.record_reused(request, str(node.fingerprint), node.found))
         else:
             self._started_ray |= ray_session.start(self._ray_options)
-            self._handle_sigterm()
+            self._watch.handle_sigterm()
             node.object_ref = ray_session.submit(
                 execution.execute_step,
                 request,
@@ -217,6 +210,7 @@ class Flow(Recipe):
         while pending := [node for node in self._nodes.values() if node.outcome is None]:
             if until is not None and until.outcome is not None:
                 return
+            self._watch.check()
             ready = ray_session.wait([node.object_ref for node in pending], POLL_S)
             for node in pending:
                 if node.object_ref in ready:
@@ -239,7 +233,7 @@ class Flow(Recipe):
             else:
                 outcome = execution.record_failed(
                     request,
-                    execution.running_run(request),
+                    self._left_running(request),
                     f"its process died or could not start ({execution.one_line(error)})",
                     "".join(traceback.format_exception(error)),
                 )
@@ -289,7 +283,7 @@ class Flow(Recipe):
             arguments=cast("dict[str, Any]", execution.resolve(node.arguments, known)),
             depends_on=node.depends_on,
             workspace=self.workspace,
-            tracking=self.tracking,
+            tracking=self.tracking.patient(),
             flow=self.name,
             flow_run_id=self.run_id,
             runtime=self.runtime,
@@ -301,14 +295,14 @@ class Flow(Recipe):
             Tag.FLOW: self.name,
             Tag.STATE: RunState.RUNNING.value,
             Tag.WORKSPACE: self.workspace,
+            Tag.TOKEN: uuid.uuid4().hex,
             "mlflow.user": who(),
             **liveness.identity_tags(),
         }
-        client = self.tracking.client()
-        run_id = str(client.create_run(self.tracking.experiment_id(), run_name=self.name, tags=tags).info.run_id)
+        run_id = self.tracking.create_run(self.name, tags)
         config = self.config.model_dump(mode="json") if isinstance(self.config, BaseModel) else self.config
         if config:
-            client.log_text(run_id, yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
+            self.tracking.client().log_text(run_id, yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
             self.tracking.log_params(run_id, config)
         return run_id
 
@@ -321,31 +315,32 @@ class Flow(Recipe):
     def _cancel(self, reason: str) -> None:
         pending = [node.object_ref for node in self._nodes.values() if node.outcome is None]
         ray_session.cancel(pending)
-        runs.end_running_children(self.tracking, self.run_id, RunState.KILLED, reason)
+        self._write(lambda: runs.end_running_children(self.tracking, self.run_id, RunState.KILLED, reason))
 
     def _finish(self, state: RunState, status: str, error: str | None) -> None:
-        self._closed.set()
-        runs.end_running_children(self.tracking, self.run_id, RunState.KILLED, "left over when its flow ended")
+        self._watch.stop_beating()
         outcomes = [node.outcome for node in self._nodes.values() if node.outcome is not None]
         counts = runs.count_states(outcome.state for outcome in outcomes)
-        tags = {Tag.STATE: state.value, Tag.COUNTS: json.dumps(counts)}
-        self.tracking.end_run(self.run_id, status, tags | ({Tag.ERROR: error} if error else {}))
+        tags = {Tag.STATE: state.value, Tag.COUNTS: json.dumps(counts), **note_tag(state, error)}
 
-    def _beat(self) -> None:
-        while not self._closed.wait(liveness.HEARTBEAT_S):
-            # A missed beat is no harm: ten in a row mean something.
-            with suppress(Exception):
-                self.tracking.client().set_tag(self.run_id, liveness.HEARTBEAT_TAG, liveness.now_text())
+        def end() -> None:
+            runs.end_running_children(self.tracking, self.run_id, RunState.KILLED, "left over when its flow ended")
+            self.tracking.end_run(self.run_id, status, tags | ({Tag.ERROR: error} if error else {}))
 
-    def _handle_sigterm(self) -> None:
-        # Again after Ray's start, which installs a handler of its own.
-        if threading.current_thread() is not threading.main_thread():
-            return
+        self._write(end)
 
-        def terminate(_signal: int, _frame: FrameType | None) -> None:
-            self._terminated = True
-            raise FlowTerminated
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write how things ended; where the store is full or away, the next flow finds and marks what is left."""
+        try:
+            if self.tracking.answers():
+                write()
+        except Exception as error:
+            logging.getLogger(__name__).warning(
+                "the end of run %s could not be recorded: %s", self.run_id[:12], execution.one_line(error)
+            )
 
-        previous = signal.signal(signal.SIGTERM, terminate)
-        if self._previous_handler is None:
-            self._previous_handler = previous
+    def _left_running(self, request: StepRequest) -> str | None:
+        with suppress(Exception):
+            left = execution.running_run(request)
+            return str(left.info.run_id) if left is not None else None
+        return None

@@ -19,6 +19,7 @@ FROZEN_OPTIONS = {
     "plan": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
     "runs": {"--workspace", "--tracking-uri", "--json"},
     "show": {"run_id", "--workspace", "--tracking-uri", "--json"},
+    "search": {"run_id", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
     "models": {"name", "--workspace", "--tracking-uri", "--json"},
     "predict": {"model", "images", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
     "data": {"shard_set", "--out", "--overwrite", "--json"},

@@ -38,9 +38,14 @@ def test_parse_config__lists_all_problems_with_place_value_and_remedy() -> None:
     assert any(line.startswith("  train.batch_size: 0: ") and "greater than 0" in line for line in lines)
 
 
-def test_parse_config__batch_must_share_out_over_workers() -> None:
-    with pytest.raises(UserError, match=r"train.batch_size 16 is not a multiple of runtime.num_workers x .* = 3"):
-        parse_config(tree(runtime={"num_workers": 3}))
+def test_parse_config__every_worker_has_a_sample() -> None:
+    assert parse_config(tree(runtime={"num_workers": 3})).runtime.max_workers == 3
+    elastic = parse_config(tree(runtime={"num_workers": [2, 5]})).runtime
+    assert (elastic.num_workers, elastic.max_workers) == ((2, 5), 5)
+    with pytest.raises(UserError, match=r"batch_size 16 / .* 4 = 4 leaves some of runtime.num_workers 5 without"):
+        parse_config(tree(runtime={"num_workers": [2, 5]}, train={"accumulation_steps": 4}))
+    with pytest.raises(UserError, match=r"num_workers \[5, 2\] is \[least, most\]; swap them"):
+        parse_config(tree(runtime={"num_workers": [5, 2]}))
 
 
 @pytest.mark.parametrize(

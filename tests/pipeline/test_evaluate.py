@@ -42,6 +42,11 @@ def test_evaluate_part__parts_add_up_to_the_whole(checkpoint: Path, digits_shard
     assert merged.matrix.sum() == 6 * 96 * 96
     assert sorted(score.key for part in parts for score in part.scores) == sorted(score.key for score in whole.scores)
     assert len(whole.scores) == 6
+    counts = {one.key: one for part in parts for one in part.counts}
+    assert sum(one.intersection.sum() for one in counts.values()) == np.diag(whole.confusion.matrix).sum()
+    for one in whole.counts:
+        assert (one.labelled == counts[one.key].labelled).all()
+        assert one.labelled.sum() == one.predicted.sum() == 96 * 96
     assert whole.latency_ms > 0
     assert all(np.isnan(part.latency_ms) for part in parts[1:])
 

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pipeline import execution, liveness
+from pipeline import claims, execution, liveness, runs, storage
 from pipeline.errors import UserError
 from pipeline.execution import Outcome, StepRef, StepRequest, execute_step, one_line, recall, resolve
 from pipeline.records import Report
@@ -119,7 +123,7 @@ def test_execute_step__interrupt_is_marked_and_goes_on(make_request: Any, tracki
 
 def test_execute_step__goes_on_under_the_run_of_a_crashed_attempt(make_request: Any, tracking: Tracking) -> None:
     request = make_request(make_writer([]), "t")
-    crashed = execution._begin(request, request.arguments, request.step.fingerprint(request.arguments))
+    crashed = begin(request)
     outcome = execute_step(request)
     assert (outcome.state, outcome.run_id) == (RunState.RUN, crashed)
     assert tracking.client().get_run(crashed).info.status == "FINISHED"
@@ -157,7 +161,7 @@ def test_execute_step__a_kill_before_the_done_mark_means_run_again(make_request:
 def test_claims__of_many_at_once_one_executes(
     make_request: Any, monkeypatch: pytest.MonkeyPatch, tracking: Tracking
 ) -> None:
-    monkeypatch.setattr(execution, "POLL_S", 0.05)
+    monkeypatch.setattr(claims, "POLL_S", 0.05)
     calls: list[str] = []
     requests = [make_request(make_writer(calls, seconds=0.3), "t", label=f"w{index}") for index in range(4)]
     outcomes: list[Outcome] = []
@@ -171,11 +175,128 @@ def test_claims__of_many_at_once_one_executes(
     assert len({outcome.record.content_digest() for outcome in outcomes if outcome.record}) == 1
 
 
-def test_claims__of_a_dead_driver_lapse(make_request: Any, tracking: Tracking) -> None:
+def begin(request: StepRequest) -> str:
+    return execution._begin(request, request.arguments, request.step.fingerprint(request.arguments), None)
+
+
+def test_claims__of_a_dead_driver_lapse_with_the_step_s_process(
+    make_request: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "ORPHAN_GRACE_S", 2.0)
+    monkeypatch.setattr(claims, "POLL_S", 0.1)
     dead = make_request(make_writer([]), "t")
-    execution._begin(dead, dead.arguments, dead.step.fingerprint(dead.arguments))
+    orphan = begin(dead)
     tracking.client().set_tag(dead.flow_run_id, liveness.STARTED_TAG, "1")
+    # Its process lives: it is given time to end.
+    begun = time.monotonic()
     assert execute_step(make_request(make_writer([]), "t")).state == RunState.RUN
+    assert time.monotonic() - begun > 2
+    tracking.set_tags(orphan, {Tag.FINGERPRINT: "another"})
+
+
+def test_claims__of_a_dead_process_lapse_though_its_driver_lives(make_request: Any, tracking: Tracking) -> None:
+    # Else steps with one fingerprint could wait, in every slot that Ray has, for one whose next attempt finds none.
+    crashed = begin(make_request(make_writer([]), "t"))
+    tracking.client().set_tag(crashed, liveness.STARTED_TAG, "1")
+    assert execute_step(make_request(make_writer([]), "t")).state == RunState.RUN
+
+
+@pytest.mark.parametrize(("silent_s", "waits"), [(10, True), (400, False)])
+def test_claims__on_another_machine_lapse_with_the_driver_s_heartbeat(
+    make_request: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch, silent_s: int, waits: bool
+) -> None:
+    class Waited(Exception):  # noqa: N818
+        pass
+
+    def sleep(_seconds: float) -> None:
+        raise Waited
+
+    far = make_request(make_writer([]), "t")
+    elsewhere = {liveness.HOST_TAG: "elsewhere"}
+    beat = (datetime.now(UTC) - timedelta(seconds=silent_s)).isoformat(timespec="seconds")
+    tracking.set_tags(begin(far), elsewhere)
+    tracking.set_tags(far.flow_run_id, elsewhere | {liveness.HEARTBEAT_TAG: beat})
+    monkeypatch.setattr(claims, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    outcome = execute_step(make_request(make_writer([]), "t"))
+    assert (outcome.state, outcome.error) == ((RunState.FAILED, "Waited") if waits else (RunState.RUN, None))
+
+
+def test_claims__what_finished_between_the_last_look_and_the_turn_is_reused(
+    make_request: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    first, second = make_request(make_writer(calls), "t"), make_request(make_writer(calls), "t")
+    begin_run = execution._begin
+
+    def begin_late(request: StepRequest, *rest: Any) -> str:
+        if request is second:
+            assert execute_step(first).state == RunState.RUN
+        return begin_run(request, *rest)
+
+    monkeypatch.setattr(execution, "_begin", begin_late)
+    assert execute_step(second).state == RunState.REUSED
+    assert len(calls) == 1
+
+
+def test_claims__a_twin_of_the_own_run_is_deleted(make_request: Any, tracking: Tracking) -> None:
+    # The server made it, its answer got lost, and MLflow asked again.
+    request = make_request(make_writer([]), "t")
+    run_id, twin = begin(request), begin(request)
+    outcome = execute_step(request)
+    assert (outcome.state, outcome.run_id in (run_id, twin)) == (RunState.RUN, True)
+    (left,) = tracking.runs(f"tags.`{Tag.PARENT}` = '{request.flow_run_id}'")
+    assert left.info.run_id == outcome.run_id
+
+
+def test_execute_step__killed_after_the_done_mark_is_taken_over(make_request: Any, tracking: Tracking) -> None:
+    calls: list[str] = []
+    request = make_request(make_writer(calls), "t")
+    first = execute_step(request)
+    tracking.client().update_run(str(first.run_id), status="RUNNING")
+    again = execute_step(request)
+    assert (again.state, again.run_id, len(calls)) == (RunState.RUN, first.run_id, 1)
+    assert tracking.client().get_run(str(first.run_id)).info.status == "FINISHED"
+    # The same, with the driver dead: whoever marks what it left ends the step as finished.
+    tracking.client().update_run(str(first.run_id), status="RUNNING")
+    tracking.client().set_tag(request.flow_run_id, liveness.STARTED_TAG, "1")
+    runs.mark_abandoned(tracking)
+    run = tracking.client().get_run(str(first.run_id))
+    assert (run.info.status, run.data.tags[Tag.STATE]) == ("FINISHED", "run")
+
+
+@pytest.mark.parametrize("keep_times", [False, True])
+def test_execute_step__one_flipped_byte_in_an_output(make_request: Any, keep_times: bool) -> None:
+    calls: list[str] = []
+    first = execute_step(make_request(make_writer(calls), "hello"))
+    assert isinstance(first.record, Report)
+    output = Path(first.record.uri)
+    time.sleep(0.05)
+    assert execute_step(make_request(make_writer(calls), "hello")).state == RunState.REUSED
+    about = output.stat()
+    output.write_text("hellp")
+    if keep_times:
+        os.utime(output, ns=(about.st_atime_ns, about.st_mtime_ns))
+    again = execute_step(make_request(make_writer(calls), "hello"))
+    assert (again.state, again.note, len(calls)) == (RunState.RUN, f"{output} has changed", 2)
+    assert output.read_text() == "hello"
+    assert execute_step(make_request(make_writer(calls), "hello")).state == RunState.REUSED
+
+
+def test_record_failed__tells_the_cause_though_nothing_can_be_written(
+    make_request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    request = make_request(make_writer([], error=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/w/x")), "t")
+    monkeypatch.setattr(storage, "publish_bytes", refuse)
+    monkeypatch.setattr(Tracking, "set_tags", refuse)
+    outcome = execute_step(request)
+    full = "the disk is full{}; free some space or choose another workspace, then run again"
+    assert (outcome.state, outcome.error, outcome.log_uri) == (RunState.FAILED, full.format(""), None)
+    monkeypatch.undo()
+    outcome = execute_step(request)
+    assert outcome.error == full.format(" at /w/x")
 
 
 def test_recall__says_nothing_where_nothing_was_done(tracking: Tracking) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import multiprocessing
 import os
 import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ from pipeline.config import AugmentationConfig, DataConfig, DigitsConfig
 from pipeline.datasets.digits import Digits
 from pipeline.decode import encode_png
 from pipeline.errors import UserError
-from pipeline.loader import Batch, EvalLoader, TrainLoader
+from pipeline.loader import Batch, EvalLoader, LoaderProcessError, TrainLoader
 from pipeline.prepare import prepare_shards
 from pipeline.records import ShardSet
 from pipeline.sample_stream import SampleStream
@@ -152,6 +154,44 @@ def test_train__damaged_sample_is_named(shard_set: ShardSet, tmp_path: Path) -> 
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(ShardSetError, match=r"sample val-000000 of .* cannot be decoded"):
         list(EvalLoader(str(tmp_path / "copy")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("buffer", [None, 2])
+def test_train__damaged_sample_is_named_by_loader_processes_too(
+    shard_set: ShardSet, tmp_path: Path, workers: int, buffer: int | None
+) -> None:
+    storage.publish_folder(shard_set.uri, str(tmp_path / "copy"))
+    for shard in (tmp_path / "copy").glob("train-*.tar"):
+        shard.write_bytes(bytes(shard.stat().st_size))
+    broken = shard_set.model_copy(update={"uri": str(tmp_path / "copy")})
+    with pytest.raises(ShardSetError, match=r"^sample train-\d+ of .* cannot be decoded.*prepare the shard set again$"):
+        train_batches(broken, 1, workers=workers, buffer=buffer)
+
+
+@pytest.mark.parametrize("buffer", [None, 2])
+def test_train__killed_loader_process_is_told_and_nothing_hangs(shard_set: ShardSet, buffer: int | None) -> None:
+    def batches_until_one_dies() -> None:
+        loader = TrainLoader(
+            shard_set,
+            crop=CROP,
+            augmentation=AugmentationConfig(),
+            seed=0,
+            global_batch_size=4,
+            num_workers=2,
+            stream_buffer=buffer,
+        )
+        batches = iter(loader)
+        next(batches)
+        multiprocessing.active_children()[0].kill()
+        for _ in batches:
+            pass
+
+    # As Ray Train does it; in the main thread PyTorch hears of it by a signal.
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(batches_until_one_dies)
+        with pytest.raises(LoaderProcessError, match=r"^a loader process was killed .*lower runtime.loader_workers$"):
+            done.result(timeout=60)
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (5, 0), (9, 0), (9, 2)])

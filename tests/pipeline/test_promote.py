@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline import models, promote, registry
+from pipeline import decisions, models, promote, registry
 from pipeline.config import PromotionPolicy
 from pipeline.errors import UserError
-from pipeline.models import ModelReference
-from pipeline.promote import decide, promote_version, reproduces, verify_decision
+from pipeline.promote import promote_version, roll_back, verify_decision
 from pipeline.records import Check, ModelVersion
 from pipeline.tracking import Tracking
 
@@ -23,73 +25,6 @@ Register = Callable[..., ModelVersion]
 def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the loading of the artifact, which has tests of its own."""
     monkeypatch.setattr(promote, "reproduces", lambda *_: Check(name="artifact", passed=True, detail="trusted"))
-
-
-def test_decide__first_champion_has_nothing_to_beat(trained: Any) -> None:
-    gate = decide(trained.scored(0.1234), None, PromotionPolicy(max_regression=0.0, protected_classes=("pole",)))
-    assert gate.promoted
-    assert gate.reason == "promoted: mIoU 0.1234, the first champion; 1 checks passed"
-    assert [check.name for check in gate.checks] == ["minimum mIoU"]
-
-
-@pytest.mark.parametrize(
-    ("candidate", "policy", "reason"),
-    [
-        ({"miou": 0.39}, {"min_miou": 0.4, "max_regression": 0.5}, "mIoU 0.3900, minimum 0.4000"),
-        ({"data_digest": "f" * 64}, {}, "scored on data ffffffff, the champion on dddddddd: not comparable"),
-        ({"miou": 0.479}, {"max_regression": 0.02}, "mIoU 0.4790, the champion's 0.5000, tolerance 0.0200"),
-        (
-            {"per_class_iou": (0.9, 0.9, 0.09)},
-            {"protected_classes": ("road", "pole"), "max_class_regression": 0.1},
-            "pole: IoU 0.0900, the champion's 0.2000, tolerance 0.1000",
-        ),
-        ({"per_class_iou": (0.9, 0.9, None)}, {"protected_classes": ("pole",)}, "pole: no IoU, the champion's 0.2000"),
-        ({}, {"max_gflops": 1.4}, "GFLOPs 1.5, at most 1.4"),
-        ({}, {"max_parameters": 4_999_999}, "parameters 5e+06, at most 5e+06"),
-        ({}, {"max_latency_ms": 11.5}, "latency ms 12, at most 11.5"),
-    ],
-)
-def test_decide__refuses_for_each_reason_alone(
-    trained: Any, candidate: dict[str, Any], policy: dict[str, Any], reason: str
-) -> None:
-    gate = decide(trained.evaluation.model_copy(update=candidate), trained.evaluation, PromotionPolicy(**policy))
-    assert not gate.promoted
-    assert gate.reason == f"refused: {reason}"
-    assert [check.detail for check in gate.checks if not check.passed] == [reason]
-
-
-def test_decide__names_all_reasons_at_once(trained: Any) -> None:
-    policy = PromotionPolicy(min_miou=0.45, max_gflops=1.0)
-    gate = decide(trained.scored(0.4), trained.evaluation, policy)
-    assert gate.reason == (
-        "refused: mIoU 0.4000, minimum 0.4500; mIoU 0.4000, the champion's 0.5000, tolerance 0.0000; "
-        "GFLOPs 1.5, at most 1"
-    )
-
-
-def test_decide__at_the_edge_of_every_condition_passes(trained: Any) -> None:
-    policy = PromotionPolicy(
-        min_miou=0.48,
-        max_regression=0.02,
-        protected_classes=("sky", "pole"),
-        max_class_regression=0.1,
-        max_gflops=1.5,
-        max_parameters=5_000_000,
-        max_latency_ms=12.0,
-    )
-    gate = decide(trained.scored(0.48, per_class_iou=(0.7, 0.0, 0.1)), trained.evaluation, policy)
-    assert gate.promoted, gate.reason
-    assert gate.reason == "promoted: mIoU 0.4800, the champion had 0.5000; 8 checks passed"
-
-
-def test_decide__class_the_champion_never_saw_cannot_regress(trained: Any) -> None:
-    champion = trained.scored(0.5, per_class_iou=(0.8, 0.5, None))
-    assert decide(trained.evaluation, champion, PromotionPolicy(protected_classes=("pole",))).promoted
-
-
-def test_decide__unknown_protected_class_is_a_mistake(trained: Any) -> None:
-    with pytest.raises(UserError, match=r"promote.protected_classes names 'tram'; choose from sky, road, pole"):
-        decide(trained.evaluation, None, PromotionPolicy(protected_classes=("tram",)))
 
 
 @pytest.mark.usefixtures("trusting")
@@ -183,27 +118,217 @@ def test_promote_version__artifact_that_predicts_otherwise_is_refused(
     assert registry.find_alias(tracking, version.name, "champion") is None
 
 
-def test_reproduces__the_untouched_artifact_does(tracking: Tracking, trained: Any, register: Register) -> None:
-    folder = models.model_folder(tracking, ModelReference(register().name, 1), "unused")
-    check = reproduces(folder, trained.evaluation)
-    assert check.passed
-    assert check.detail == "the registered artifact predicts as evaluated in 100.00% of pixels, at least 99.50%"
+@pytest.mark.usefixtures("trusting")
+def test_promote_version__dry_run_decides_and_writes_nothing(
+    tracking: Tracking, trained: Any, register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+
+    def failing(folder: Path, *_: Any) -> Check:
+        loaded.append(folder)
+        return Check(name="artifact", passed=False, detail="the registered artifact does not load: boom")
+
+    promote_version(tracking, register(), PromotionPolicy())
+    better = register(trained.scored(0.6))
+    before = (registry.version_tags(tracking, better.name, 2), moves(tracking, better.name))
+    monkeypatch.setattr(promote, "reproduces", failing)
+    decision = promote_version(tracking, better, PromotionPolicy(), dry_run=True)
+    assert decision.reason == "refused: the registered artifact does not load: boom"
+    assert len(loaded) == 1
+    assert (registry.version_tags(tracking, better.name, 2), moves(tracking, better.name)) == before
+    assert registry.find_alias(tracking, better.name, "champion") == 1
 
 
-def test_reproduces__a_flipped_byte_is_found(tracking: Tracking, trained: Any, register: Register) -> None:
-    folder = models.model_folder(tracking, ModelReference(register().name, 1), "unused")
-    weights = folder / "artifacts/checkpoint/model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    check = reproduces(folder, trained.evaluation)
-    assert (check.passed, check.detail) == (False, "the registered artifact does not hold the evaluated weights")
+@pytest.mark.usefixtures("trusting")
+def test_promote_version__records_who_when_against_what_and_the_policy(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    policy = PromotionPolicy(min_miou=0.4, protected_classes=("pole",), max_gflops=2.0)
+    for version in (register(), register(trained.scored(0.3))):
+        promote_version(tracking, version, policy, decided_by="ann")
+    tags = registry.version_tags(tracking, tracking.experiment, 2)
+    [recorded] = [json.loads(text) for key, text in tags.items() if key.startswith("promotion.history.")]
+    assert recorded["policy"] == policy.model_dump(mode="json")
+    assert recorded["promotion.by"] == "ann"
+    assert recorded["promotion.against"] == "version 1"
+    assert recorded["promotion.reason"].startswith("refused: mIoU 0.3000, minimum 0.4000; ")
+    assert [check["passed"] for check in recorded["checks"]] == [False, True, False, True, True]
 
 
-def test_reproduces__code_that_does_not_load_is_told(tracking: Tracking, trained: Any, register: Register) -> None:
-    folder = models.model_folder(tracking, ModelReference(register().name, 1), "unused")
-    (folder / "code/segvit/checkpoint.py").write_text("raise RuntimeError('broken code')\n")
-    check = reproduces(folder, trained.evaluation)
-    assert not check.passed
-    assert check.detail.startswith("the registered artifact does not load: ")
-    assert "broken code" in check.detail
+@pytest.mark.usefixtures("trusting")
+def test_promote_version__a_champion_that_came_meanwhile_is_compared_with(
+    tracking: Tracking, trained: Any, register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, better, best = (register(trained.scored(miou)) for miou in (0.5, 0.6, 0.7))
+    promote_version(tracking, first, PromotionPolicy())
+    checks: list[int] = []
+
+    def overtaken(*_: Any) -> Check:
+        if not checks:
+            checks.append(1)
+            promote_version(tracking, best, PromotionPolicy())
+        return Check(name="artifact", passed=True, detail="trusted")
+
+    monkeypatch.setattr(promote, "reproduces", overtaken)
+    decision = promote_version(tracking, better, PromotionPolicy())
+    assert (decision.promoted, decision.champion_before, decision.champion_after) == (False, 3, 3)
+    assert decision.reason == "refused: mIoU 0.6000, the champion's 0.7000, tolerance 0.0000"
+    assert registry.find_alias(tracking, first.name, "champion") == 3
+    assert decisions.champions(tracking, first.name, 3) == [1, 3]
+
+
+@pytest.mark.usefixtures("trusting")
+def test_promote_version__two_at_once_agree_on_one_champion(
+    tracking: Tracking, trained: Any, register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, better, best = (register(trained.scored(miou)) for miou in (0.5, 0.6, 0.7))
+    promote_version(tracking, first, PromotionPolicy())
+    both = threading.Barrier(2)
+
+    def together(*_: Any) -> Check:
+        both.wait(30)
+        return Check(name="artifact", passed=True, detail="trusted")
+
+    monkeypatch.setattr(promote, "reproduces", together)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(promote_version, tracking, one, PromotionPolicy()) for one in (better, best)]
+        of_better, of_best = (one.result() for one in asked)
+    champion = registry.find_alias(tracking, first.name, "champion")
+    assert of_best.promoted
+    assert champion == 3
+    assert of_best.champion_before in (1, 2)
+    if of_best.champion_before == 1 and not of_better.promoted:
+        assert of_better.reason == "refused: mIoU 0.6000, the champion's 0.7000, tolerance 0.0000"
+    else:
+        assert of_better.promoted
+
+
+def moves(tracking: Tracking, name: str) -> dict[str, str]:
+    tags = tracking.client().get_registered_model(name).tags
+    return {key: text for key, text in tags.items() if key.startswith("promotion.moves.")}
+
+
+def champion_after(tracking: Tracking, name: str) -> tuple[int | None, int | None]:
+    """What a rollback says it did, and where the alias is."""
+    return roll_back(tracking, name).champion_after, registry.find_alias(tracking, name, "champion")
+
+
+@pytest.mark.usefixtures("trusting")
+def test_roll_back__after_several_promotions_and_rollbacks(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    versions = [register(trained.scored(miou)) for miou in (0.5, 0.6, 0.7, 0.8)]
+    name = versions[0].name
+    for version in versions[:3]:
+        promote_version(tracking, version, PromotionPolicy())
+    assert champion_after(tracking, name) == (2, 2)
+    assert champion_after(tracking, name) == (1, 1)
+    with pytest.raises(UserError, match=r"version 1 of model .* is champion, and none before it .*\(there was none\)"):
+        roll_back(tracking, name)
+    promote_version(tracking, versions[3], PromotionPolicy())
+    assert champion_after(tracking, name) == (1, 1)
+    promote_version(tracking, versions[1], PromotionPolicy(), by_hand=True)
+    promote_version(tracking, versions[2], PromotionPolicy(), by_hand=True)
+    promote_version(tracking, versions[1], PromotionPolicy(max_regression=1.0), by_hand=True)
+    assert decisions.champions(tracking, name, 2) == [1, 2, 3, 2]
+    assert [champion_after(tracking, name) for _ in range(3)] == [(3, 3), (2, 2), (1, 1)]
+
+
+@pytest.mark.usefixtures("trusting")
+def test_roll_back__is_recorded_on_both_versions(tracking: Tracking, trained: Any, register: Register) -> None:
+    for miou in (0.5, 0.6):
+        promote_version(tracking, register(trained.scored(miou)), PromotionPolicy())
+    done = roll_back(tracking, tracking.experiment, decided_by="ann")
+    assert (done.champion_before, done.champion_after, done.skipped) == (2, 1, ())
+    left, restored = models.list_models(tracking, tracking.experiment)
+    assert (left.promoted, left.reason, left.aliases) == (False, "rolled back to version 1 by ann", ())
+    assert restored.aliases == ("champion",)
+    assert (restored.promoted, restored.reason) == (True, "champion again: version 2 was rolled back by ann")
+    for version in (1, 2):
+        tags = registry.version_tags(tracking, tracking.experiment, version)
+        history = [json.loads(tags[key]) for key in sorted(tags) if key.startswith("promotion.history.")]
+        assert [one["promotion.promoted"] for one in history] == (
+            ["true", "true"] if version == 1 else ["true", "false"]
+        )
+    assert decisions.rolled_back(tracking, tracking.experiment, 2).startswith("by ann at 20")
+
+
+@pytest.mark.usefixtures("trusting")
+def test_roll_back__the_next_flow_does_not_promote_it_again(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    first, second = register(), register(trained.scored(0.6))
+    decision = [promote_version(tracking, one, PromotionPolicy()) for one in (first, second)][1]
+    roll_back(tracking, first.name, decided_by="ann")
+    assert verify_decision(decision, tracking) == f"the champion of {first.name} is now version 1"
+    refused = promote_version(tracking, second, PromotionPolicy())
+    assert not refused.promoted
+    assert refused.reason.startswith("refused: version 2 was rolled back by ann at 20")
+    assert refused.reason.endswith(f"; to have it all the same, run segvit promote {first.name} 2")
+    assert verify_decision(refused, tracking) is None
+    assert promote_version(tracking, second, PromotionPolicy(), by_hand=True).promoted
+    assert decisions.rolled_back(tracking, first.name, 2) == ""
+    assert registry.find_alias(tracking, first.name, "champion") == 2
+
+
+@pytest.mark.usefixtures("trusting")
+def test_roll_back__skips_what_was_deleted_or_lost_its_artifact_or_predicts_otherwise(
+    tracking: Tracking, trained: Any, register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = [register(trained.scored(miou)) for miou in (0.5, 0.6, 0.7, 0.8, 0.9)]
+    name = versions[0].name
+    for version in versions:
+        promote_version(tracking, version, PromotionPolicy())
+    tracking.client().delete_model_version(name, "4")
+    shutil.rmtree(registry.version_location(tracking, name, 3))
+
+    def second_differs(_folder: Path, evaluation: Any) -> Check:
+        passed = evaluation.miou == 0.5
+        return Check(name="artifact", passed=passed, detail="trusted" if passed else "predicts otherwise")
+
+    monkeypatch.setattr(promote, "reproduces", second_differs)
+    tried = roll_back(tracking, name, dry_run=True)
+    assert registry.find_alias(tracking, name, "champion") == 5
+    assert "rolled back" not in str(models.list_models(tracking, name))
+    done = roll_back(tracking, name)
+    assert tried == done
+    assert done.champion_after == registry.find_alias(tracking, name, "champion") == 1
+    deleted, lost, different = done.skipped
+    assert (deleted.version, lost.version) == (4, 3)
+    assert deleted.reason.startswith(f"model {name} has no version 4 in ")
+    assert lost.reason.startswith(f"models:/{name}/3 has lost its files (")
+    assert different.model_dump() == {"version": 2, "reason": "predicts otherwise"}
+
+
+@pytest.mark.usefixtures("trusting")
+def test_roll_back__where_the_champion_was_deleted_or_moved_by_hand(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    versions = [register(trained.scored(miou)) for miou in (0.5, 0.6, 0.7)]
+    name = versions[0].name
+    for version in versions[:2]:
+        promote_version(tracking, version, PromotionPolicy())
+    registry.set_alias(tracking, name, "champion", 3)
+    assert champion_after(tracking, name) == (2, 2)
+    tracking.client().delete_model_version(name, "2")
+    assert registry.find_alias(tracking, name, "champion") is None
+    done = roll_back(tracking, name)
+    assert (done.champion_before, done.champion_after) == (None, 1)
+    assert [one.version for one in done.skipped] == [2]
+
+
+@pytest.mark.usefixtures("trusting")
+def test_roll_back__killed_before_the_alias_moved_goes_on(
+    tracking: Tracking, trained: Any, register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for miou in (0.5, 0.6):
+        promote_version(tracking, register(trained.scored(miou)), PromotionPolicy())
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "set_alias", killed)
+        with pytest.raises(KeyboardInterrupt):
+            roll_back(tracking, tracking.experiment)
+    assert registry.find_alias(tracking, tracking.experiment, "champion") == 2
+    assert champion_after(tracking, tracking.experiment) == (1, 1)

@@ -166,13 +166,22 @@ probe = {trained.evaluation.uri!r} + "/probe/"
 labels = model.predict(np.load(probe + "images.npy"))
 assert labels.dtype == np.int64
 assert np.array_equal(labels, np.load({str(tmp_path / "expected.npy")!r}))
-assert model.metadata.signature.inputs.inputs[0].shape == (-1, -1, -1, 3)
-try:
-    model.predict(np.zeros((1, 32, 32, 3), np.float32))
-except mlflow.exceptions.MlflowException:
-    pass
-else:
-    raise AssertionError("float images were accepted")
+assert model.metadata.signature.inputs.inputs[0].shape == (-1,)
+sizes = np.empty(2, dtype=object)
+sizes[:] = [np.load(probe + "images.npy")[0], np.load(probe + "images.npy")[1, :, :30]]
+first, second = model.predict(sizes)
+assert np.array_equal(first, labels[0])
+assert second.shape == (32, 30)
+for wrong, reason in (
+    (np.zeros((1, 32, 32, 3), np.float32), "image 0 is float32 and not of integers from 0 to 255; send uint8 RGB"),
+    (np.zeros((32, 32, 3), np.uint8), "image 0 has shape (32, 3), not (height, width, 3); send a batch of RGB"),
+):
+    try:
+        model.predict(wrong)
+    except mlflow.exceptions.MlflowException as error:
+        assert str(error) == reason, error
+    else:
+        raise AssertionError(reason + ": accepted")
 import segvit
 print(segvit.__file__)
 """

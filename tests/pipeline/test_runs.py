@@ -106,3 +106,39 @@ def test_find_run__by_prefix_latest_or_told_why_not(tracking: Tracking) -> None:
         runs.find_run(tracking, "zz")
     with pytest.raises(UserError, match=r"run '' fits 2 runs \(.*\); give more of its id"):
         runs.find_run(tracking, "")
+
+
+def test_cancel_run__of_a_dead_driver_marks_it_and_says_so(tracking: Tracking) -> None:
+    flow = make_flow(tracking, {liveness.PID_TAG: dead_pid()})
+    with pytest.raises(
+        UserError, match=r"run .* of flow quick had no driver any more \(.* is gone\); it is marked as ab"
+    ):
+        runs.cancel_run(tracking, flow, "ann", say=lambda _: None)
+    assert tracking.client().get_run(flow).data.tags[Tag.STATE] == "abandoned"
+    with pytest.raises(UserError, match=r"has ended already \(abandoned\)"):
+        runs.cancel_run(tracking, flow, "ann", say=lambda _: None)
+
+
+def test_cancel_run__a_driver_that_does_not_answer_is_told_after_the_bound(tracking: Tracking) -> None:
+    flow = make_flow(tracking, {liveness.HOST_TAG: "elsewhere"})
+    with pytest.raises(
+        UserError, match=r"has not ended after 1 s; the request stands: .* or end process \d+ on elsewhere"
+    ):
+        runs.cancel_run(tracking, flow, "ann", timeout_s=1.0, say=lambda _: None)
+    assert tracking.client().get_run(flow).data.tags[Tag.CANCEL] == "ann"
+
+
+def test_mark_abandoned__finishes_what_was_done_and_deletes_twins(tracking: Tracking) -> None:
+    flow = make_flow(tracking, {liveness.HOST_TAG: "gone", liveness.HEARTBEAT_TAG: "2001-01-01T00:00:00+00:00"})
+    done = make_step(tracking, flow, "prepare", RunState.RUN)
+    tracking.set_tags(done, {Tag.DONE: "f" * 64})
+    reused = make_step(tracking, flow, "train/full", RunState.REUSED)
+    tracking.end_run(reused, "FINISHED", {})
+    make_step(tracking, flow, "train/full", RunState.REUSED)
+    running = make_step(tracking, flow, "evaluate/full")
+    assert runs.mark_abandoned(tracking) == [flow]
+    states = {run.info.run_id: run.info.status for run in tracking.runs(f"tags.`{Tag.PARENT}` = '{flow}'")}
+    assert states == {done: "FINISHED", reused: "FINISHED", running: "KILLED"}
+    assert tracking.client().get_run(done).data.tags[Tag.STATE] == "run"
+    note = tracking.client().get_run(flow).data.tags[Tag.NOTE]
+    assert note.startswith("abandoned: its driver on gone has been silent for ")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,14 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from pipeline import runs, workflow
+from pipeline import driver_watch, liveness, runs, workflow
+from pipeline.errors import UserError
 from pipeline.recipe import Recipe
 from pipeline.records import Report
-from pipeline.runs import RunTree
+from pipeline.runs import RunSummary, RunTree
 from pipeline.step import Step, StepContext, step
-from pipeline.tracking import TRACEBACK_FILE, RunState, Tracking
+from pipeline.tracking import TRACEBACK_FILE, RunState, Tag, Tracking
 from pipeline.workflow import Flow, FlowEvent, FlowFailed, FlowTerminated, StepRef
 
 ROOT = Path(__file__).parents[2]
@@ -286,6 +289,59 @@ def test_flow__terminated_marks_its_runs_and_frees_the_signal(lab: Lab) -> None:
     assert [one.state for one in tree.steps] == [RunState.KILLED]
     client = lab.tracking.client()
     assert {client.get_run(str(one)).info.status for one in (flow.run_id, tree.steps[0].run_id)} == {"KILLED"}
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_cancel__ends_a_flow_here_by_signal_and_elsewhere_by_its_poll(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, far: bool
+) -> None:
+    @step(version=1)
+    def endless(context: StepContext) -> Report:
+        (Path(context.runtime["folder"]) / "pid").write_text(str(os.getpid()))
+        time.sleep(600)
+        raise AssertionError
+
+    cancelled: list[RunSummary] = []
+    said: list[str] = []
+
+    def cancel_once_started() -> None:
+        while not (lab.folder / "pid").exists():
+            time.sleep(0.05)
+        if far:
+            lab.tracking.client().set_tag(flow.run_id, liveness.HOST_TAG, "elsewhere")
+        cancelled.append(runs.cancel_run(lab.tracking, "latest", "ann", say=said.append))
+
+    monkeypatch.setattr(driver_watch, "CANCEL_POLL_S", 0.2 if far else 60.0)
+    source, join = make_steps()
+    flow = lab.flow()
+    canceller = threading.Thread(target=cancel_once_started)
+    canceller.start()
+    with pytest.raises(FlowTerminated, match="cancelled by ann"), flow:
+        flow.step(join, [flow.step(source, "t"), flow.step(endless)])
+    canceller.join()
+    assert [(one.state, one.error) for one in cancelled] == [("killed", "cancelled by ann")]
+    assert said == [
+        f"asked the driver of run {flow.run_id[:12]} of flow test to end "
+        f"(process {os.getpid()} on {'elsewhere' if far else socket.gethostname()})"
+    ]
+    tree = lab.tree()
+    assert {one.label: (one.state, one.error) for one in tree.steps if one.label != "join"} == {
+        "source": ("run", None),
+        "endless": ("killed", "cancelled by ann"),
+    }
+    assert [one.state for one in tree.steps if one.label == "join"] == ["skipped"]
+    note = lab.tracking.client().get_run(flow.run_id).data.tags[Tag.NOTE]
+    assert note == "killed: cancelled by ann"
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(int((lab.folder / "pid").read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with pytest.raises(UserError, match=r"has ended already \(killed\); there is nothing to cancel"):
+        runs.cancel_run(lab.tracking, flow.run_id, "ann", say=said.append)
+    lab.executed()
+    with lab.flow() as again:
+        again.step(source, "t")
+    assert lab.executed() == []
 
 
 def test_flow__mistake_in_the_recipe_is_raised_and_marked(lab: Lab) -> None:

@@ -1,0 +1,63 @@
+"""Failures told in one line: the cause, and for what a person can mend, the remedy."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+
+from pipeline.errors import UserError, root_cause
+
+MAX_CAUSE_LENGTH = 400
+
+_NO_SPACE = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would exceed the size limit of the process or the file system",
+}
+# Databases and Arrow tell it in words only.
+_NO_SPACE_WORDS = ("database or disk is full", "No space left on device", "Disk quota exceeded", "File too large")
+
+
+def one_line(error: BaseException) -> str:
+    """The cause of a failure in one line: a UserError's message, or type and message of the root cause."""
+    # Ray hands on the exception of a remote task inside a wrapper that is of the same class, too.
+    wrapped = getattr(error, "cause", None)
+    cause = wrapped if isinstance(wrapped, UserError) else error
+    if not isinstance(cause, UserError):
+        cause = root_cause(cause)
+    message = _shorten(str(cause))
+    if isinstance(cause, UserError):
+        return message
+    if (full := _no_space(cause)) is not None:
+        return full
+    if (silent := unreachable_server(cause)) is not None:
+        return f"the tracking server {silent} does not answer; start it or mend the network, then run again"
+    return f"{type(cause).__name__}: {message}" if message else type(cause).__name__
+
+
+def unreachable_server(error: BaseException) -> str | None:
+    """The address of the tracking server that this error says did not answer, however often it was asked."""
+    # MLflow has no class of its own for it; the exception below it is of requests.
+    found = re.search(r"API request to (\S+?://[^/\s]+)\S* failed with exception", str(error))
+    return found[1] if found else None
+
+
+def _no_space(error: BaseException) -> str | None:
+    number = getattr(error, "errno", None) or 0
+    # An error of the same number with words of its own says something else.
+    known = _NO_SPACE.get(number) if getattr(error, "strerror", None) == os.strerror(number) else None
+    if known is None and any(words in str(error) for words in _NO_SPACE_WORDS):
+        known = _NO_SPACE[errno.ENOSPC]
+    if known is None:
+        return None
+    place = getattr(error, "filename", None)
+    where = f" at {place}" if isinstance(place, str) else ""
+    return f"{known}{where}; free some space or choose another workspace, then run again"
+
+
+def _shorten(message: str) -> str:
+    # Ray appends the traceback to some messages; it is kept in full elsewhere.
+    lead, *_ = re.split(r"\btraceback\b[: (]", message, maxsplit=1, flags=re.IGNORECASE)
+    line = " ".join((lead if lead.strip() else message).split())
+    return line if len(line) <= MAX_CAUSE_LENGTH else line[: MAX_CAUSE_LENGTH - 3] + "..."

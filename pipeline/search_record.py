@@ -1,0 +1,260 @@
+"""The search's own memory: a JSON file a trial, written before anything acts on what it says.
+
+Everything a search knows is in these files: proposals, scores and decisions follow from them and the settings alone,
+so any process on any cluster continues a search that another one left. Nothing here is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+import fsspec
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline.config import TuneConfig
+from pipeline.errors import UserError
+from pipeline.records import Record
+
+WEIGHTS = ("class_weight", "focal_weight", "dice_weight")
+LEARNING_RATE = "learning_rate"
+OWNER_FILE = "owner.json"
+SETTINGS_FILE = "search.json"
+TRIALS_FILE = "trials.json"
+RECORD_FOLDER = "trials"  # beside TRIALS_FILE
+
+TrialState = Literal["running", "finished", "stopped", "failed"]
+
+
+class TrialScore(Record):
+    """One validation of a trial.
+
+    Attributes:
+        miou: val mIoU, 0 to 1.
+        order: place among all scores of the search, from 0; the rungs are rebuilt in this order.
+        stopped: whether the trial was stopped for this score.
+    """
+
+    step: int
+    miou: float
+    order: int
+    stopped: bool = False
+
+
+class TrialRecord(Record):
+    """What is known of one trial.
+
+    Attributes:
+        number: place among the proposals, from 0.
+        values: the sampled loss weights and, where it is searched, learning rate.
+        cause: why it failed, in one line.
+        seconds: wall-clock time spent on it, what killed processes lost not counted.
+        attempts: how often it was started.
+    """
+
+    number: int
+    values: dict[str, float]
+    state: TrialState = "running"
+    scores: tuple[TrialScore, ...] = ()
+    cause: str | None = None
+    seconds: float = 0.0
+    attempts: int = 0
+
+    @property
+    def steps(self) -> int:
+        """The last step that was validated; 0 before the first."""
+        return self.scores[-1].step if self.scores else 0
+
+    @property
+    def miou(self) -> float | None:
+        """The last score."""
+        return self.scores[-1].miou if self.scores else None
+
+    def score_at(self, step: int) -> TrialScore | None:
+        """The score at `step`, or None."""
+        return next((score for score in self.scores if score.step == step), None)
+
+
+class TrialSummary(Record):
+    """One row of trials.json; `learning_rate` is the one used, searched or not."""
+
+    trial_id: str
+    class_weight: float
+    focal_weight: float
+    dice_weight: float
+    learning_rate: float | None = None
+    miou: float | None = None
+    steps: int
+    state: str
+    cause: str | None = None
+    seconds: float = 0.0
+    attempts: int = 1
+    history: tuple[TrialScore, ...] = ()
+
+
+class SearchSettings(Record):
+    """The search as it was asked for; `learning_rate` is that of trials which sample none."""
+
+    tune: TuneConfig
+    learning_rate: float
+
+
+class SearchTakenOver(UserError):  # noqa: N818 - reads as what happened
+    """Another process has continued the search; this one must not write any more."""
+
+
+class SearchRecord:
+    """The trials of one search, under the folder `uri`.
+
+    Only the process that called `take_over` last may save; the others learn it by SearchTakenOver.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.token = ""
+        self.trials: dict[int, TrialRecord] = {}
+
+    @classmethod
+    def load(cls, uri: str) -> SearchRecord:
+        """All trials whose files are whole; a damaged file counts as none, its trial will run again."""
+        record = cls(uri)
+        for name in storage.list_names(uri):
+            if name.endswith(".json") and name.removesuffix(".json").isdigit():
+                trial = _read_trial(storage.join(uri, name))
+                if trial is not None and trial_name(trial.number) == name.removesuffix(".json"):
+                    record.trials[trial.number] = trial
+        return record
+
+    @classmethod
+    def take_over(cls, uri: str, settings: SearchSettings) -> SearchRecord:
+        """`load` it, with the right to save."""
+        token = uuid.uuid4().hex
+        # What killed processes left half written.
+        storage.remove_files(uri, [name for name in storage.list_names(uri) if name.endswith(storage.PARTIAL)])
+        storage.publish_json(storage.join(uri, SETTINGS_FILE), settings.model_dump(mode="json"))
+        storage.publish_json(storage.join(uri, OWNER_FILE), {"token": token})
+        record = cls.load(uri)
+        record.token = token
+        return record
+
+    def save(self, trial: TrialRecord) -> None:
+        """Keep `trial`; raises SearchTakenOver where another process has the right now."""
+        require_owner(self.uri, self.token)
+        content = {"digest": trial.content_digest(), "trial": trial.model_dump(mode="json")}
+        storage.publish_json(storage.join(self.uri, f"{trial_name(trial.number)}.json"), content)
+        self.trials[trial.number] = trial
+
+    def change(self, number: int, **changes: Any) -> TrialRecord:
+        """Save the trial with some fields changed."""
+        trial = self.trials[number].model_copy(update=changes)
+        self.save(trial)
+        return trial
+
+    def in_state(self, *states: TrialState) -> list[TrialRecord]:
+        """The trials in one of `states`, by number."""
+        return [self.trials[number] for number in sorted(self.trials) if self.trials[number].state in states]
+
+    def next_order(self) -> int:
+        """The `order` of the next score."""
+        return 1 + max((score.order for trial in self.trials.values() for score in trial.scores), default=-1)
+
+
+class TrialPlace(Record):
+    """Where the search's trials keep what they need to continue.
+
+    Attributes:
+        uri: folder of the search's record; a trial's checkpoint lies in a folder of its own below it.
+        token: of the process that drives the search.
+        train_uri: where Ray Train keeps the runs of trials with several workers.
+    """
+
+    uri: str
+    token: str
+    train_uri: str
+
+    def trial_uri(self, number: int) -> str:
+        """The folder of a trial that runs in one process."""
+        return storage.join(self.uri, trial_name(number))
+
+    def train_name(self, number: int) -> str:
+        """The name of a trial's Ray Train run."""
+        return f"trial-{trial_name(number)}"
+
+    def discard(self, number: int) -> None:
+        """Remove what an ended trial would have continued from, as far as its processes let it go already."""
+        for uri in (self.trial_uri(number), storage.join(self.train_uri, self.train_name(number))):
+            with suppress(OSError):
+                remove_folder(uri)
+
+
+def require_owner(uri: str, token: str) -> None:
+    """Raise SearchTakenOver unless `token` is that of the process that may write to the search at `uri`."""
+    if storage.read_json(storage.join(uri, OWNER_FILE))["token"] != token:
+        raise SearchTakenOver(f"another process continues the search at {uri}; this one stops")
+
+
+def trial_name(number: int) -> str:
+    """How a trial is called in files and tables."""
+    return f"{number:04d}"
+
+
+def rung_steps(tune: TuneConfig) -> list[float]:
+    """The steps at which ASHA compares trials, ascending."""
+    steps, milestone = [], float(tune.report_every_steps)
+    while milestone < tune.steps:
+        steps.append(milestone)
+        milestone *= tune.reduction_factor
+    return steps
+
+
+def max_failed(tune: TuneConfig) -> int:
+    """How many trials may fail."""
+    return math.ceil(tune.max_failed_fraction * tune.num_trials)
+
+
+def best_trial(trials: Iterable[TrialRecord]) -> TrialRecord | None:
+    """The trial whose values are used: of those that got furthest the one with the highest score; no failed one."""
+    scored = [trial for trial in trials if trial.scores and trial.state != "failed"]
+    # A trial stopped early may lead by chance; what went further counts first.
+    return max(scored, key=lambda trial: (trial.steps, trial.miou or 0.0, -trial.number), default=None)
+
+
+def summaries(trials: Sequence[TrialRecord], learning_rate: float) -> list[TrialSummary]:
+    """The rows of trials.json; `learning_rate` is that of trials which sampled none."""
+    return [
+        TrialSummary(
+            trial_id=trial_name(trial.number),
+            **{name: trial.values[name] for name in WEIGHTS},
+            learning_rate=trial.values.get(LEARNING_RATE, learning_rate),
+            miou=trial.miou,
+            steps=trial.steps,
+            state=trial.state,
+            cause=trial.cause,
+            seconds=round(trial.seconds, 3),
+            attempts=trial.attempts,
+            history=trial.scores,
+        )
+        for trial in trials
+    ]
+
+
+def remove_folder(uri: str) -> None:
+    """Remove the folder at `uri` with all in it, where it is there."""
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    filesystem.invalidate_cache()
+    if filesystem.exists(path):
+        filesystem.rm(path, recursive=True)
+
+
+def _read_trial(uri: str) -> TrialRecord | None:
+    try:
+        content: Mapping[str, Any] = storage.read_json(uri)
+        trial = TrialRecord.model_validate(content["trial"])
+        return trial if trial.content_digest() == content["digest"] else None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, KeyError, TypeError, FileNotFoundError):
+        return None

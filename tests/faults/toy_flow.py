@@ -1,0 +1,155 @@
+"""A flow of cheap steps with real publishing, registration and promotion, for faults that strike the machinery.
+
+`python -m tests.faults.toy_flow FOLDER TRACKING_URI RAY_FOLDER` drives it: a line `NAME DELAY_S SECONDS PROMOTE` on
+standard input runs the flow NAME, whose toy steps take SECONDS each and which ends with a promotion where PROMOTE is
+1; a line tells how it ended. Whenever a step is executed it adds its label to FOLDER/NAME.executed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from pipeline import registry, storage
+from pipeline.records import Checkpoint, Evaluation, ModelVersion, Report, ShardSet
+from pipeline.step import StepContext, step
+from pipeline.tracking import Tracking
+
+EXECUTED = ("bottom", "choose", "left", "right", "top")
+OUTPUTS = {"top": "t", "left": "tl", "right": "tr", "bottom": "tltr"}
+STEPS = (*EXECUTED, "register")
+PROMOTE = "promote"
+
+
+def _note_execution(context: StepContext) -> None:
+    file = os.open(context.runtime["executed"], os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
+    try:
+        os.write(file, f"{context.label}\n".encode())
+    finally:
+        os.close(file)
+    time.sleep(context.runtime["seconds"])
+
+
+@step(version=1)
+def join(context: StepContext, flow_name: str, parts: list[Report], text: str) -> Report:
+    """The texts of `parts` with `text` behind them, as a file."""
+    _note_execution(context)
+    whole = "".join(storage.read_bytes(part.uri).decode() for part in parts) + text
+    storage.publish_bytes(context.output_uri("text.txt"), whole.encode())
+    return Report(uri=context.output_uri("text.txt"), digest=f"{flow_name} {whole}")
+
+
+@step(version=1)
+def choose(context: StepContext, version: ModelVersion) -> ModelVersion:
+    """Give the version the alias `candidate`."""
+    _note_execution(context)
+    return registry.mark_candidate(context.tracking, [version])
+
+
+def make_model(folder: Path) -> tuple[Checkpoint, Evaluation, ShardSet]:
+    """A tiny checkpoint of random weights with an evaluation of two images that its own predictions agree with."""
+    import numpy as np
+    import torch
+
+    import segvit
+    from segvit.checkpoint import save_checkpoint
+
+    torch.manual_seed(0)
+    config = segvit.ModelConfig(
+        backbone="vit_tiny_patch16_224", image_size=(32, 32), out_layers=(1, 3), decoder_layers=1
+    )
+    model = segvit.build_model(config, 3).eval()
+    save_checkpoint(folder / "checkpoint", model, {"class_names": ["sky", "road", "pole"]})
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), dtype=np.uint8)
+    labels = segvit.predict_batch(model, torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    probe = folder / "evaluation" / "probe"
+    probe.mkdir(parents=True)
+    np.save(probe / "images.npy", images, allow_pickle=False)
+    np.save(probe / "labels.npy", labels.astype(np.uint16), allow_pickle=False)
+    digest = storage.file_digest(str(folder / "checkpoint" / "model.safetensors"))
+    checkpoint = Checkpoint(
+        variant="full",
+        uri=str(folder / "checkpoint"),
+        digest=digest,
+        step=1,
+        miou=0.5,
+        history_uri=str(folder / "checkpoint"),
+        train_seconds=1.0,
+    )
+    evaluation = Evaluation(
+        variant="full",
+        checkpoint_digest=digest,
+        data_digest="d" * 64,
+        split="val",
+        num_images=2,
+        miou=0.5,
+        macc=0.6,
+        aacc=0.7,
+        boundary_iou=None,
+        class_names=("sky", "road", "pole"),
+        per_class_iou=(0.8, 0.5, 0.2),
+        per_class_accuracy=(0.9, 0.6, 0.3),
+        gflops=1.5,
+        parameters=5_000_000,
+        latency_ms=12.0,
+        cost_size=(32, 32),
+        uri=str(folder / "evaluation"),
+    )
+    return checkpoint, evaluation, ShardSet(name="toy", uri=str(folder), digest="e" * 64, num_classes=3, splits={})
+
+
+def run_flow(
+    folder: Path,
+    tracking: Tracking,
+    name: str,
+    seconds: float,
+    promote: bool,
+    model: tuple[Checkpoint, Evaluation, ShardSet],
+) -> str:
+    """Run the flow `name`; returns its run's id."""
+    from pipeline import steps
+    from pipeline.config import PromotionPolicy
+    from pipeline.workflow import Flow
+
+    runtime = {"executed": str(folder / f"{name}.executed"), "seconds": seconds}
+    with Flow(str(folder / "space"), tracking, name, runtime=runtime) as flow:
+        top = flow.step(join, name, [], "t", label="top")
+        sides = [flow.step(join, name, [top], side[0], label=side) for side in ("left", "right")]
+        flow.step(join, name, sides, "", label="bottom")
+        version = flow.step(steps.register, name, *model)
+        chosen = flow.step(choose, version)
+        if promote:
+            flow.step(steps.promote, [chosen], PromotionPolicy())
+    return flow.run_id
+
+
+def main() -> None:
+    """Drive flows as they are asked for on standard input."""
+    from pipeline import ray_session
+
+    folder, uri, ray_folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+
+    def options() -> dict[str, object]:
+        own = {"include_dashboard": False, "num_cpus": 2, "_temp_dir": ray_folder}
+        return ray_session.default_options() | ({} if os.environ.get("RAY_ADDRESS") else own)
+
+    ray_session.start(options)
+    model = tuple(
+        kind.from_json((folder / f"{kind.__name__}.json").read_text()) for kind in (Checkpoint, Evaluation, ShardSet)
+    )
+    print("READY", flush=True)
+    for line in sys.stdin:
+        name, delay_s, seconds, promote = line.split()
+        time.sleep(float(delay_s))
+        try:
+            run_id = run_flow(folder, Tracking(uri), name, float(seconds), promote == "1", model)  # type: ignore[arg-type]
+            print("ENDED", run_id, flush=True)
+        except Exception as error:
+            print("FAILED", " ".join(str(error).split()), flush=True)
+    ray_session.stop()
+
+
+if __name__ == "__main__":
+    main()
