@@ -25,6 +25,7 @@ test: $(STAMP)
 # Kills and mutated inputs at random; `make test` runs a short form of both.
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults.kill_prepare --kills 30
+	$(BIN)/python -m tests.faults.kill_search --kills 10
 	$(BIN)/python -m tests.faults.fuzz_inputs --inputs 2000
 
 check: $(STAMP)

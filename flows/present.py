@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -110,9 +111,9 @@ def plan_tree(name: str, planned: Sequence[PlannedStep], complete: bool) -> Tree
     for step in planned:
         state = "[cyan]cached[/cyan]" if step.cached else "[yellow]to run[/yellow]"
         others = f"  [dim]after {', '.join(step.depends_on)}[/dim]" if len(step.depends_on) > 1 else ""
-        note = f"  [dim]({step.note})[/dim]" if step.note else ""
+        note = f"  [dim]({escape(step.note)})[/dim]" if step.note else ""
         parent = nodes[step.depends_on[-1]] if step.depends_on else tree
-        nodes[step.label] = parent.add(f"{step.label}  {state}{others}{note}")
+        nodes[step.label] = parent.add(f"{escape(step.label)}  {state}{others}{note}")
     if not complete:
         tree.add("[dim]further steps depend on what these return[/dim]")
     return tree
@@ -195,12 +196,12 @@ def runs_table(runs: Sequence[RunSummary]) -> Table:
         counts = ", ".join(f"{count} {state}" for state, count in run.steps.items())
         table.add_row(
             run.run_id[:12],
-            run.flow,
+            escape(run.flow),
             styled(run.state),
             run.started,
             duration(run.seconds),
             counts,
-            run.error or "",
+            escape(run.error or ""),
         )
     return table
 
@@ -208,7 +209,10 @@ def runs_table(runs: Sequence[RunSummary]) -> Table:
 def run_tree_view(tree: RunTree) -> Tree:
     """A flow's run with its steps below it."""
     run = tree.run
-    root = Tree(f"{run.flow} {run.run_id[:12]}  {styled(run.state)}  {run.started}  {duration(run.seconds)}")
+    # A failed flow's own cause is that of its steps, told below.
+    cause = f"  [red]{escape(run.error)}[/red]" if run.error and run.state != RunState.FAILED else ""
+    head = f"{escape(run.flow)} {run.run_id[:12]}  {styled(run.state)}  {run.started}  {duration(run.seconds)}"
+    root = Tree(head + cause)
     nodes: dict[str, Tree] = {}
     for step in tree.steps:
         known = [label for label in step.depends_on if label in nodes]
@@ -217,10 +221,11 @@ def run_tree_view(tree: RunTree) -> Tree:
 
 
 def step_line(step: StepSummary) -> str:
-    """A step in a line: label, state, duration, cause."""
+    """A step in a line: label, state, duration, where it was reused from, cause."""
     took = f"  {duration(step.seconds)}" if step.seconds is not None else ""
-    cause = f"  [red]{step.error}[/red]" if step.error else ""
-    return f"{step.label}  {styled(step.state)}{took}{cause}"
+    origin = f"  [dim]from {step.reused_from[:12]}[/dim]" if step.reused_from else ""
+    cause = f"  [red]{escape(step.error)}[/red]" if step.error else ""
+    return f"{escape(step.label)}  {styled(step.state)}{took}{origin}{cause}"
 
 
 def styled(state: RunState) -> str:

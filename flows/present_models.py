@@ -25,13 +25,9 @@ def checks_table(decision: PromotionDecision) -> Table:
 
 def comparison_view(comparison: Comparison) -> Group:
     """A comparison's verdict and its tables: overall, classes, images."""
-    return Group(
-        _overall_table(comparison),
-        _classes_table(comparison),
-        _images_table("largest gains", comparison, comparison.gains),
-        _images_table("largest drops", comparison, comparison.drops),
-        verdict(comparison),
-    )
+    named = (("largest gains", comparison.gains), ("largest drops", comparison.drops))
+    images = [_images_table(title, comparison, found) for title, found in named if found]
+    return Group(_overall_table(comparison), _classes_table(comparison), *images, verdict(comparison))
 
 
 def verdict(comparison: Comparison) -> str:
@@ -70,8 +66,7 @@ def _overall_table(comparison: Comparison) -> Table:
 
 def _classes_table(comparison: Comparison) -> Table:
     table = _table("IoU of classes", "class", comparison)
-    ranked = sorted(comparison.classes, key=lambda row: -2.0 if row.difference is None else row.difference)
-    for row in reversed(ranked):
+    for row in sorted(comparison.classes, key=lambda row: 2.0 if row.difference is None else -row.difference):
         style = "" if not row.difference else "green" if row.difference > 0 else "red"
         difference = Text(_number(row.difference, sign="+"), style)
         table.add_row(Text(row.name), _number(row.first), _number(row.second), difference)

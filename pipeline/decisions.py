@@ -3,7 +3,7 @@
 A version carries every decision about it, each under its time, and the latest one at a glance. The registered
 model carries the moves of the alias `champion`, which therefore outlive versions that are deleted. Both are
 written before the alias moves, and a move that a crash kept from happening does no harm: every later one says
-from which version it went.
+from which version it went. A version that a person moved the alias away from says so, and no flow moves it back.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DECIDED_AT = "promotion.at"
 DECIDED_AGAINST = "promotion.against"
 HISTORY = "promotion.history"
 POLICY = "promotion.policy"
-ROLLED_BACK = "promotion.rolled_back"
+LEFT = "promotion.left"
 MOVES = "promotion.moves"
 
 
@@ -40,8 +40,13 @@ class Move(Record):
     at: str
 
 
-def record_promotion(tracking: Tracking, decision: PromotionDecision, decided_by: str) -> None:
-    """Write a decision on its version, and on the model that the alias is about to move."""
+def record_promotion(
+    tracking: Tracking, decision: PromotionDecision, decided_by: str, *, by_hand: bool = False
+) -> None:
+    """Write a decision on its version, and on the model that the alias is about to move.
+
+    Asked for `by_hand`, the champion before is one that was left.
+    """
     against = "none" if decision.champion_before is None else f"version {decision.champion_before}"
     facts = {
         DECIDED_AGAINST: against,
@@ -49,12 +54,13 @@ def record_promotion(tracking: Tracking, decision: PromotionDecision, decided_by
         registry.PROMOTION_REASON: decision.reason,
     }
     details = {"checks": [check.model_dump() for check in decision.checks], "policy": decision.policy}
-    _record(tracking, decision.name, decision.version, decided_by, facts, details)
-    latest = {DECISION: decision.to_json()}
-    if decision.promoted and rolled_back(tracking, decision.name, decision.version):
-        latest[ROLLED_BACK] = ""
-    registry.set_version_tags(tracking, decision.name, decision.version, latest)
+    at = _record(tracking, decision.name, decision.version, decided_by, facts, details)
+    registry.set_version_tags(tracking, decision.name, decision.version, {DECISION: decision.to_json()})
     if decision.promoted:
+        _forget_left(tracking, decision.name, decision.version)
+        if by_hand and decision.champion_before is not None:
+            left = f"was replaced with version {decision.version} by {decided_by} at {at}"
+            registry.set_version_tags(tracking, decision.name, decision.champion_before, {LEFT: left})
         _record_move(tracking, decision.name, "promoted", decision.champion_before, decision.version, decided_by)
 
 
@@ -67,7 +73,8 @@ def record_rollback(tracking: Tracking, name: str, before: int | None, after: in
             registry.PROMOTION_REASON: f"rolled back to version {after} by {by}",
         }
         at = _record(tracking, name, before, by, facts, {})
-        registry.set_version_tags(tracking, name, before, {ROLLED_BACK: f"by {by} at {at}"})
+        left = f"was rolled back to version {after} by {by} at {at}"
+        registry.set_version_tags(tracking, name, before, {LEFT: left})
     gone = "the champion was gone" if before is None else f"version {before} was rolled back"
     facts = {
         DECIDED_AGAINST: "none" if before is None else f"version {before}",
@@ -75,14 +82,13 @@ def record_rollback(tracking: Tracking, name: str, before: int | None, after: in
         registry.PROMOTION_REASON: f"champion again: {gone} by {by}",
     }
     _record(tracking, name, after, by, facts, {"checks": [check.model_dump()]})
-    if rolled_back(tracking, name, after):
-        registry.set_version_tags(tracking, name, after, {ROLLED_BACK: ""})
+    _forget_left(tracking, name, after)
     _record_move(tracking, name, "rolled back", before, after, by)
 
 
-def rolled_back(tracking: Tracking, name: str, version: int) -> str:
-    """By whom and when a version was rolled back that was not promoted again since; "" otherwise."""
-    return registry.version_tags(tracking, name, version).get(ROLLED_BACK, "")
+def why_left(tracking: Tracking, name: str, version: int) -> str:
+    """How a person moved the alias away from a version that was not promoted again since; "" where nobody did."""
+    return registry.version_tags(tracking, name, version).get(LEFT, "")
 
 
 def champions(tracking: Tracking, name: str, now: int | None) -> list[int]:
@@ -142,6 +148,11 @@ def _record(
     history = json.dumps({**facts, **details})
     registry.set_version_tags(tracking, name, version, {**facts, _timed(HISTORY, now): history})
     return at
+
+
+def _forget_left(tracking: Tracking, name: str, version: int) -> None:
+    if why_left(tracking, name, version):
+        registry.set_version_tags(tracking, name, version, {LEFT: ""})
 
 
 def _record_move(

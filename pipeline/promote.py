@@ -1,7 +1,7 @@
 """Moving the alias `champion`: forward through the gate, back to the champion before.
 
 `pipeline.gate` decides. What only the registry can tell is added here: that the registered artifact itself,
-loaded in its own process, reproduces the evaluated predictions, and that nobody rolled the version back. Each
+loaded in its own process, reproduces the evaluated predictions, and that nobody moved away from it. Each
 decision is written on the version before the alias moves, so asking again mends a crash between the two.
 """
 
@@ -56,7 +56,8 @@ def promote_version(
 
     Args:
         decided_by: default the user's name.
-        by_hand: somebody asked for this very version; otherwise one that was rolled back is refused.
+        by_hand: somebody asked for this very version. A flow is refused one that a person moved the alias away from,
+            by a rollback or by promoting another, and would otherwise undo that behind the person's back.
         dry_run: decide in full, the artifact loaded and all, and write nothing.
     """
     artifact: Check | None = None
@@ -67,7 +68,7 @@ def promote_version(
         champion = None if before is None else registry.get_version(tracking, version.name, before).evaluation
         gate = decide(version.evaluation, champion, policy)
         if not by_hand:
-            gate = _refused_if_rolled_back(tracking, version, champion, gate)
+            gate = _refused_if_left(tracking, version, champion, gate)
         if gate.promoted:
             artifact = artifact or _loaded_check(tracking, version)
             gate = verdict(version.evaluation, champion, (*gate.checks, artifact))
@@ -85,7 +86,7 @@ def promote_version(
             return decision
         # Loading the artifact took seconds.
         if _is_champion(tracking, version.name, before):
-            decisions.record_promotion(tracking, decision, decided_by or who())
+            decisions.record_promotion(tracking, decision, decided_by or who(), by_hand=by_hand)
             if not decision.promoted:
                 return decision
             if _is_champion(tracking, version.name, before):
@@ -141,17 +142,15 @@ def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, d
     )
 
 
-def _refused_if_rolled_back(
+def _refused_if_left(
     tracking: Tracking, version: ModelVersion, champion: Evaluation | None, gate: GateDecision
 ) -> GateDecision:
-    rolled_back = decisions.rolled_back(tracking, version.name, version.version)
-    if not rolled_back:
+    left = decisions.why_left(tracking, version.name, version.version)
+    if not left:
         return gate
-    detail = (
-        f"version {version.version} was rolled back {rolled_back}; to have it all the same, "
-        f"run segvit promote {version.name} {version.version}"
-    )
-    return verdict(version.evaluation, champion, (*gate.checks, Check(name="rollback", passed=False, detail=detail)))
+    remedy = f"to have it all the same, run segvit promote {version.name} {version.version}"
+    check = Check(name="not left", passed=False, detail=f"version {version.version} {left}; {remedy}")
+    return verdict(version.evaluation, champion, (*gate.checks, check))
 
 
 def _loaded_check(tracking: Tracking, version: ModelVersion) -> Check:

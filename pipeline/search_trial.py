@@ -117,6 +117,8 @@ def _train_on_workers(job: TrainJob, tune: TuneConfig, place: TrialPlace, number
     checkpoints = mend_run(run_uri, "last")
     if checkpoints:
         _report_again(checkpoints[-1].uri)
+        if checkpoints[-1].step >= tune.steps:
+            return
     TorchTrainer(
         train_worker,
         train_loop_config={"job": job.model_dump(mode="json")},

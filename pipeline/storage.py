@@ -120,9 +120,12 @@ def publishing(uri: str) -> Iterator[IO[bytes]]:
             os.replace(partial, path)
         else:
             filesystem.mv(partial, path)
-    except BaseException:
+    except BaseException as error:
         if filesystem.exists(partial):
             filesystem.rm(partial)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            # A full disk, told by a write, names no file.
+            error.filename = uri
         raise
 
 
@@ -152,16 +155,29 @@ def publish_folder(local_folder: str | Path, uri: str) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-        shutil.copytree(local_folder, partial)
-        if target.exists():
-            retired = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-            os.replace(target, retired)
-            os.replace(partial, target)
-            shutil.rmtree(retired)
-        else:
-            os.replace(partial, target)
+        try:
+            shutil.copytree(local_folder, partial)
+            if target.exists():
+                retired = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+                os.replace(target, retired)
+                os.replace(partial, target)
+                shutil.rmtree(retired)
+            else:
+                os.replace(partial, target)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _first_error(error) from error
     else:
         filesystem.put(str(local_folder).rstrip("/") + "/", path.rstrip("/") + "/", recursive=True)
+
+
+def _first_error(error: BaseException) -> BaseException:
+    """What copytree's list of all files that could not be copied begins with, as the operating system said it."""
+    if not isinstance(error, shutil.Error) or not error.args or not error.args[0]:
+        return error
+    _, target, message = error.args[0][0]
+    number = next((code for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(code) in message), None)
+    return OSError(number, os.strerror(number), target) if number is not None else error
 
 
 def fetch_folder(uri: str, local_folder: str | Path) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.collective
 import ray.train.torch
@@ -41,7 +42,7 @@ from pipeline.training import run_training
 
 REPORT_EVERY_S = 5.0
 MAX_WAITING_CHECKPOINTS = 2
-# A run that ends with a damaged checkpoint goes on from the one before it, this often.
+# So often at most, for a run that ends with a damaged checkpoint, or whose leading process dies.
 MAX_FITS = 3
 
 
@@ -220,19 +221,22 @@ def train_variant(job: TrainJob, *, run_name: str, storage_uri: str, target_uri:
         UserError: training failed; the message is the worker's own cause in one line.
     """
     run_uri = storage.join(storage_uri, run_name)
-    for _ in range(MAX_FITS):
+    for fits_left in reversed(range(MAX_FITS + 1)):
         saved = mend_run(run_uri, job.train.keep)
         logged_step = _fill_metrics(log, saved[-1]) if saved else 0
         if saved and saved[-1].step == job.train.steps:
             return publish_checkpoint(job, saved, target_uri)
+        if not fits_left:
+            break
         # Here, not in the workers: none of them waits in a collective for another one's check.
         check_shard_set(job.shard_set, ["train", "val"], say=print)
-        _fit(job, run_name, storage_uri, MetricsToTracking(log, logged_step))
-    saved = mend_run(run_uri, job.train.keep)
-    if saved and saved[-1].step == job.train.steps:
-        return publish_checkpoint(job, saved, target_uri)
+        try:
+            _fit(job, run_name, storage_uri, MetricsToTracking(log, logged_step))
+        except ray.exceptions.RayActorError as error:
+            print(f"{job.variant}  the process that leads the workers died ({type(error).__name__})", flush=True)
     raise UserError(
-        f"{MAX_FITS} times training of {job.variant} ended with a damaged checkpoint in {run_uri}; check the disk"
+        f"training of {job.variant} ended {MAX_FITS} times without a whole last checkpoint in {run_uri}; "
+        "look for a full or failing disk, or for processes killed for want of memory"
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.faults.kill_training [--kills 5] [--seed 0] [--workers 1 2] [--steps 24]
 
-Killed is a Train worker, a loader process, or the driver with its whole Ray; before or after the optimizer's step,
+Killed is a Train worker, a loader process, Ray's controller, or the driver with its whole Ray; before or after the optimizer's step,
 during validation, while a checkpoint is written or uploaded. Dropout, drop path and accumulation are on. Fails for
 a difference above 1e-6 anywhere in loss terms, learning rates, scores, weights or optimizer moments, for a curve in
 MLflow with gaps, repeats or other values, and for a process that outlives a kill by half a minute.
@@ -124,6 +124,8 @@ def killing_worker(kills: Sequence[Kill], markers: str) -> Callable[[dict[str, A
                     time.sleep(600)
                 elif kill.target == "loader":
                     psutil.Process().children()[0].kill()
+                elif kill.target == "controller":
+                    controller_of(os.environ[MARK]).kill()
                 else:
                     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -162,6 +164,17 @@ def killing_worker(kills: Sequence[Kill], markers: str) -> Callable[[dict[str, A
         train_worker(loop_config)
 
     return worker
+
+
+def controller_of(mark: str) -> psutil.Process:
+    """The process of Ray Train that leads the workers of a driver's cluster."""
+    for process in psutil.process_iter():
+        try:
+            if "TrainController" in " ".join(process.cmdline()) and process.environ().get(MARK) == mark:
+                return process
+        except psutil.Error:
+            continue
+    raise SystemExit("there is no Train controller")
 
 
 def child(folder: Path, temporary: str) -> None:
@@ -322,8 +335,8 @@ def check_curves(ended: dict[str, Any], rows: list[dict[str, float]]) -> None:
 
 
 def draw_kills(rng: random.Random, count: int, workers: int, steps: int) -> list[Kill]:
-    """Random steps, phases and targets; loader processes exist with one worker only."""
-    targets = ["worker", "driver", *(["loader"] if workers == 1 else [])]
+    """Random steps and phases, each target in turn; loader processes exist with one worker only."""
+    targets = ["worker", "driver", "loader" if workers == 1 else "controller"]
     kills = []
     for number, step in enumerate(sorted(rng.sample(range(2, steps), count))):
         target = targets[number % len(targets)]

@@ -25,3 +25,9 @@ def test_kill_prepare__reruns_are_identical() -> None:
 
 def test_fuzz_inputs__quarantine_or_one_clear_error() -> None:
     assert re.fullmatch(r"60 inputs, 0 bad, peak memory \d+ MiB", run("fuzz_inputs", "--inputs", "60"))
+
+
+def test_kill_search__rerun_chooses_what_the_undisturbed_search_does() -> None:
+    # The driver, once.
+    line = run("kill_search", "--kills", "1", "--trials", "2", "--seed", "3")
+    assert line == "1 kills, every rerun identical, no ended trial run again, no orphan process"

@@ -250,7 +250,7 @@ def test_roll_back__is_recorded_on_both_versions(tracking: Tracking, trained: An
         assert [one["promotion.promoted"] for one in history] == (
             ["true", "true"] if version == 1 else ["true", "false"]
         )
-    assert decisions.rolled_back(tracking, tracking.experiment, 2).startswith("by ann at 20")
+    assert decisions.why_left(tracking, tracking.experiment, 2).startswith("was rolled back to version 1 by ann at 20")
 
 
 @pytest.mark.usefixtures("trusting")
@@ -263,12 +263,27 @@ def test_roll_back__the_next_flow_does_not_promote_it_again(
     assert verify_decision(decision, tracking) == f"the champion of {first.name} is now version 1"
     refused = promote_version(tracking, second, PromotionPolicy())
     assert not refused.promoted
-    assert refused.reason.startswith("refused: version 2 was rolled back by ann at 20")
+    assert refused.reason.startswith("refused: version 2 was rolled back to version 1 by ann at 20")
     assert refused.reason.endswith(f"; to have it all the same, run segvit promote {first.name} 2")
     assert verify_decision(refused, tracking) is None
     assert promote_version(tracking, second, PromotionPolicy(), by_hand=True).promoted
-    assert decisions.rolled_back(tracking, first.name, 2) == ""
+    assert decisions.why_left(tracking, first.name, 2) == ""
     assert registry.find_alias(tracking, first.name, "champion") == 2
+
+
+@pytest.mark.usefixtures("trusting")
+def test_promote_version__the_next_flow_does_not_undo_a_promotion_by_hand(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    worse, better, best = (register(trained.scored(miou)) for miou in (0.5, 0.6, 0.7))
+    promote_version(tracking, better, PromotionPolicy())
+    promote_version(tracking, worse, PromotionPolicy(max_regression=1.0), by_hand=True, decided_by="ann")
+    refused = promote_version(tracking, better, PromotionPolicy())
+    assert refused.reason.startswith("refused: version 2 was replaced with version 1 by ann at 20")
+    assert promote_version(tracking, best, PromotionPolicy()).promoted
+    assert roll_back(tracking, worse.name).champion_after == 1
+    assert roll_back(tracking, worse.name).champion_after == 2
+    assert decisions.why_left(tracking, worse.name, 2) == ""
 
 
 @pytest.mark.usefixtures("trusting")

@@ -79,8 +79,10 @@ def server(store_uri: str, trained: Any, tmp_path_factory: pytest.TempPathFactor
     log = folder / "server.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", version.model_uri]
-            + ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
+            [
+                *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", version.model_uri),
+                *("--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+            ],
             cwd=folder / "elsewhere",
             env=environment,
             stdout=output,

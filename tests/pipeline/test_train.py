@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.exceptions
 import ray.train
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pipeline import execution, ray_session
+from pipeline import execution, ray_session, train
 from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint
@@ -65,6 +66,20 @@ def test_stop_on_user_error__of_any_rank_and_nothing_else() -> None:
     with pytest.raises(ray.train.ControllerError) as caught:
         callback.after_exception(None, {0: RuntimeError("connection closed"), 1: wrapped})
     assert str(caught.value.controller_failure) == "sample a of b cannot be decoded"
+
+
+def test_train_variant__leading_process_that_dies_is_started_again_but_not_for_ever(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def die(*_: Any) -> None:
+        raise ray.exceptions.ActorDiedError
+
+    monkeypatch.setattr(train, "_fit", die)
+    places = {"storage_uri": str(tmp_path), "target_uri": str(tmp_path / "published")}
+    log = MetricLog(Tracking("sqlite:///unused"), "unused")
+    with pytest.raises(UserError, match="training of full ended 3 times without a whole last checkpoint in"):
+        train.train_variant(make_job(), run_name="run", log=log, **places)
+    assert capsys.readouterr().out == "full  the process that leads the workers died (ActorDiedError)\n" * 3
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +169,10 @@ def test_train_variant__killed_broken_mended_and_published(
         log, folder = MetricLog(tracking, run_id), str(tmp_path)
 
         def task() -> Checkpoint:
-            from pipeline import train
+            from pipeline import train as in_task
 
-            setattr(train, "train_worker", worker)  # noqa: B010
-            return train.train_variant(
+            setattr(in_task, "train_worker", worker)  # noqa: B010
+            return in_task.train_variant(
                 job, run_name="run", storage_uri=f"{folder}/ray", target_uri=f"{folder}/published", log=log
             )
 

@@ -101,9 +101,11 @@ def test_run_training__three_workers_with_unequal_shares(make_job: MakeJob, tmp_
             assert common[name] == pytest.approx(lone[name], rel=1e-5), name
     assert told["plain"][-1]["val_miou"] == pytest.approx(one.rows[-1]["val_miou"], abs=1e-3)
     assert_same_weights(one.folders[0], tmp_path / "plain-0" / "step-00000002", tolerance=1e-4)
-    # Resumed, with all ranks' random generators.
-    assert told["resumed"] == told["whole"][2:]
-    assert_same_weights(tmp_path / "whole-0" / "step-00000004", tmp_path / "resumed-0" / "step-00000004", tolerance=0.0)
+    # Resumed, with all ranks' random generators; three gradients may be added in another order.
+    for row, other in zip(told["resumed"], told["whole"][2:], strict=True):
+        assert row == pytest.approx(other, abs=1e-6)
+    whole, resumed = (tmp_path / f"{name}-0" / "step-00000004" for name in ("whole", "resumed"))
+    assert_same_weights(whole, resumed, tolerance=1e-6)
     # The last rank's loss was made infinite in the second step: all stop alike, and its two samples are kept.
     assert told["errors"] == [told["errors"][0]] * 3
     file = tmp_path / "run/non_finite/step-00000002-rank-2.safetensors"
@@ -200,9 +202,7 @@ def test_run_training__gradient_that_is_not_finite_stops_before_anything_is_save
     job = make_job(checkpoint_every_steps=1)
     expected = next(micro_batches(job, ALONE, 0))
     reports = Reports()
-    with pytest.raises(
-        UserError, match=r"^the gradient's norm is nan at step 1, the loss [\d.]+; both must be finite"
-    ):
+    with pytest.raises(UserError, match=r"^the gradient's norm is nan at step 1, the loss [\d.]+; both must be finite"):
         run_training(job, ALONE, reports, work_folder=tmp_path / "work", run_uri=str(tmp_path / "run"))
     assert reports.rows == []
     assert not (tmp_path / "work").exists()

@@ -34,7 +34,7 @@ def local_ray() -> Iterator[None]:
 
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
-    ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     yield
     ray.shutdown()
     del os.environ["PYTHONPATH"]
@@ -296,7 +296,7 @@ def test_cancel__ends_a_flow_here_by_signal_and_elsewhere_by_its_poll(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, far: bool
 ) -> None:
     @step(version=1)
-    def endless(context: StepContext) -> Report:
+    def endless(context: StepContext, before: Report) -> Report:
         (Path(context.runtime["folder"]) / "pid").write_text(str(os.getpid()))
         time.sleep(600)
         raise AssertionError
@@ -317,7 +317,7 @@ def test_cancel__ends_a_flow_here_by_signal_and_elsewhere_by_its_poll(
     canceller = threading.Thread(target=cancel_once_started)
     canceller.start()
     with pytest.raises(FlowTerminated, match="cancelled by ann"), flow:
-        flow.step(join, [flow.step(source, "t"), flow.step(endless)])
+        flow.step(join, [flow.step(endless, flow.step(source, "t"))])
     canceller.join()
     assert [(one.state, one.error) for one in cancelled] == [("killed", "cancelled by ann")]
     assert said == [

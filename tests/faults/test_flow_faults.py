@@ -1,0 +1,35 @@
+"""Short forms of the faults that strike the machinery of flows; the long ones are in the modules' own words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def run(module: str, *options: str) -> str:
+    command = [sys.executable, "-m", f"tests.faults.{module}", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_race_drivers__everything_once() -> None:
+    line = run("race_drivers", "--shared", "1", "--separate", "1")
+    assert line == "2 races, every step executed once, one version and its aliases each"
+
+
+def test_lost_server__the_flow_does_not_notice() -> None:
+    line = run("lost_server", "--outages", "1", "--outage", "5")
+    assert line == "1 outages of 5 s, every flow finished, every step executed once"
+
+
+def test_full_disk__one_line_nothing_half_published_and_a_complete_rerun() -> None:
+    line = run("full_disk")
+    if line == "no mount namespace":
+        pytest.skip("this machine permits no mount of a small disk")
+    assert line == "full disk: every failure one line, nothing half-published, every rerun complete"
