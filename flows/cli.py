@@ -20,6 +20,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     submit,
     runs,
     show,
+    cancel,
     search,
     models,
     promote,

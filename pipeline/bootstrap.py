@@ -7,12 +7,11 @@ are one matrix product.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.per_image import CountTable
+from pipeline.records import Record
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -23,7 +22,7 @@ _CHUNK_WEIGHTS = 1 << 24
 # n images, K classes, R resamples
 
 
-class Interval(NamedTuple):
+class Interval(Record):
     """Bounds of a difference, the share of resamples in which it is above zero, and how they were drawn."""
 
     low: float
@@ -48,7 +47,13 @@ def difference_interval(
     differences = resampled_differences(first, second, resamples=resamples, seed=seed)
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(differences, [tail, 1 - tail])
-    return Interval(float(low), float(high), float((differences > 0).mean()), confidence, resamples)
+    return Interval(
+        low=float(low),
+        high=float(high),
+        share_above_zero=float((differences > 0).mean()),
+        confidence=confidence,
+        resamples=resamples,
+    )
 
 
 def resampled_differences(first: CountTable, second: CountTable, *, resamples: int, seed: int) -> NDArray[np.float64]:

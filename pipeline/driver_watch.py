@@ -16,6 +16,7 @@ from pipeline import liveness
 from pipeline.tracking import Tag, Tracking
 
 CANCEL_POLL_S = 3.0
+JOIN_TIMEOUT_S = 5.0
 
 
 class FlowTerminated(KeyboardInterrupt):
@@ -29,6 +30,7 @@ class DriverWatch:
         self._tracking = tracking
         self._run_id = run_id
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="flow-heartbeat", daemon=True)
         self._terminated = False
         self._stopping = False
         self._cancelled_by: str | None = None
@@ -36,7 +38,7 @@ class DriverWatch:
 
     def start(self) -> None:
         """Beat from now on, and raise FlowTerminated in the main thread when asked to end."""
-        threading.Thread(target=self._beat, name="flow-heartbeat", daemon=True).start()
+        self._thread.start()
         self.handle_sigterm()
 
     def handle_sigterm(self) -> None:
@@ -48,13 +50,13 @@ class DriverWatch:
             self._previous_handler = previous
 
     def check(self) -> None:
-        """Raise FlowTerminated where the run is cancelled: a flow outside of the main thread gets no signal."""
-        if self._cancelled_by is not None:
+        """Raise FlowTerminated where the flow shall end, told by a signal that got lost or by no signal at all."""
+        if self._terminated or self._cancelled_by is not None:
+            self._stopping = True
             raise FlowTerminated
 
     def stop_reason(self) -> str:
         """Why the flow ends before its time; from now on no signal disturbs it."""
-        # A second signal shall not stop the marking of what the first one ended.
         self._stopping = True
         if self._terminated and self._cancelled_by is None:
             # A request to cancel comes with a signal where it can, and may have brought this one.
@@ -78,12 +80,16 @@ class DriverWatch:
     def release(self) -> None:
         """Give SIGTERM back to whoever had it."""
         self._closed.set()
+        if self._thread.is_alive():
+            # Its signal shall not meet the handler of another. A request may hang while the server is away.
+            self._thread.join(timeout=JOIN_TIMEOUT_S)
         if self._previous_handler is not None:
             signal.signal(signal.SIGTERM, self._previous_handler)
 
     def _terminate(self, _signal: int, _frame: FrameType | None) -> None:
+        # A second signal shall not stop the marking of what the first one ended.
         if not self._stopping:
-            self._terminated = True
+            self._stopping = self._terminated = True
             raise FlowTerminated
 
     def _beat(self) -> None:
@@ -97,7 +103,7 @@ class DriverWatch:
                 user = self._request()
                 if user is not None and self._cancelled_by is None:
                     self._cancelled_by = user
-                    if self._previous_handler is not None and not self._closed.is_set():
+                    if self._previous_handler is not None and not self._stopping and not self._closed.is_set():
                         # Whatever the main thread waits for, this ends it.
                         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from pipeline.search_record import TrialRecord, TrialScore, trial_name
 from pipeline.search_trial import trial_label
 from pipeline.tracking import RunState, Tag, Tracking
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 SEARCH_TAG = "segvit.search"
 TRIAL_TAG = "segvit.trial"
@@ -46,8 +51,18 @@ class TrialRuns:
 
     def settle(self, trials: Iterable[TrialRecord]) -> None:
         """Put the runs of ended trials below the step's run and in the state that the record says."""
+        shown: dict[int, Run] = {}
+        with suppress(Exception):
+            shown = self._find()
         for trial in trials:
-            if trial.state != "running":
+            run = shown.get(trial.number)
+            # State and status are written last, so all else is there with them.
+            settled = (
+                run is not None
+                and run.info.status == _status(trial)
+                and self._wanted(trial).items() <= run.data.tags.items()
+            )
+            if trial.state != "running" and not settled:
                 self.end(trial)
 
     def _start(self, trial: TrialRecord) -> None:
@@ -65,12 +80,13 @@ class TrialRuns:
         missing = [{"step": one.step, "val_miou": one.miou} for one in trial.scores if one.step not in logged]
         if missing:
             self.tracking.log_history(run_id, missing)
-        status = "FAILED" if trial.state == "failed" else "FINISHED"
-        tags = self._tags(trial) | {Tag.STATE: trial.state, Tag.ERROR: trial.cause or ""}
-        if run.info.status == status:
-            self.tracking.set_tags(run_id, tags)
+        if run.info.status == _status(trial):
+            self.tracking.set_tags(run_id, self._wanted(trial))
         else:
-            self.tracking.end_run(run_id, status, tags)
+            self.tracking.end_run(run_id, _status(trial), self._wanted(trial))
+
+    def _wanted(self, trial: TrialRecord) -> dict[str, str]:
+        return self._tags(trial) | {Tag.STATE: trial.state, Tag.ERROR: trial.cause or ""}
 
     def _tags(self, trial: TrialRecord) -> dict[str, str]:
         return {
@@ -82,7 +98,7 @@ class TrialRuns:
 
     def _run_id(self, trial: TrialRecord) -> str:
         if self._ids is None:
-            self._ids = self._find()
+            self._ids = {number: str(run.info.run_id) for number, run in self._find().items()}
         if trial.number not in self._ids:
             tags = self._tags(trial) | {Tag.STATE: RunState.RUNNING.value}
             name = f"{trial_name(trial.number)} {trial_label(trial.values)}"
@@ -91,8 +107,8 @@ class TrialRuns:
             self.tracking.log_params(self._ids[trial.number], trial.values)
         return self._ids[trial.number]
 
-    def _find(self) -> dict[int, str]:
-        found: dict[int, str] = {}
+    def _find(self) -> dict[int, Run]:
+        found: dict[int, Run] = {}
         wanted = f"tags.`{SEARCH_TAG}` = '{self.search}'"
         for run in list(self.tracking.runs(wanted, order_by="attributes.start_time ASC")):
             number = int(run.data.tags[TRIAL_TAG])
@@ -100,7 +116,7 @@ class TrialRuns:
                 # Its creation was answered too late for the process that asked for it.
                 self.tracking.client().delete_run(run.info.run_id)
             else:
-                found[number] = str(run.info.run_id)
+                found[number] = run
         return found
 
     def _try(self, what: str, trial: TrialRecord, act: Callable[[], None]) -> None:
@@ -108,3 +124,7 @@ class TrialRuns:
             act()
         except Exception as error:
             logging.getLogger(__name__).warning("trial %d: its %s was not logged: %s", trial.number, what, error)
+
+
+def _status(trial: TrialRecord) -> str:
+    return "FAILED" if trial.state == "failed" else "FINISHED"

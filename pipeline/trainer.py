@@ -22,7 +22,6 @@ from pipeline.loader import Batch, EvalLoader, TrainLoader
 from pipeline.non_finite import FiniteWatch
 from pipeline.records import BackboneRecord, Record, ShardSet
 from pipeline.scoring import confusion_of_split
-from pipeline.train_checkpoint import HISTORY_FILE as HISTORY_FILE
 from pipeline.train_checkpoint import TrainState, gather_rng, load_training, save_training
 from segvit.localize import localize_upsampling
 from segvit.metrics import segmentation_metrics

@@ -36,7 +36,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "SEGVIT_FAULT_RUN"
 NUM_STEPS = 4
 KINDS = ("driver", "trial", "step", "raylet", "cluster")
-LIMIT_S, ORPHAN_LIMIT_S = 300, 30
+LIMIT_S, ORPHAN_LIMIT_S = 900, 30
 CHILD = f"""
 import json, sys
 from pipeline import steps

@@ -2,10 +2,11 @@
 
     python -m tests.faults.kill_training [--kills 5] [--seed 0] [--workers 1 2] [--steps 24]
 
-Killed is a Train worker, a loader process, Ray's controller, or the driver with its whole Ray; before or after the optimizer's step,
-during validation, while a checkpoint is written or uploaded. Dropout, drop path and accumulation are on. Fails for
-a difference above 1e-6 anywhere in loss terms, learning rates, scores, weights or optimizer moments, for a curve in
-MLflow with gaps, repeats or other values, and for a process that outlives a kill by half a minute.
+Killed is a Train worker, a loader process, Ray's controller, or the driver with its whole Ray; before or after the
+optimizer's step, during validation, while a checkpoint is written or uploaded. Dropout, drop path and accumulation
+are on. Fails for a difference above 1e-6 anywhere in loss terms, learning rates, scores, weights or optimizer
+moments, for a curve in MLflow with gaps, repeats or other values, and for a process that outlives a kill by half a
+minute.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from safetensors.torch import load_file
 from pipeline import ray_session
 from pipeline import train as train_module
 from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig
+from pipeline.errors import UserError
 from pipeline.records import BackboneRecord, ShardSet
 from pipeline.tracking import MetricLog, Tracking
 from pipeline.trainer import TrainJob
@@ -40,6 +42,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "SEGVIT_FAULT_RUN"
 TOLERANCE = 1e-6
 VALIDATE_EVERY, SAVE_EVERY = 8, 5
+# Ray gives itself 30 s to come up, which is little on a busy machine; then a driver starts again.
+NO_RAY, RAY_TRIES = 75, 6
 CLOCKS = ("images_per_s", "seconds")
 PHASES = ("before_step", "after_step", "validate", "save", "upload")
 
@@ -188,7 +192,11 @@ def child(folder: Path, temporary: str) -> None:
         "object_store_memory": 100 << 20,
         "_temp_dir": temporary,
     }
-    ray_session.start(lambda: options)
+    try:
+        ray_session.start(lambda: options)
+    except UserError as error:
+        print(error, flush=True)
+        sys.exit(NO_RAY)
     ray_session.get(ray_session.submit(train_in_task, folder, name="train", max_retries=0))
     ray_session.stop()
 
@@ -274,22 +282,33 @@ class Driver:
         return found
 
 
+def drive(folder: Path, marker: Path | None) -> int:
+    """Run a driver to its end, or kill it when the marker appears; its exit status."""
+    driver = Driver(folder)
+    while driver.process.poll() is None and not (marker is not None and marker.exists()):
+        time.sleep(0.05)
+    if driver.process.poll() is None:
+        driver.kill()
+        return 0
+    driver.close()
+    status = driver.process.wait()
+    if status != NO_RAY and (status or marker is not None):
+        raise SystemExit(f"the driver ended with {status}: {(folder / 'log.txt').read_text()}")
+    return status
+
+
 def train_to_the_end(folder: Path, job: TrainJob, kills: Sequence[Kill]) -> dict[str, Any]:
     """Train with kills, a new driver after each one that was killed; what the last one gave back."""
     (folder / "markers").mkdir(parents=True)
     (folder / "settings.json").write_text(json.dumps({"job": job.model_dump(mode="json"), "kills": kills}))
     of_driver = [kill for kill in kills if kill.target == "driver"]
     for kill in [*of_driver, None]:
-        driver = Driver(folder)
         marker = None if kill is None else folder / "markers" / str(kill.number)
-        while driver.process.poll() is None and not (marker is not None and marker.exists()):
-            time.sleep(0.05)
-        if driver.process.poll() is None:
-            driver.kill()
-        elif kill is not None or driver.process.returncode:
-            raise SystemExit(f"the driver ended with {driver.process.returncode}: {(folder / 'log.txt').read_text()}")
-        else:
-            driver.close()
+        tries_left = RAY_TRIES
+        while drive(folder, marker) == NO_RAY:
+            tries_left -= 1
+            if not tries_left:
+                raise SystemExit(f"Ray did not start {RAY_TRIES} times")
     missing = [kill for kill in kills if not (folder / "markers" / str(kill.number)).exists()]
     if missing:
         raise SystemExit(f"these kills never struck: {missing}")

@@ -57,6 +57,7 @@ class Driver:
     def expect(self, word: str) -> str:
         """The rest of the next line that begins with a word of ours; raises SystemExit where it is another one."""
         assert self.process.stdout is not None
+        line = ""
         for line in self.process.stdout:
             first, _, rest = line.strip().partition(" ")
             if first == word:

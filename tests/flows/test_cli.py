@@ -19,6 +19,7 @@ FROZEN_OPTIONS = {
     "plan": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
     "runs": {"--workspace", "--tracking-uri", "--json"},
     "show": {"run_id", "--workspace", "--tracking-uri", "--json"},
+    "cancel": {"run_id", "--workspace", "--tracking-uri", "--json"},
     "search": {"run_id", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
     "models": {"name", "--workspace", "--tracking-uri", "--json"},
     "promote": {"name", "version", "--policy", "--dry-run", "--workspace", "--tracking-uri", "--json"},
@@ -95,6 +96,7 @@ def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pyte
         (["rollback", "none"], "error: unknown model 'none'; none is registered yet"),
         (["compare", "none", "1", "2"], "error: unknown model 'none'; none is registered yet"),
         (["show", "latest"], "holds none"),
+        (["cancel", "latest"], "holds none"),
         (["search", "latest"], "holds none"),
         (
             ["runs", "--tracking-uri", "http://127.0.0.1:9"],

@@ -106,7 +106,12 @@ def test_compare_versions__figures_are_those_of_the_evaluations(scored: Scored) 
         wanted = [item for item in expected[:4] if item[1] * expected[0][1] > 0]
         assert [image.key for image in found] == [key for key, _ in wanted]
         assert [image.difference for image in found] == pytest.approx([value for _, value in wanted])
-    assert comparison.gains[0].difference > 0 > comparison.drops[0].difference
+    back = compare_versions(scored.tracking, scored.name, 2, 1)
+    assert [(image.key, -image.difference) for image in back.gains + back.drops] == [
+        (image.key, image.difference) for image in comparison.drops + comparison.gains
+    ]
+    assert len(comparison.gains + comparison.drops) >= 2
+    assert (back.wins, back.losses) == (comparison.losses, comparison.wins)
     per_class = [segmentation_metrics(part.confusion.matrix).per_class_iou for part in scored.parts]
     assert len(comparison.classes) == 11
     for row, before, after in zip(comparison.classes, *per_class, strict=True):

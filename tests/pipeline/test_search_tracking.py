@@ -69,6 +69,10 @@ def test_trial_runs__settle_makes_up_for_a_store_that_was_away(
         assert (run.info.status, run.data.tags["segvit.state"]) == ("FAILED", "failed")
         assert run.data.tags["segvit.error"] == "the loss is nan at step 21"
         assert len(tracking.client().get_metric_history(run.info.run_id, "val_miou")) == 2
+    with monkeypatch.context() as patch:
+        # All is as it should be: one look, nothing written.
+        patch.setattr(search, "end", lambda trial: pytest.fail("written again"))
+        search.settle([failed])
 
 
 def test_trial_runs__a_run_that_is_there_twice_is_removed(tracking: Tracking) -> None:

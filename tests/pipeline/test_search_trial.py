@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import ray.tune
 
 from pipeline import search_trial
 from pipeline.config import RuntimeConfig, TuneConfig
-from pipeline.errors import UserError
 from pipeline.search_record import SearchRecord, SearchSettings, SearchTakenOver, TrialPlace
 from pipeline.search_trial import history_scores, in_process, run_trial, trial_job, trial_resources
 from pipeline.trainer import TrainJob
@@ -123,12 +123,19 @@ def test_run_trial__failure_is_told_in_one_line_and_a_lost_search_ends_it(
     make_job: MakeJob, place: TrialPlace, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
-        raise UserError("the loss is nan at step 3;\n lower it")
+        raise ValueError("no such\n thing")
 
+    run_trial(SAMPLED | {"learning_rate": 1e30}, make_job(), TUNE, place)
+    assert [(row["step"], row["val_miou"]) for row in told] == [(0.0, -1.0)]
+    assert re.match(
+        r"the (loss|gradient's norm) is (nan|inf) at step [12]\b.*Lower train\.learning_rate", told[0]["cause"]
+    )
+    assert "\n" not in told[0]["cause"]
+    told.clear()
     with monkeypatch.context() as patch:
         patch.setattr(search_trial, "run_training", fail)
         run_trial(SAMPLED, make_job(), TUNE, place)
-    assert told == [{"step": 0.0, "val_miou": -1.0, "cause": "the loss is nan at step 3; lower it"}]
+    assert told == [{"step": 0.0, "val_miou": -1.0, "cause": "ValueError: no such thing"}]
     SearchRecord.take_over(place.uri, SearchSettings(tune=TUNE, learning_rate=1e-4))
     with pytest.raises(SearchTakenOver):
         run_trial(SAMPLED, make_job(), TUNE, place)

@@ -4,13 +4,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.tracking import MetricLog, Param, Tracking, flatten
+from pipeline.tracking import MetricLog, Param, Tag, Tracking, flatten
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,3 +116,41 @@ def test_metric_log__a_store_that_fails_costs_the_row_only(
 
 def test_read_text__none_where_there_is_none(tracking: Tracking) -> None:
     assert tracking.read_text(make_run(tracking), "record.json") is None
+
+
+def test_client__a_patient_one_waits_for_the_server_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        tracking = Tracking(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert not tracking.answers()
+        threading.Timer(1.0, listener.listen).start()
+        tracking.patient()._require_answer()
+        assert tracking.answers()
+    assert tracking.patient().patience_s == 240
+
+
+def test_create_run__the_twin_of_a_lost_answer_is_deleted(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tracking, "is_server", True)
+    twin = tracking.create_run("flow", {Tag.TOKEN: "t"})
+    other = tracking.create_run("flow", {Tag.TOKEN: "u"})
+    run_id = tracking.create_run("flow", {Tag.TOKEN: "t"})
+    assert {run.info.run_id for run in tracking.runs("")} == {run_id, other}
+    assert tracking.client().get_run(twin).info.lifecycle_stage == "deleted"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_read_text__a_server_that_is_away_is_no_missing_artifact(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    def fail(**_: object) -> str:
+        raise ConnectionError("gone")
+
+    run_id = make_run(tracking)
+    if there:
+        tracking.client().log_text(run_id, "{}", "record.json")
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", fail)
+    if there:
+        with pytest.raises(ConnectionError):
+            tracking.read_text(run_id, "record.json", f"mlflow-artifacts:/{run_id}")
+    else:
+        assert tracking.read_text(run_id, "record.json", f"mlflow-artifacts:/{run_id}") is None

@@ -32,7 +32,7 @@ from pipeline.trainer import TrainJob, WorkerPlace
 from pipeline.training import micro_batches, run_training
 
 MakeJob = Callable[..., TrainJob]
-UPLOAD_S = 3.0
+UPLOAD_S = 1.5
 STEPS, KILLED_AT, BROKEN_AT = 8, 4, 7
 
 
