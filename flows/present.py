@@ -99,9 +99,9 @@ def variants_table(
 
 def outcome(version: ModelVersion, decision: PromotionDecision) -> str:
     """What the promotion meant for a version, in a word."""
-    if version.version != decision.version:
-        return "not the best"
-    return "champion" if decision.champion_after == version.version else "refused"
+    if decision.champion_after == version.version:
+        return "champion"
+    return "refused" if version.version == decision.version else "not the best"
 
 
 def plan_tree(name: str, planned: Sequence[PlannedStep], complete: bool) -> Tree:

@@ -29,7 +29,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Experim
         raise UserError(f"config {path} holds {type(tree).__name__}, not a mapping of sections; see flows/configs")
     for override in overrides or []:
         _apply_override(tree, override)
-    return parse_config(_expand(tree), source=str(path))
+    return parse_config(expand_variables(tree), source=str(path))
 
 
 def parse_config(tree: dict[str, Any], source: str = "config") -> ExperimentConfig:
@@ -40,11 +40,12 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> ExperimentConf
         lines = [f"{source}: {error.error_count()} problem(s)"]
         for problem in error.errors():
             place = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
-            lines.append(f"  {place}: {_explain(problem)}")
+            lines.append(f"  {place}: {explain_problem(problem)}")
         raise UserError("\n".join(lines)) from error
 
 
-def _explain(problem: Any) -> str:
+def explain_problem(problem: Any) -> str:
+    """One of pydantic's errors as the rule that was broken, with the remedy."""
     if problem["type"] == "extra_forbidden":
         return "unknown key; remove it or correct its spelling"
     if problem["type"] == "missing":
@@ -79,11 +80,12 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _expand(node: Any) -> Any:
+def expand_variables(node: Any) -> Any:
+    """`node` with each `${NAME}` in its strings replaced; raises UserError for a variable that is not set."""
     if isinstance(node, dict):
-        return {key: _expand(value) for key, value in node.items()}
+        return {key: expand_variables(value) for key, value in node.items()}
     if isinstance(node, list):
-        return [_expand(value) for value in node]
+        return [expand_variables(value) for value in node]
     if not isinstance(node, str):
         return node
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from pipeline import decisions, registry
 from pipeline.config import PromotionPolicy
-from pipeline.config_file import _expand, _explain
+from pipeline.config_file import expand_variables, explain_problem
 from pipeline.errors import UserError
 from pipeline.records import ModelVersion
 from pipeline.tracking import Tracking
@@ -39,10 +39,10 @@ def load_policy(path: str | Path) -> PromotionPolicy:
     if not isinstance(tree, dict):
         raise UserError(f"policy {path} holds {type(tree).__name__}, not a mapping; its keys are {fields}")
     try:
-        return PromotionPolicy.model_validate(_expand(tree))
+        return PromotionPolicy.model_validate(expand_variables(tree))
     except ValidationError as error:
         lines = [f"policy {path}: {error.error_count()} problem(s); its keys are {fields}"]
-        lines += [f"  {'.'.join(map(str, problem['loc']))}: {_explain(problem)}" for problem in error.errors()]
+        lines += [f"  {'.'.join(map(str, problem['loc']))}: {explain_problem(problem)}" for problem in error.errors()]
         raise UserError("\n".join(lines)) from error
 
 
