@@ -22,10 +22,16 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-# Kills and mutated inputs at random; `make test` runs a short form of both.
+# Kills, races, outages, a full disk and mutated inputs at random; `make test` runs short forms. About two hours.
 faults: $(STAMP)
+	$(BIN)/python -m tests.faults.kill_flow --kills 60
 	$(BIN)/python -m tests.faults.kill_prepare --kills 30
 	$(BIN)/python -m tests.faults.kill_search --kills 10
+	$(BIN)/python -m tests.faults.kill_training --kills 5
+	$(BIN)/python -m tests.faults.lose_node
+	$(BIN)/python -m tests.faults.race_drivers
+	$(BIN)/python -m tests.faults.lost_server
+	$(BIN)/python -m tests.faults.full_disk
 	$(BIN)/python -m tests.faults.fuzz_inputs --inputs 2000
 
 check: $(STAMP)
