@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -179,10 +181,8 @@ def test_serve__files_of_any_size_give_the_maps_that_predict_writes(
 
 
 def test_serve__parquet_holds_files_as_they_are(server: Server, photos: list[Path], tmp_path: Path) -> None:
-    import pandas as pd
-
     table = io.BytesIO()
-    pd.DataFrame({"image": [photo.read_bytes() for photo in photos]}).to_parquet(table)
+    pq.write_table(pa.table({"image": [photo.read_bytes() for photo in photos]}), table)
     status, answer = server.ask(table.getvalue(), "application/vnd.apache.parquet")
     assert status == 200, answer
     for text, photo in zip(answer["predictions"], photos, strict=True):
