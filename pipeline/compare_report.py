@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import tempfile
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import ValidationError
@@ -20,6 +18,7 @@ from pipeline.compare import Comparison, ImageDifference
 from pipeline.decode import IGNORE_INDEX, DecodeError, decode_image, decode_label
 from pipeline.errors import UserError
 from pipeline.models import checkpoint_folder
+from pipeline.pages import picture_uri, render_page
 from pipeline.records import ModelVersion, ShardSet
 from pipeline.shard_reader import SampleBytes, open_shard_set
 from pipeline.tracking import Tracking
@@ -162,23 +161,13 @@ def _png(picture: Image.Image) -> bytes:
 
 
 def _page(comparison: Comparison, pictures: Sequence[_Picture], note: str | None) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     known = [row for row in comparison.classes if row.difference is not None]
     shown = {
-        heading: [
-            (picture.image, f"data:image/png;base64,{base64.b64encode(picture.png).decode()}")
-            for picture in pictures
-            if picture.name.startswith(kind)
-        ]
+        heading: [(picture.image, picture_uri(picture.png)) for picture in pictures if picture.name.startswith(kind)]
         for kind, heading in _KINDS.items()
     }
-    return environment.get_template(_TEMPLATE).render(
+    return render_page(
+        _TEMPLATE,
         comparison=comparison,
         classes=sorted(comparison.classes, key=lambda row: -(row.difference if row.difference is not None else -2.0)),
         widest=max([abs(row.difference or 0.0) for row in known] + [1e-9]),

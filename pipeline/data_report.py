@@ -5,12 +5,10 @@ K classes, H W pixels.
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -19,6 +17,7 @@ from pipeline import storage
 from pipeline.balance import count_classes
 from pipeline.decode import IGNORE_INDEX, DecodeError, decode_label, open_image
 from pipeline.errors import UserError
+from pipeline.pages import picture_uri, render_page
 from pipeline.records import Record
 from pipeline.shard_reader import ShardReader, open_shard_set
 from pipeline.shards import ShardSetError, spread
@@ -127,13 +126,10 @@ def write_data_report(facts: DataFacts, folder: Path, overwrite: bool = False) -
     contents = {BARS: class_bars(facts)}
     for split, name in sheets.items():
         contents[name] = _png(contact_sheet(reader, split))
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     # Inside the page, so that it can be sent on as one file.
-    pictures = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in contents.items()}
+    pictures = {name: picture_uri(png) for name, png in contents.items()}
     shown = {split: pictures[name] for split, name in sheets.items()}
-    page = environment.get_template(_TEMPLATE).render(facts=facts, bars=pictures[BARS], sheets=shown)
+    page = render_page(_TEMPLATE, facts=facts, bars=pictures[BARS], sheets=shown)
     contents[PAGE] = page.encode()
     for name, content in contents.items():
         storage.publish_bytes(str(folder / name), content)

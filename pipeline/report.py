@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.pages import render_page
 from pipeline.records import ModelVersion, PromotionDecision
 from pipeline.report_input import ReportInput, Trial, VariantReport, load_report_input
 
@@ -29,18 +28,12 @@ def build_report(report: ReportInput) -> str:
     """The HTML page."""
     from pipeline import report_plots  # matplotlib is not needed to load the input
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=_number, percent=_percent)
     variants = {variant.name: variant for variant in report.variants}
     evaluations = {name: variant.evaluation for name, variant in variants.items()}
     curves = report_plots.training_curves({name: variant.history for name, variant in variants.items()})
-    return environment.get_template(_TEMPLATE).render(
+    return render_page(
+        _TEMPLATE,
+        {"number": _number, "percent": _percent},
         report=report,
         variants=report.variants,
         colours=report_plots.variant_colours(list(variants)),

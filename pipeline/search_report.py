@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.pages import picture_uri, render_page
 from pipeline.search_view import SearchFacts
 
 WEIGHTS_PLOT, PARALLEL_PLOT, RUNGS_PLOT, PAGE = "weights.png", "parallel.png", "rungs.png", "index.html"
@@ -32,11 +30,9 @@ def write_search_report(facts: SearchFacts, folder: Path, overwrite: bool = Fals
         RUNGS_PLOT: search_plots.rungs(facts),
     }
     # Inside the page, so that it can be sent on as one file.
-    pictures = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in contents.items()}
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    page = environment.get_template(_TEMPLATE).render(
+    pictures = {name: picture_uri(png) for name, png in contents.items()}
+    page = render_page(
+        _TEMPLATE,
         facts=facts,
         weights=pictures[WEIGHTS_PLOT],
         parallel=pictures[PARALLEL_PLOT],

@@ -36,9 +36,9 @@ from pipeline.models import list_models
 from pipeline.shards import verify_shard_set
 from pipeline.storage import PARTIAL
 from pipeline.tracking import RunState, Tag, Tracking
+from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MARK = "SEGVIT_FAULT_RUN"
 NAME = "kills"
 EXPERIMENT: dict[str, Any] = {
     "name": NAME,
@@ -83,7 +83,6 @@ ONLY_IN = {"trial": ("tune",), "training worker": ("train/full",), "training con
 LINE = re.compile(r"\[\d+\] (?P<label>\S+)  (?P<state>\w+)")
 FLOW_LIMIT_S = 900
 DRIVER_LIMIT_S = 180
-ORPHAN_LIMIT_S = 30
 
 
 class Flow:
@@ -138,25 +137,9 @@ class Flow:
             code = self.process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
             raise SystemExit(f"the driver hangs:\n{self.tail()}") from None
-        deadline = time.monotonic() + ORPHAN_LIMIT_S
-        while left := self.processes():
-            if time.monotonic() > deadline:
-                names = [" ".join(command_line(process))[:80] for process in left]
-                raise SystemExit(f"processes outlived their driver: {names}\n{self.tail()}")
-            time.sleep(0.2)
+        wait_until_gone(self.mark)
         self._reader.join(timeout=10)
         return code
-
-    def processes(self) -> list[psutil.Process]:
-        """All processes of this flow."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
 
     def kill(self, kind: str) -> int:
         """SIGKILL to the processes of `kind`; how many there were."""
@@ -164,7 +147,7 @@ class Flow:
             self.process.kill()
             return 1
         beginnings = KINDS[kind]
-        wanted = [process for process in self.processes() if command_name(process).startswith(beginnings)]
+        wanted = [process for process in marked_processes(self.mark) if command_name(process).startswith(beginnings)]
         for process in wanted:
             process.kill()
         return len(wanted)
@@ -174,20 +157,10 @@ class Flow:
         return "\n".join(self.lines[-30:])
 
 
-def command_line(process: psutil.Process) -> list[str]:
-    """Its arguments; none where it is gone."""
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
-
-
 def command_name(process: psutil.Process) -> str:
     """What it runs: a program's name without its folder, or what Ray calls a worker."""
     line = command_line(process)
-    if not line:
-        return ""
-    return line[0] if line[0].startswith("ray::") else Path(line[0]).name
+    return line if line.startswith("ray::") else Path(line.partition(" ")[0]).name
 
 
 def store(workspace: Path) -> Tracking:

@@ -21,11 +21,11 @@ import uuid
 from pathlib import Path
 
 import numpy as np
-import psutil
 from PIL import Image
 
+from tests.faults.processes import MARK, wait_until_gone
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-MARK = "SEGVIT_FAULT_RUN"
 NUM_TRAIN, NUM_VAL = 48, 16
 NUM_REJECTED, NUM_DUPLICATES = 1, 2
 RAY_EVERY = 5
@@ -108,22 +108,8 @@ class Prepare:
         """SIGKILL to the process alone; its children have to notice."""
         self.process.kill()
         self.process.wait()
-        deadline = time.monotonic() + 30
-        while left := self._descendants():
-            if time.monotonic() > deadline:
-                raise SystemExit(f"processes outlived the killed one: {left}")
-            time.sleep(0.2)
+        wait_until_gone(self.mark)
         self._clean()
-
-    def _descendants(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
 
     def _clean(self) -> None:
         stray = [] if self.on_ray else sorted(path.name for path in (self.temporary / "t").rglob("*"))

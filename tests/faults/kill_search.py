@@ -31,12 +31,12 @@ import psutil
 from pipeline.search_record import SearchRecord, trial_name
 from pipeline.search_trial import LATEST_FILE, trial_label
 from pipeline.tracking import Tracking
+from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MARK = "SEGVIT_FAULT_RUN"
 NUM_STEPS = 4
 KINDS = ("driver", "trial", "step", "raylet", "cluster")
-LIMIT_S, ORPHAN_LIMIT_S = 900, 30
+LIMIT_S = 900
 CHILD = f"""
 import json, sys
 from pipeline import steps
@@ -108,17 +108,6 @@ class Search:
             time.sleep(0.05)
         return True
 
-    def processes(self) -> list[psutil.Process]:
-        """All living processes of this flow."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
     def kill(self, kind: str) -> bool:
         """SIGKILL to what `kind` names; False where there is no such process now."""
         victims = self._victims(kind)
@@ -128,8 +117,8 @@ class Search:
         return bool(victims)
 
     def _victims(self, kind: str) -> list[psutil.Process]:
-        everything = self.processes()
-        commands = {one.pid: _command(one) for one in everything}
+        everything = marked_processes(self.mark)
+        commands = {one.pid: command_line(one) for one in everything}
         match kind:
             case "cluster":
                 return everything
@@ -152,11 +141,7 @@ class Search:
         except subprocess.TimeoutExpired:
             raise SystemExit(f"the driver hangs\n{self.tail()}") from None
         self._reader.join(timeout=5)
-        deadline = time.monotonic() + ORPHAN_LIMIT_S
-        while left := self.processes():
-            if time.monotonic() > deadline:
-                raise SystemExit(f"processes outlived the driver: {left}")
-            time.sleep(0.2)
+        wait_until_gone(self.mark)
 
     def tail(self) -> str:
         """The last lines printed."""
@@ -169,13 +154,6 @@ class Search:
         if self.process.returncode != 0 or not found:
             raise SystemExit(f"the search ended with {self.process.returncode}\n{self.tail()}")
         return dict(json.loads(found[0].removeprefix("CHOSEN ")))
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 class Progress:

@@ -37,9 +37,9 @@ from pipeline.errors import UserError
 from pipeline.records import BackboneRecord, ShardSet
 from pipeline.tracking import MetricLog, Tracking
 from pipeline.trainer import TrainJob
+from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MARK = "SEGVIT_FAULT_RUN"
 TOLERANCE = 1e-6
 VALIDATE_EVERY, SAVE_EVERY = 8, 5
 # Ray gives itself 30 s to come up, which is little on a busy machine; then a driver starts again.
@@ -172,12 +172,9 @@ def killing_worker(kills: Sequence[Kill], markers: str) -> Callable[[dict[str, A
 
 def controller_of(mark: str) -> psutil.Process:
     """The process of Ray Train that leads the workers of a driver's cluster."""
-    for process in psutil.process_iter():
-        try:
-            if "TrainController" in " ".join(process.cmdline()) and process.environ().get(MARK) == mark:
-                return process
-        except psutil.Error:
-            continue
+    for process in marked_processes(mark):
+        if "TrainController" in command_line(process):
+            return process
     raise SystemExit("there is no Train controller")
 
 
@@ -250,7 +247,7 @@ class Driver:
         self.process.kill()
         self.process.wait()
         deadline = time.monotonic() + 30
-        while left := self._processes():
+        while left := marked_processes(self.mark):
             for process in left:
                 try:
                     process.kill()
@@ -264,22 +261,8 @@ class Driver:
     def close(self) -> None:
         """Nothing of it may be left."""
         self.log.close()
-        deadline = time.monotonic() + 30
-        while left := self._processes():
-            if time.monotonic() > deadline:
-                raise SystemExit(f"processes outlived their driver: {left}")
-            time.sleep(0.2)
+        wait_until_gone(self.mark)
         shutil.rmtree(self.temporary, ignore_errors=True)
-
-    def _processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
 
 
 def drive(folder: Path, marker: Path | None) -> int:
