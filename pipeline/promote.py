@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 
 from pipeline import decisions, registry
+from pipeline.alias_turn import turn
 from pipeline.artifact_check import reproduces
 from pipeline.config import PromotionPolicy
 from pipeline.errors import UserError
@@ -84,13 +85,12 @@ def promote_version(
         )
         if dry_run:
             return decision
-        # Loading the artifact took seconds.
-        if _is_champion(tracking, version.name, before):
-            decisions.record_promotion(tracking, decision, decided_by or who(), by_hand=by_hand)
-            if not decision.promoted:
-                return decision
+        with turn(tracking, version.name):
+            # Loading the artifact took seconds.
             if _is_champion(tracking, version.name, before):
-                registry.set_alias(tracking, version.name, CHAMPION, version.version)
+                decisions.record_promotion(tracking, decision, decided_by or who(), by_hand=by_hand)
+                if decision.promoted:
+                    registry.set_alias(tracking, version.name, CHAMPION, version.version)
                 return decision
         print(f"the champion of {version.name} changed meanwhile; deciding about version {version.version} again")
 
@@ -127,10 +127,11 @@ def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, d
             skipped.append(Unusable(version=candidate, reason=check.detail))
             continue
         if not dry_run:
-            if not _is_champion(tracking, name, before):
-                raise UserError(f"the champion of {name} changed meanwhile; look at it with segvit models {name}")
-            decisions.record_rollback(tracking, name, before, candidate, check, decided_by or who())
-            registry.set_alias(tracking, name, CHAMPION, candidate)
+            with turn(tracking, name):
+                if not _is_champion(tracking, name, before):
+                    raise UserError(f"the champion of {name} changed meanwhile; look at it with segvit models {name}")
+                decisions.record_rollback(tracking, name, before, candidate, check, decided_by or who())
+                registry.set_alias(tracking, name, CHAMPION, candidate)
         return Rollback(
             name=name, champion_before=before, champion_after=candidate, skipped=tuple(skipped), check=check
         )

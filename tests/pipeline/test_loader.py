@@ -169,7 +169,16 @@ def test_train__damaged_sample_is_named_by_loader_processes_too(
         train_batches(broken, 1, workers=workers, buffer=buffer)
 
 
+@pytest.fixture
+def no_child_handler() -> Iterator[None]:
+    """Without the handler that other loaders have left: it raises in the main thread when a loader process dies."""
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGCHLD, previous)
+
+
 @pytest.mark.parametrize("buffer", [None, 2])
+@pytest.mark.usefixtures("no_child_handler")
 def test_train__killed_loader_process_is_told_and_nothing_hangs(shard_set: ShardSet, buffer: int | None) -> None:
     def batches_until_one_dies() -> None:
         loader = TrainLoader(
