@@ -16,10 +16,10 @@ from pipeline.records import Evaluation, ModelVersion, PromotionDecision
 from pipeline.runs import PlannedStep, RunSummary, RunTree, StepSummary
 from pipeline.tracking import RunState
 from pipeline.workflow import FlowEvent
-from segvit.flops import ACTIVATIONS, COUNTED, PresetCost
 
 if TYPE_CHECKING:
     from pipeline.data_report import DataFacts, SplitFacts
+    from segvit.flops import PresetCost
 
 BAR_WIDTH = 24  # characters
 
@@ -121,6 +121,8 @@ def plan_tree(name: str, planned: Sequence[PlannedStep], complete: bool) -> Tree
 
 def costs_view(costs: Sequence[PresetCost]) -> Group:
     """What presets cost, in all and part by part, and what is counted."""
+    from segvit.flops import ACTIVATIONS, COUNTED  # loads PyTorch, which no other view needs
+
     totals = Table(title="Cost of one image", title_justify="left")
     totals.add_column("preset", overflow="fold")
     for heading in ("size", "GFLOPs", "published", "parameters", "activations"):
