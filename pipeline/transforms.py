@@ -1,8 +1,8 @@
 """Training augmentation (SegViT section 6): resize, crop, flip, photometric distortion, padding.
 
-The order of work is turned around where that changes next to nothing but the time: sizes and the crop's place are drawn on
-the label map, the image is decoded no larger than needed, cut, and only then resized. Boxes begin and end on whole
-pixels, so that image and label are cut at the same place.
+The order of work is turned around where that changes next to nothing but the time: sizes and the crop's place are
+drawn on the label map, the image is decoded no larger than needed, cut, and only then resized. Boxes begin and end
+on whole pixels, so that image and label are cut at the same place.
 """
 
 from __future__ import annotations
