@@ -284,14 +284,20 @@ def _from_processes(items: DataLoader[T | _Failure]) -> Iterator[T]:
             if isinstance(item, _Failure):
                 raise item.error
             yield cast("T", item)
-    except RuntimeError as error:
-        # PyTorch has no class for it.
-        if not str(error).startswith("DataLoader worker"):
+    except (RuntimeError, OSError, EOFError) as error:
+        if not (items.num_workers and _tells_of_a_death(error)):
             raise
         raise LoaderProcessError(
-            f"a loader process was killed or died ({' '.join(str(error).split())}); where memory is short, lower "
-            "runtime.loader_workers"
+            f"a loader process was killed or died ({type(error).__name__}: {' '.join(str(error).split())}); where memory is "
+            "short, lower runtime.loader_workers"
         ) from error
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """PyTorch has no class for it, and lets the failed connection through where it fetches what a dead process held."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker")
+    return "in DataLoader worker process" not in str(error)  # so it marks what was raised in one that lives
 
 
 def _as_it_is(batch: Any) -> Any:
