@@ -23,7 +23,7 @@ def data(
 ) -> None:
     """Show what a shard set holds: images and pixels of every class in every split."""
     from flows import present
-    from pipeline.data_report import load_facts, write_data_report
+    from pipeline.data.report import load_facts, write_data_report
 
     facts = load_facts(shard_set)
     with facts_output(as_json) as (console, give):

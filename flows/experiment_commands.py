@@ -20,8 +20,8 @@ def run(
     from flows import present
     from flows.segmentation import segmentation
     from pipeline.config_file import load_config
-    from pipeline.tracking import Tracking
-    from pipeline.workflow import Flow
+    from pipeline.engine.tracking import Tracking
+    from pipeline.engine.workflow import Flow
 
     experiment = load_config(config, overrides)
     tracking = Tracking.for_workspace(workspace, tracking_uri)
@@ -66,8 +66,8 @@ def plan(
     from flows import present
     from flows.segmentation import segmentation
     from pipeline.config_file import load_config
-    from pipeline.recipe import Plan
-    from pipeline.tracking import Tracking
+    from pipeline.engine.recipe import Plan
+    from pipeline.engine.tracking import Tracking
 
     experiment = load_config(config, overrides)
     planned = Plan(workspace, Tracking.for_workspace(workspace, tracking_uri))

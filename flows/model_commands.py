@@ -21,8 +21,8 @@ def models(
 ) -> None:
     """List registered models with aliases, scores and costs."""
     from flows import present
-    from pipeline.models import list_models
-    from pipeline.tracking import Tracking
+    from pipeline.engine.tracking import Tracking
+    from pipeline.registry.models import list_models
 
     found = list_models(Tracking.for_workspace(workspace, tracking_uri), name)
     with facts_output(as_json) as (console, give):
@@ -42,9 +42,9 @@ def predict(
     """Segment images: a label PNG and a coloured overlay with legend for each."""
     import tempfile
 
-    from pipeline.models import checkpoint_folder
-    from pipeline.predict import predict_images
-    from pipeline.tracking import Tracking
+    from pipeline.engine.tracking import Tracking
+    from pipeline.evaluation.predict import predict_images
+    from pipeline.registry.models import checkpoint_folder
 
     tracking = Tracking.for_workspace(workspace, tracking_uri)
     with facts_output(as_json) as (console, give), tempfile.TemporaryDirectory(prefix="segvit-predict-") as cache:
@@ -71,15 +71,15 @@ def promote(
 ) -> None:
     """Ask the gate about a version, and make it champion if it passes; exit code 1 if it does not."""
     from flows import present_models
-    from pipeline import registry
-    from pipeline.models import require_model
-    from pipeline.policy_file import choose_policy
-    from pipeline.promote import promote_version
-    from pipeline.tracking import Tracking
+    from pipeline.engine.tracking import Tracking
+    from pipeline.registry import store
+    from pipeline.registry.models import require_model
+    from pipeline.registry.policy_file import choose_policy
+    from pipeline.registry.promote import promote_version
 
     tracking = Tracking.for_workspace(workspace, tracking_uri)
     require_model(tracking, name)
-    candidate = registry.get_version(tracking, name, version)
+    candidate = store.get_version(tracking, name, version)
     chosen = choose_policy(tracking, candidate, policy)
     with facts_output(as_json) as (console, give):
         console.print(f"policy: {chosen.source}", markup=False, soft_wrap=True)
@@ -100,9 +100,9 @@ def rollback(
     as_json: Json = False,
 ) -> None:
     """Make the champion before this one champion again; no flow will promote the version left behind."""
-    from pipeline.models import require_model
-    from pipeline.promote import roll_back
-    from pipeline.tracking import Tracking
+    from pipeline.engine.tracking import Tracking
+    from pipeline.registry.models import require_model
+    from pipeline.registry.promote import roll_back
 
     tracking = Tracking.for_workspace(workspace, tracking_uri)
     require_model(tracking, name)
@@ -135,9 +135,9 @@ def compare(
 ) -> None:
     """Compare two versions of a model: overall, by class, image by image, and how sure the difference is."""
     from flows import present_models
-    from pipeline.compare import compare_versions
-    from pipeline.models import require_model
-    from pipeline.tracking import Tracking
+    from pipeline.engine.tracking import Tracking
+    from pipeline.registry.compare import compare_versions
+    from pipeline.registry.models import require_model
 
     tracking = Tracking.for_workspace(workspace, tracking_uri)
     require_model(tracking, name)
@@ -147,7 +147,7 @@ def compare(
         files: list[str] = []
         note = None
         if out is not None:
-            from pipeline.compare_report import write_comparison
+            from pipeline.registry.compare_report import write_comparison
 
             written = write_comparison(tracking, comparison, out, overwrite)
             files, note = [str(file) for file in written.files], written.note

@@ -11,14 +11,14 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from pipeline.models import VersionSummary
+from pipeline.engine.runs import PlannedStep, RunSummary, RunTree, StepSummary
+from pipeline.engine.tracking import RunState
+from pipeline.engine.workflow import FlowEvent
 from pipeline.records import Evaluation, ModelVersion, PromotionDecision
-from pipeline.runs import PlannedStep, RunSummary, RunTree, StepSummary
-from pipeline.tracking import RunState
-from pipeline.workflow import FlowEvent
+from pipeline.registry.models import VersionSummary
 
 if TYPE_CHECKING:
-    from pipeline.data_report import DataFacts, SplitFacts
+    from pipeline.data.report import DataFacts, SplitFacts
     from segvit.flops import PresetCost
 
 BAR_WIDTH = 24  # characters

@@ -8,8 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.compare import Comparison, ImageDifference
 from pipeline.records import PromotionDecision
+from pipeline.registry.compare import Comparison, ImageDifference
 
 
 def checks_table(decision: PromotionDecision) -> Table:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flows.present import duration, styled
-from pipeline.search_view import SearchFacts
+from pipeline.search.view import SearchFacts
 
 STATE_STYLES = {"finished": "green", "stopped": "cyan", "running": "yellow", "unfinished": "magenta", "failed": "red"}
 

@@ -12,8 +12,8 @@ from flows.options import WORKSPACE, Json, TrackingUri, Workspace, facts_output
 def runs(workspace: Workspace = WORKSPACE, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
     """List the runs of flows, newest first."""
     from flows import present
-    from pipeline.runs import list_runs
-    from pipeline.tracking import Tracking
+    from pipeline.engine.runs import list_runs
+    from pipeline.engine.tracking import Tracking
 
     found = list_runs(Tracking.for_workspace(workspace, tracking_uri))
     with facts_output(as_json) as (console, give):
@@ -29,8 +29,8 @@ def show(
 ) -> None:
     """Show a run's steps: state, duration, cause of failure."""
     from flows import present
-    from pipeline.runs import run_tree
-    from pipeline.tracking import Tracking
+    from pipeline.engine.runs import run_tree
+    from pipeline.engine.tracking import Tracking
 
     tree = run_tree(Tracking.for_workspace(workspace, tracking_uri), run_id, records=as_json)
     with facts_output(as_json) as (console, give):
@@ -45,8 +45,8 @@ def cancel(
     as_json: Json = False,
 ) -> None:
     """End a running flow, wherever its driver is; a later run goes on with what had finished."""
-    from pipeline.runs import cancel_run
-    from pipeline.tracking import Tracking, who
+    from pipeline.engine.runs import cancel_run
+    from pipeline.engine.tracking import Tracking, who
 
     tracking = Tracking.for_workspace(workspace, tracking_uri)
     with facts_output(as_json) as (console, give):

@@ -23,9 +23,9 @@ def search(
 ) -> None:
     """Show the trials of a run's search, the best first, also while it runs or after it was killed."""
     from flows.present_search import search_view
-    from pipeline.search_report import write_search_report
-    from pipeline.search_view import load_search
-    from pipeline.tracking import Tracking
+    from pipeline.engine.tracking import Tracking
+    from pipeline.search.report import write_search_report
+    from pipeline.search.view import load_search
 
     facts = load_search(Tracking.for_workspace(workspace, tracking_uri), run_id)
     with facts_output(as_json) as (console, give):

@@ -9,7 +9,8 @@ import yaml
 from pipeline import steps
 from pipeline.config import ExperimentConfig
 from pipeline.datasets import open_dataset
-from pipeline.recipe import Recipe
+from pipeline.engine.recipe import Recipe
+from pipeline.engine.workflow import StepRef
 from pipeline.records import (
     Checkpoint,
     Evaluation,
@@ -19,7 +20,6 @@ from pipeline.records import (
     Report,
     ShardSet,
 )
-from pipeline.workflow import StepRef
 
 
 @dataclass(frozen=True, slots=True)

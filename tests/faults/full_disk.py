@@ -14,11 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from pipeline import liveness, storage
-from pipeline.execution import Outcome, StepRequest, execute_step
+from pipeline import storage
+from pipeline.engine import liveness
+from pipeline.engine.execution import Outcome, StepRequest, execute_step
+from pipeline.engine.step import StepContext, step
+from pipeline.engine.tracking import RunState, Tag, Tracking
 from pipeline.records import Report
-from pipeline.step import StepContext, step
-from pipeline.tracking import RunState, Tag, Tracking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DISK_MIB = 24

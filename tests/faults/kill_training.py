@@ -30,13 +30,13 @@ from typing import Any, NamedTuple
 import psutil
 from safetensors.torch import load_file
 
-from pipeline import ray_session
-from pipeline import train as train_module
 from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig
+from pipeline.engine import ray_session
+from pipeline.engine.tracking import MetricLog, Tracking
 from pipeline.errors import UserError
 from pipeline.records import BackboneRecord, ShardSet
-from pipeline.tracking import MetricLog, Tracking
-from pipeline.trainer import TrainJob
+from pipeline.training import train as train_module
+from pipeline.training.trainer import TrainJob
 from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def make_job(shard_set: ShardSet, workers: int | tuple[int, int], steps: int, **
 
 def prepare(folder: Path) -> ShardSet:
     """Forty training and six validation scenes of 96 pixels."""
-    from pipeline.prepare import prepare_shards
+    from pipeline.data.prepare import prepare_shards
 
     digits = DigitsConfig(num_train=40, num_val=6, image_size=96)
     config = DataConfig(dataset="digits", samples_per_shard=8, digits=digits)
@@ -107,9 +107,9 @@ def killing_worker(kills: Sequence[Kill], markers: str) -> Callable[[dict[str, A
         from ray.train.v2._internal.execution.storage import StorageContext
 
         import segvit
-        from pipeline import train_checkpoint
-        from pipeline.train import train_worker
-        from pipeline.trainer import Trainer
+        from pipeline.training import train_checkpoint
+        from pipeline.training.train import train_worker
+        from pipeline.training.trainer import Trainer
 
         rank = ray.train.get_context().get_world_rank()
         now = {"step": 0}

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from pipeline import ray_session
+from pipeline.engine import ray_session
+from pipeline.engine.tracking import MetricLog, Tracking
 from pipeline.records import Checkpoint
-from pipeline.tracking import MetricLog, Tracking
-from pipeline.trainer import TrainJob, WorkerPlace
-from pipeline.training import run_training
+from pipeline.training.loop import run_training
+from pipeline.training.trainer import TrainJob, WorkerPlace
 from tests.faults.kill_training import history, make_job, prepare
 
 TOLERANCE = 1e-3
@@ -39,8 +39,8 @@ def noting_worker(folder: str) -> Callable[[dict[str, Any]], None]:
     """`train_worker` that notes start, world size and samples of each step."""
 
     def worker(loop_config: dict[str, Any]) -> None:
-        from pipeline.train import train_worker
-        from pipeline.trainer import Trainer
+        from pipeline.training.train import train_worker
+        from pipeline.training.trainer import Trainer
 
         train_step = Trainer.train_step
 
@@ -99,7 +99,7 @@ def train_on_nodes(job: TrainJob, folder: Path, lost_at: int, temporary: str) ->
         cluster.remove_node(second, allow_graceful=False)
 
     def task() -> Checkpoint:
-        from pipeline import train
+        from pipeline.training import train
 
         setattr(train, "train_worker", worker)  # noqa: B010
         return train.train_variant(

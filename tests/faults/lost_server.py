@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.tracking import Tracking
+from pipeline.engine.tracking import Tracking
 from tests.faults.race_drivers import Driver, check
 from tests.faults.toy_flow import make_model
 from tests.faults.tracking_server import TrackingServer

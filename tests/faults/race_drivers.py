@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.tracking import Tag, Tracking
+from pipeline.engine.tracking import Tag, Tracking
 from tests.faults.toy_flow import EXECUTED, OUTPUTS, PROMOTE, STEPS, make_model
 from tests.faults.tracking_server import TrackingServer
 

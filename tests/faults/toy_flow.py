@@ -12,10 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline import registry, storage
+from pipeline import storage
+from pipeline.engine.step import StepContext, step
+from pipeline.engine.tracking import Tracking
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, Report, ShardSet
-from pipeline.step import StepContext, step
-from pipeline.tracking import Tracking
+from pipeline.registry import store
 
 EXECUTED = ("bottom", "choose", "left", "right", "top")
 OUTPUTS = {"top": "t", "left": "tl", "right": "tr", "bottom": "tltr"}
@@ -45,7 +46,7 @@ def join(context: StepContext, flow_name: str, parts: list[Report], text: str) -
 def choose(context: StepContext, version: ModelVersion) -> ModelVersion:
     """Give the version the alias `candidate`."""
     _note_execution(context)
-    return registry.mark_candidate(context.tracking, [version])
+    return store.mark_candidate(context.tracking, [version])
 
 
 def make_model(folder: Path) -> tuple[Checkpoint, Evaluation, ShardSet]:
@@ -111,7 +112,7 @@ def run_flow(
     """Run the flow `name`; returns its run's id."""
     from pipeline import steps
     from pipeline.config import PromotionPolicy
-    from pipeline.workflow import Flow
+    from pipeline.engine.workflow import Flow
 
     runtime = {"executed": str(folder / f"{name}.executed"), "seconds": seconds}
     with Flow(str(folder / "space"), tracking, name, runtime=runtime) as flow:
@@ -127,7 +128,7 @@ def run_flow(
 
 def main() -> None:
     """Drive flows as they are asked for on standard input."""
-    from pipeline import ray_session
+    from pipeline.engine import ray_session
 
     folder, uri, ray_folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 

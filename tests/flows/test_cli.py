@@ -9,8 +9,8 @@ import typer
 from flows.cli import app, main
 from flows.present import BAR_WIDTH, bar
 from pipeline.config import DataConfig, DigitsConfig
-from pipeline.data_report import load_facts
-from pipeline.prepare import prepare_shards
+from pipeline.data.prepare import prepare_shards
+from pipeline.data.report import load_facts
 
 CONFIG = str(Path(__file__).parents[2] / "flows" / "configs" / "quickstart.yaml")
 

@@ -109,7 +109,7 @@ def test_run__registers_both_variants_and_promotes_the_better(
 def test_run__search_trials_are_visible_and_their_best_weights_trained_with(
     finished: tuple[Path, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.tracking import Tracking
+    from pipeline.engine.tracking import Tracking
 
     workspace, _ = finished
     tree = facts(capfd, "show", "latest", "--workspace", str(workspace))
@@ -126,7 +126,7 @@ def test_run__search_trials_are_visible_and_their_best_weights_trained_with(
 
 
 def test_run__training_metrics_reach_mlflow(finished: tuple[Path, str]) -> None:
-    from pipeline.tracking import Tracking
+    from pipeline.engine.tracking import Tracking
 
     tracking = Tracking.for_workspace(str(finished[0]))
     [run] = [run for run in tracking.runs("tags.`segvit.label` = 'train/full'") if "total" in run.data.metrics]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipeline import storage
+from pipeline.engine.tracking import Tracking
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
-from pipeline.tracking import Tracking
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.fixture
 def register(tracking: Tracking, trained: Trained) -> Callable[..., ModelVersion]:
     """Register an evaluation of the small model under a name that belongs to the test."""
-    from pipeline.registry import register_model
+    from pipeline.registry.store import register_model
 
     def make(evaluation: Evaluation | None = None, name: str = tracking.experiment) -> ModelVersion:
         run = tracking.client().create_run(tracking.experiment_id())

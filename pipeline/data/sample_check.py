@@ -1,0 +1,90 @@
+"""The checks that every sample passes before it enters a shard, and its scaling down."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.data.decode import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, open_image
+from pipeline.data.fast_decode import encode_ids
+from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
+
+JPEG_QUALITY = 95
+_PNG_START = b"\x89PNG"
+
+
+class CheckedSample(NamedTuple):
+    """A sample as it goes into a shard; `row` is its row of the index but for the place in the tar."""
+
+    row: dict[str, Any]
+    image: bytes
+    label_png: bytes
+
+    @property
+    def suffix(self) -> str:
+        """Of the image's file name, by its content."""
+        return SUFFIXES["PNG" if self.image.startswith(_PNG_START) else "JPEG"]
+
+
+def check_sample(dataset: RawDataset, sample: RawSample, max_long_side: int | None = None) -> CheckedSample:
+    """Read and decode `sample` once; raises RejectedSampleError.
+
+    Where the image is longer than `max_long_side` pixels, it and its label map are scaled down to that; otherwise
+    the image's original bytes stay.
+    """
+    content, label = dataset.read(sample)
+    image_sha256 = hashlib.sha256(content).digest()
+    try:
+        image, suffix = open_image(content)
+    except DecodeError as error:
+        remedy = "replace the file or remove the sample"
+        raise RejectedSampleError(sample.image, str(error), remedy) from error
+    height, width = label.shape
+    if (image.height, image.width) != (height, width):
+        raise RejectedSampleError(
+            sample.image,
+            f"is {image.height}x{image.width} (height x width) but its label map {sample.label} is {height}x{width}",
+            "give both the same size or remove the sample",
+        )
+    if max_long_side is not None and max(height, width) > max_long_side:
+        content, label = _shrink(image, suffix, label, max_long_side)
+        height, width = label.shape
+    counts = np.bincount(label.ravel(), minlength=IGNORE_INDEX + 1)
+    class_pixels = counts[: len(dataset.class_names)]
+    assert class_pixels.sum() + counts[IGNORE_INDEX] == label.size, "a data set let an unknown class id pass"
+    if not class_pixels.any():
+        reason = "holds no class: all pixels are ignored"
+        raise RejectedSampleError(sample.label, reason, "label the image or remove the sample")
+    label_png = encode_ids(label)
+    row = {
+        "key": sample.key,
+        "image_size": len(content),
+        "label_size": len(label_png),
+        "height": height,
+        "width": width,
+        "class_pixels": class_pixels.tolist(),
+        "image_sha256": image_sha256,
+    }
+    return CheckedSample(row, content, label_png)
+
+
+def _shrink(
+    image: Image.Image, suffix: str, label: NDArray[np.uint8], long_side: int
+) -> tuple[bytes, NDArray[np.uint8]]:
+    """Image file and label map, the longer side `long_side` pixels."""
+    scale = long_side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # Hamming averages over the area that a new pixel covers, and keeps edges sharper than a plain mean.
+    smaller = image.resize(size, Image.Resampling.HAMMING)
+    # Nearest, not an average: class ids do not average.
+    smaller_label = Image.fromarray(label).resize(size, Image.Resampling.NEAREST)
+    if suffix == SUFFIXES["PNG"]:
+        return encode_png(np.asarray(smaller)), np.asarray(smaller_label)
+    buffer = io.BytesIO()
+    smaller.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue(), np.asarray(smaller_label)

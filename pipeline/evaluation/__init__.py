@@ -1,0 +1,1 @@
+"""Scores of a checkpoint, per class and per image, and predictions of images."""

@@ -1,0 +1,242 @@
+"""Scoring a checkpoint on a split: overall and per class, per image, with example overlays and a cost beside it."""
+
+from __future__ import annotations
+
+import io
+import math
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+import segvit
+from pipeline import storage
+from pipeline.config import EvaluateConfig, RuntimeConfig
+from pipeline.data.loader import EvalLoader, EvalSample
+from pipeline.data.shard_check import check_shard_set
+from pipeline.errors import UserError
+from pipeline.evaluation.per_image import COUNTS_FILE, ImageCounts, write_counts
+from pipeline.evaluation.scoring import confusion_of_split
+from pipeline.records import Checkpoint, Evaluation, ShardSet
+from pipeline.training.train import wants_gpu
+from segvit.checkpoint import read_config
+from segvit.flops import model_cost
+from segvit.latency import measure_latency
+from segvit.metrics import BoundaryIoU, ConfusionMatrix, segmentation_metrics
+
+NUM_PROBE_IMAGES = 2
+
+
+class ImageScore(NamedTuple):
+    """One image's mIoU over the classes in its label or prediction, and its pixel accuracy."""
+
+    key: str
+    miou: float
+    accuracy: float
+
+
+class Example(NamedTuple):
+    """An image (H, W, 3), its label and its prediction (H, W), kept to be shown."""
+
+    score: ImageScore
+    image: NDArray[np.uint8]
+    label: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+
+
+class SplitPart(NamedTuple):
+    """What one evaluation worker found on its share of the split."""
+
+    confusion: ConfusionMatrix
+    boundary: BoundaryIoU
+    scores: list[ImageScore]
+    counts: list[ImageCounts]
+    best: list[Example]
+    worst: list[Example]
+    probe: list[Example]
+    latency_ms: float
+
+
+def evaluate_part(
+    checkpoint_uri: str,
+    shard_set: ShardSet,
+    config: EvaluateConfig,
+    cost_size: tuple[int, int],
+    rank: int,
+    world_size: int,
+    runtime: RuntimeConfig,
+) -> SplitPart:
+    """Score every `world_size`-th sample, each exactly once over all ranks; rank 0 also times the model."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(runtime.cpus_per_worker)
+    with tempfile.TemporaryDirectory(prefix="segvit-evaluate-") as folder:
+        model, _ = segvit.load_checkpoint(storage.fetch_folder(checkpoint_uri, folder), device=str(device))
+    boundary = BoundaryIoU(model.num_classes)
+    scores: list[ImageScore] = []
+    counts: list[ImageCounts] = []
+    examples: list[Example] = []
+    probe: list[Example] = []
+
+    def visit(sample: EvalSample, predicted: Tensor) -> None:
+        boundary.update(predicted, sample.label.to(predicted.device))
+        matrix = ConfusionMatrix(model.num_classes)
+        matrix.update(predicted.cpu(), sample.label)
+        metrics = segmentation_metrics(matrix.matrix)
+        score = ImageScore(sample.key, metrics.miou, metrics.aacc)
+        scores.append(score)
+        counts.append(ImageCounts.of(sample.key, matrix.matrix))
+        example = Example(score, sample.image.permute(1, 2, 0).numpy(), sample.label.numpy(), predicted.cpu().numpy())
+        if len(probe) < NUM_PROBE_IMAGES and (not probe or probe[0].image.shape == example.image.shape):
+            probe.append(example)
+        examples.append(example)
+        examples.sort(key=lambda kept: kept.score.miou)
+        if len(examples) > 2 * config.num_examples:
+            del examples[config.num_examples : -config.num_examples or None]
+
+    loader = EvalLoader(
+        shard_set, split=config.split, rank=rank, world_size=world_size, num_workers=runtime.loader_workers
+    )
+    inference = config.inference.options()
+    confusion = confusion_of_split(model, loader, device, visit, inference)
+    latency = measure_latency(model, cost_size, config.latency_repeats, inference) if rank == 0 else math.nan
+    half = min(config.num_examples, (len(examples) + 1) // 2)
+    return SplitPart(
+        confusion,
+        boundary,
+        scores,
+        counts,
+        best=examples[::-1][:half],
+        worst=examples[: len(examples) - half],
+        probe=probe,
+        latency_ms=latency,
+    )
+
+
+def evaluate_checkpoint(
+    checkpoint: Checkpoint,
+    shard_set: ShardSet,
+    config: EvaluateConfig,
+    runtime: RuntimeConfig,
+    target_uri: str,
+) -> Evaluation:
+    """Evaluate on the cluster, one task a worker, and publish the evaluation folder to `target_uri`.
+
+    Raises UserError for a split that the shard set lacks.
+    """
+    if config.split not in shard_set.splits:
+        raise UserError(f"evaluate.split {config.split!r} is not prepared; choose from {', '.join(shard_set.splits)}")
+    check_shard_set(shard_set, [config.split], say=print)
+    with tempfile.TemporaryDirectory(prefix="segvit-config-") as folder:
+        config_file = storage.fetch_file(storage.join(checkpoint.uri, "config.json"), folder)
+        model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])
+    world_size = min(runtime.max_workers, shard_set.splits[config.split].num_samples)
+    task = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime) else 0)(evaluate_part)
+    parts: list[SplitPart] = ray.get(
+        [
+            task.remote(checkpoint.uri, shard_set, config, model_config.image_size, rank, world_size, runtime)
+            for rank in range(world_size)
+        ]
+    )
+    # Fresh ones to add to: what comes out of Ray's object store is read-only.
+    confusion, boundary = ConfusionMatrix(shard_set.num_classes), BoundaryIoU(shard_set.num_classes)
+    for part in parts:
+        confusion.merge(part.confusion)
+        boundary.merge(part.boundary)
+    scores = sorted((score for part in parts for score in part.scores), key=lambda score: (score.miou, score.key))
+    best = sorted((one for part in parts for one in part.best), key=lambda one: -one.score.miou)
+    worst = sorted((one for part in parts for one in part.worst), key=lambda one: one.score.miou)
+    manifest = storage.read_json(storage.join(shard_set.uri, "manifest.json"))
+    with tempfile.TemporaryDirectory(prefix="segvit-evaluation-") as folder:
+        write_evaluation_folder(
+            Path(folder),
+            confusion,
+            scores,
+            {"best": best[: config.num_examples], "worst": worst[: config.num_examples]},
+            parts[0].probe,
+            class_names=manifest["classes"],
+            palette=manifest["palette"],
+        )
+        counts_digest = write_counts([one for part in parts for one in part.counts], f"{folder}/{COUNTS_FILE}")
+        storage.publish_folder(folder, target_uri)
+    metrics = segmentation_metrics(confusion.matrix)
+    cost = model_cost(model_config, shard_set.num_classes, model_config.image_size)
+    return Evaluation(
+        variant=checkpoint.variant,
+        checkpoint_digest=checkpoint.digest,
+        data_digest=shard_set.splits[config.split].digest,
+        split=config.split,
+        inference=config.inference.options(),
+        num_images=len(scores),
+        miou=metrics.miou,
+        macc=metrics.macc,
+        aacc=metrics.aacc,
+        boundary_iou=_known(boundary.mean()),
+        class_names=tuple(manifest["classes"]),
+        per_class_iou=tuple(_known(value) for value in metrics.per_class_iou),
+        per_class_accuracy=tuple(_known(value) for value in metrics.per_class_acc),
+        gflops=cost.gflops,
+        parameters=cost.parameters,
+        latency_ms=parts[0].latency_ms,
+        cost_size=model_config.image_size,
+        uri=target_uri,
+        counts_digest=counts_digest,
+    )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def write_evaluation_folder(
+    folder: Path,
+    confusion: ConfusionMatrix,
+    scores: list[ImageScore],
+    examples: dict[str, list[Example]],
+    probe: list[Example],
+    *,
+    class_names: list[str],
+    palette: list[list[int]],
+) -> None:
+    """Write confusion.json, images.json, examples.json with its pictures, and probe/ with images and predictions."""
+    storage.publish_json(
+        str(folder / "confusion.json"), {"class_names": class_names, "matrix": confusion.matrix.tolist()}
+    )
+    storage.publish_json(str(folder / "images.json"), [score._asdict() for score in scores])
+    listed: list[dict[str, object]] = []
+    (folder / "examples").mkdir()
+    for kind, chosen in examples.items():
+        for example in chosen:
+            stem = f"examples/{len(listed)}"
+            pictures = {
+                "image": example.image,
+                "truth": segvit.overlay(example.image, example.label, palette),
+                "prediction": segvit.overlay(example.image, example.predicted, palette),
+            }
+            for name, picture in pictures.items():
+                (folder / f"{stem}-{name}.jpg").write_bytes(_jpeg(picture))
+            listed.append(
+                {
+                    "key": example.score.key,
+                    "kind": kind,
+                    "miou": example.score.miou,
+                    **{name: f"{stem}-{name}.jpg" for name in pictures},
+                }
+            )
+    storage.publish_json(str(folder / "examples.json"), listed)
+    (folder / "probe").mkdir()
+    np.save(folder / "probe/images.npy", np.stack([one.image for one in probe]), allow_pickle=False)
+    labels = np.stack([one.predicted for one in probe]).astype(np.uint16)
+    np.save(folder / "probe/labels.npy", labels, allow_pickle=False)
+
+
+def _jpeg(picture: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=88)
+    return buffer.getvalue()

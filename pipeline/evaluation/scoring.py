@@ -1,0 +1,61 @@
+"""Predictions over a split against its labels: the counting that validation during training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import segvit
+from pipeline.data.loader import EvalSample
+from segvit.metrics import ConfusionMatrix
+
+WHOLE: Mapping[str, Any] = MappingProxyType({})
+
+
+def predictions(
+    model: segvit.SegViT,
+    samples: Iterable[EvalSample],
+    device: torch.device,
+    inference: Mapping[str, Any] = WHOLE,
+    batch_size: int = 8,
+) -> Iterator[tuple[EvalSample, Tensor]]:
+    """Each sample with its predicted label map (H, W) int64 on `device`.
+
+    `inference` holds keyword arguments of segvit.predict; without any, consecutive equal sizes share a batch.
+    """
+    if inference:
+        yield from ((sample, segvit.predict(model, sample.image, **inference)) for sample in samples)
+        return
+    group: list[EvalSample] = []
+
+    def flush() -> Iterator[tuple[EvalSample, Tensor]]:
+        if group:
+            images = torch.stack([sample.image for sample in group]).to(device, non_blocking=True)
+            yield from zip(group, segvit.predict_batch(model, images), strict=True)
+            group.clear()
+
+    for sample in samples:
+        if group and (sample.image.shape != group[0].image.shape or len(group) == batch_size):
+            yield from flush()
+        group.append(sample)
+    yield from flush()
+
+
+def confusion_of_split(
+    model: segvit.SegViT,
+    samples: Iterable[EvalSample],
+    device: torch.device,
+    visit: Callable[[EvalSample, Tensor], None] | None = None,
+    inference: Mapping[str, Any] = WHOLE,
+) -> ConfusionMatrix:
+    """The confusion matrix of `model` over `samples`; `visit` sees every sample and its prediction."""
+    confusion = ConfusionMatrix(model.num_classes)
+    for sample, predicted in predictions(model, samples, device, inference):
+        confusion.update(predicted, sample.label.to(device))
+        if visit is not None:
+            visit(sample, predicted)
+    return confusion

@@ -1,0 +1,1 @@
+"""Model versions in MLflow: registering, comparing, promoting and rolling back."""

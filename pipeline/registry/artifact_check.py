@@ -1,0 +1,89 @@
+"""Whether a registered artifact is the model that was evaluated: it is loaded back and has to predict the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.records import Check, Evaluation
+from pipeline.registry.model_package import CHECKPOINT_FOLDER, WEIGHTS_FILE
+
+# Rounding differs between devices and moves single border pixels; another model or preprocessing moves many.
+MIN_PROBE_AGREEMENT = 0.995
+LOAD_TIMEOUT_S = 600
+PROBE_FILES = ("images.npy", "labels.npy")
+
+# Run by a bare interpreter: -I leaves out the working directory, PYTHONPATH and the user's own packages, -B leaves
+# no compiled files in the artifact.
+LOAD_AND_PREDICT = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import mlflow.pyfunc
+import numpy as np
+folder, images, labels = sys.argv[1:]
+model = mlflow.pyfunc.load_model(folder)
+np.save(labels, model.predict(np.load(images, allow_pickle=False)), allow_pickle=False)
+import segvit
+print(segvit.__file__)
+"""
+
+
+def reproduces(folder: Path, evaluation: Evaluation) -> Check:
+    """Whether the registered model in a local folder is the evaluated one, in weights and in predictions.
+
+    It is loaded by an interpreter of its own that sees nothing of this source tree, as any user of it would.
+    """
+
+    def result(passed: bool, detail: str) -> Check:
+        return Check(name="artifact", passed=passed, detail=f"the registered artifact {detail}")
+
+    weights = folder / CHECKPOINT_FOLDER / WEIGHTS_FILE
+    if not weights.is_file() or storage.file_digest(str(weights)) != evaluation.checkpoint_digest:
+        return result(False, "does not hold the evaluated weights")
+    probe_uri = storage.join(evaluation.uri, "probe")
+    if not all(storage.exists(storage.join(probe_uri, file)) for file in PROBE_FILES):
+        return result(
+            False, f"cannot be compared, the evaluated predictions at {probe_uri} are gone; run its flow again"
+        )
+    with tempfile.TemporaryDirectory(prefix="segvit-probe-") as scratch:
+        probe = storage.fetch_folder(probe_uri, Path(scratch) / "probe")
+        expected = np.load(probe / "labels.npy", allow_pickle=False)
+        written = Path(scratch) / "predicted.npy"
+        arguments = [str(folder), str(probe / "images.npy"), str(written)]
+        try:
+            ended = subprocess.run(
+                [sys.executable, "-IB", "-c", LOAD_AND_PREDICT, *arguments],
+                cwd=scratch,
+                env=_bare_environment(),
+                capture_output=True,
+                text=True,
+                timeout=LOAD_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            return result(False, f"does not load and predict within {LOAD_TIMEOUT_S} s")
+        if ended.returncode != 0:
+            lines = ended.stderr.strip().splitlines()
+            return result(False, f"does not load: {lines[-1] if lines else f'exit code {ended.returncode}'}")
+        carried = Path(ended.stdout.strip().splitlines()[-1])
+        if not carried.resolve().is_relative_to(folder.resolve()):
+            return result(False, f"does not carry its own code but used {carried}")
+        predicted = np.load(written, allow_pickle=False)
+    if predicted.shape != expected.shape:
+        return result(False, f"predicts shape {predicted.shape}, evaluated was {expected.shape}")
+    agreement = float((predicted == expected).mean())
+    return result(
+        agreement >= MIN_PROBE_AGREEMENT,
+        f"predicts as evaluated in {agreement:.2%} of pixels, at least {MIN_PROBE_AGREEMENT:.2%}",
+    )
+
+
+def _bare_environment() -> dict[str, str]:
+    # Ray gives tasks that reserve no CPU one thread; this process may use the machine for its few seconds.
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "ERROR"}

@@ -1,0 +1,111 @@
+"""Packing a checkpoint as an MLflow model that needs nothing of this source tree, and logging it.
+
+The model is "from code": MLflow stores the loader script, the `segvit` package, the reader of image files and the
+checkpoint as files.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version as installed_version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline import storage
+from pipeline.data import decode
+from pipeline.engine.tracking import Tracking
+from pipeline.errors import UserError
+from pipeline.records import Checkpoint
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE)
+CHECKPOINT_FOLDER = "artifacts/checkpoint"
+# The name under which pipeline.data.decode lies in the model; its own would hide any package of the user's.
+DECODER_FILE = "segvit_decode.py"
+REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow")
+# Raise it when registered models are made another way; a checkpoint registered before then gets a new version.
+PACKAGE_FORMAT = 2
+DESCRIPTION = {
+    "input": "uint8 RGB images (B, H, W, 3), an object array of (H, W, 3) images, or base64 JPEG or PNG files",
+    "output": "label maps (B, H, W), an object array of (H, W) maps, or base64 PNG files of class ids",
+}
+
+
+class LoggedModel(NamedTuple):
+    """Where MLflow keeps a logged model, and its id."""
+
+    location: str
+    model_id: str
+
+
+def log_model(
+    tracking: Tracking, title: str, checkpoint: Checkpoint, inference: Mapping[str, Any], run_id: str
+) -> LoggedModel:
+    """Pack a checkpoint and log it under a run; the model predicts with `inference`, as it was evaluated.
+
+    Raises UserError for weights that changed since training.
+    """
+    client = tracking.client()
+    with tempfile.TemporaryDirectory(prefix="segvit-register-") as scratch:
+        source = storage.fetch_folder(checkpoint.uri, Path(scratch) / "fetched")
+        folder = Path(scratch) / "checkpoint"
+        folder.mkdir()
+        for file in CHECKPOINT_FILES:
+            shutil.copyfile(source / file, folder / file)
+        if inference:
+            add_inference(folder / CONFIG_FILE, inference)
+        if storage.file_digest(str(folder / WEIGHTS_FILE)) != checkpoint.digest:
+            raise UserError(f"{checkpoint.uri}/{WEIGHTS_FILE} changed after training; remove the folder to train again")
+        packed = Path(scratch) / "model"
+        save_pyfunc(packed, folder)
+        logged = client.create_logged_model(
+            tracking.experiment_id(),
+            name=title,
+            source_run_id=run_id,
+            tags={"segvit.variant": checkpoint.variant, "segvit.checkpoint_digest": checkpoint.digest},
+        )
+        client.log_model_artifacts(logged.model_id, str(packed))
+        client.finalize_logged_model(logged.model_id, "READY")
+    return LoggedModel(str(logged.artifact_location), str(logged.model_id))
+
+
+def add_inference(config_file: Path, inference: Mapping[str, Any]) -> None:
+    """Note in a checkpoint's metadata how images are to be predicted."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["metadata"]["inference"] = dict(inference)
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def save_pyfunc(target: Path, checkpoint: Path) -> None:
+    """Write the MLflow model of a checkpoint folder to the new folder `target`."""
+    import mlflow.pyfunc
+    import numpy as np
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    package = find_spec("segvit")
+    assert package is not None
+    assert package.origin is not None
+    # Images of any size, as arrays or as text: of all MLflow's types only this one takes them all.
+    anything = Schema([TensorSpec(np.dtype("O"), (-1,))])
+    with tempfile.TemporaryDirectory(prefix="segvit-code-") as scratch, warnings.catch_warnings():
+        decoder = Path(scratch) / DECODER_FILE
+        decoder.write_text(inspect.getsource(decode), encoding="utf-8")
+        # It would have an input example and type hints; neither suits images of any size.
+        warnings.simplefilter("ignore")
+        mlflow.pyfunc.save_model(
+            str(target),
+            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
+            artifacts={"checkpoint": str(checkpoint)},
+            code_paths=[str(Path(package.origin).parent), str(decoder)],
+            signature=ModelSignature(inputs=anything, outputs=anything),
+            metadata=DESCRIPTION,
+            pip_requirements=[f"{name}=={installed_version(name).split('+')[0]}" for name in REQUIREMENTS],
+        )

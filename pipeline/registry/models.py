@@ -1,0 +1,166 @@
+"""Registered models as people see and name them: the list, `models:/name@alias`, their files."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from pipeline import storage
+from pipeline.engine.tracking import Tracking
+from pipeline.errors import UserError
+from pipeline.records import Record
+from pipeline.registry import store
+from pipeline.registry.model_package import CHECKPOINT_FILES, CHECKPOINT_FOLDER
+from pipeline.registry.store import all_pages, is_file_path, version_location
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion as MlflowVersion
+
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
+
+
+class VersionSummary(Record):
+    """A registered version as the command line shows it.
+
+    Attributes:
+        created: UTC, ISO 8601.
+        promoted: what the gate decided last; None where it was never asked.
+        reason: why.
+    """
+
+    name: str
+    version: int
+    aliases: tuple[str, ...]
+    variant: str
+    miou: float
+    gflops: float
+    parameters: int
+    latency_ms: float
+    created: str
+    checkpoint_digest: str
+    data_digest: str
+    run_id: str
+    promoted: bool | None
+    reason: str | None
+
+
+class ModelReference(NamedTuple):
+    """A registered version by name and number."""
+
+    name: str
+    version: int
+
+
+def list_models(tracking: Tracking, name: str | None = None) -> list[VersionSummary]:
+    """All versions of one or of all registered models, newest first; raises UserError for an unknown name."""
+    if not tracking.exists():
+        return []
+    client = tracking.client()
+    models = all_pages(client.search_registered_models)
+    if name is not None:
+        _require_known(name, [model.name for model in models])
+        models = [model for model in models if model.name == name]
+    summaries = []
+    for model in models:
+        aliases = {alias: int(number) for alias, number in model.aliases.items()}
+        for version in all_pages(client.search_model_versions, filter_string=f"name = '{model.name}'"):
+            if store.EVALUATION in version.tags:
+                summaries.append(_summary(version, aliases))
+    return sorted(summaries, key=lambda one: (one.name, -one.version))
+
+
+def require_model(tracking: Tracking, name: str) -> None:
+    """Raise UserError with the choices unless a model of that name is registered."""
+    models = all_pages(tracking.client().search_registered_models) if tracking.exists() else []
+    _require_known(name, [model.name for model in models])
+
+
+def resolve_model(tracking: Tracking, model: str) -> ModelReference:
+    """The version that `models:/name/3` or `models:/name@alias` names; raises UserError with the choices."""
+    found = MODEL_URI.fullmatch(model)
+    if found is None:
+        raise UserError(
+            f"{model!r} is no model; use models:/NAME@champion, models:/NAME/VERSION or a checkpoint folder"
+        )
+    name, alias = found["name"], found["alias"]
+    summaries = list_models(tracking)
+    _require_known(name, sorted({one.name for one in summaries}))
+    own = [one for one in summaries if one.name == name]
+    for one in own:
+        if alias in one.aliases if alias else one.version == int(found["version"]):
+            return ModelReference(name, one.version)
+    aliases = sorted(alias for one in own for alias in one.aliases)
+    raise UserError(
+        f"{model} does not exist; {name} has versions {', '.join(str(one.version) for one in own)} "
+        f"and {'aliases ' + ', '.join(aliases) if aliases else 'no alias'}"
+    )
+
+
+def checkpoint_folder(tracking: Tracking, model: str, cache: str | Path) -> Path:
+    """A local checkpoint folder for `models:/name@alias`, `models:/name/3`, or a checkpoint folder's URI.
+
+    `cache` receives a copy of what is not local. Raises UserError for what is neither.
+    """
+    if model.startswith("models:"):
+        reference = resolve_model(tracking, model)
+        return _download(tracking, reference, CHECKPOINT_FOLDER, cache)
+    for file in CHECKPOINT_FILES:
+        if not storage.exists(storage.join(model, file)):
+            raise UserError(f"{model} is no checkpoint folder, it has no {file}; a model is models:/NAME@ALIAS")
+    return storage.fetch_folder(model, cache)
+
+
+def model_folder(tracking: Tracking, reference: ModelReference, cache: str | Path) -> Path:
+    """A local folder of the whole registered model, as `mlflow.pyfunc.load_model` takes it."""
+    return _download(tracking, reference, "", cache)
+
+
+def _summary(version: MlflowVersion, aliases: dict[str, int]) -> VersionSummary:
+    record = store.version_record(version)
+    promoted = version.tags.get(store.PROMOTED)
+    return VersionSummary(
+        name=record.name,
+        version=record.version,
+        aliases=tuple(sorted(alias for alias, number in aliases.items() if number == record.version)),
+        variant=record.variant,
+        miou=record.evaluation.miou,
+        gflops=record.evaluation.gflops,
+        parameters=record.evaluation.parameters,
+        latency_ms=record.evaluation.latency_ms,
+        created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+        checkpoint_digest=record.checkpoint_digest,
+        data_digest=record.evaluation.data_digest,
+        run_id=record.run_id,
+        promoted=None if promoted is None else bool(json.loads(promoted)),
+        reason=version.tags.get(store.PROMOTION_REASON),
+    )
+
+
+def _download(tracking: Tracking, reference: ModelReference, path: str, cache: str | Path) -> Path:
+    import mlflow.artifacts
+    from mlflow.exceptions import MlflowException
+
+    location = storage.join(version_location(tracking, *reference), *([path] if path else []))
+    if is_file_path(location):
+        folder = storage.local_path(location)
+        if not folder.is_dir():
+            raise UserError(f"models:/{reference.name}/{reference.version} has lost its files ({folder} is gone)")
+        return folder
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    try:
+        return Path(
+            mlflow.artifacts.download_artifacts(artifact_uri=location, dst_path=str(cache), tracking_uri=tracking.uri)
+        )
+    except (MlflowException, OSError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"models:/{reference.name}/{reference.version} cannot be downloaded ({problem})") from error
+
+
+def _require_known(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        choices = f"choose from {', '.join(known)}" if known else "none is registered yet"
+        raise UserError(f"unknown model {name!r}; {choices}")

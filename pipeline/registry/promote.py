@@ -1,0 +1,185 @@
+"""Moving the alias `champion`: forward through the gate, back to the champion before.
+
+`pipeline.registry.gate` decides. What only the registry can tell is added here: that the registered artifact itself,
+loaded in its own process, reproduces the evaluated predictions, and that nobody moved away from it. Each
+decision is written on the version before the alias moves, so asking again mends a crash between the two.
+"""
+
+from __future__ import annotations
+
+import tempfile
+
+from pipeline.config import PromotionPolicy
+from pipeline.engine.tracking import Tracking, who
+from pipeline.errors import UserError
+from pipeline.records import Check, Evaluation, ModelVersion, PromotionDecision, Record
+from pipeline.registry import decisions, store
+from pipeline.registry.alias_turn import turn
+from pipeline.registry.artifact_check import reproduces
+from pipeline.registry.gate import GateDecision, decide, verdict
+from pipeline.registry.models import ModelReference, model_folder
+from pipeline.registry.store import CHAMPION
+
+
+class Unusable(Record):
+    """A former champion that a rollback could not go back to, and why."""
+
+    version: int
+    reason: str
+
+
+class Rollback(Record):
+    """The alias moved from `champion_before` (None: there was none any more) back to `champion_after`.
+
+    `skipped`: champions between the two that could not be gone back to.
+    """
+
+    name: str
+    champion_before: int | None
+    champion_after: int
+    skipped: tuple[Unusable, ...]
+    check: Check
+
+
+def promote_version(
+    tracking: Tracking,
+    version: ModelVersion,
+    policy: PromotionPolicy,
+    *,
+    decided_by: str | None = None,
+    by_hand: bool = False,
+    dry_run: bool = False,
+) -> PromotionDecision:
+    """Ask the gate about a registered version, record the answer on it, and move the alias if it passes.
+
+    A version that is champion already stays so, with the decision that made it so. The champion is looked up again
+    right before the alias moves; where it changed meanwhile, the version is compared with the new one.
+
+    Args:
+        decided_by: default the user's name.
+        by_hand: somebody asked for this very version. A flow is refused one that a person moved the alias away from,
+            by a rollback or by promoting another, and would otherwise undo that behind the person's back.
+        dry_run: decide in full, the artifact loaded and all, and write nothing.
+    """
+    artifact: Check | None = None
+    while True:
+        before = store.find_alias(tracking, version.name, CHAMPION)
+        if before == version.version:
+            return _kept(tracking, version)
+        champion = None if before is None else store.get_version(tracking, version.name, before).evaluation
+        gate = decide(version.evaluation, champion, policy)
+        if not by_hand:
+            gate = _refused_if_left(tracking, version, champion, gate)
+        if gate.promoted:
+            artifact = artifact or _loaded_check(tracking, version)
+            gate = verdict(version.evaluation, champion, (*gate.checks, artifact))
+        decision = PromotionDecision(
+            name=version.name,
+            version=version.version,
+            promoted=gate.promoted,
+            reason=gate.reason,
+            checks=gate.checks,
+            champion_before=before,
+            champion_after=version.version if gate.promoted else before,
+            policy=policy.model_dump(mode="json"),
+        )
+        if dry_run:
+            return decision
+        with turn(tracking, version.name):
+            # Loading the artifact took seconds.
+            if _is_champion(tracking, version.name, before):
+                decisions.record_promotion(tracking, decision, decided_by or who(), by_hand=by_hand)
+                if decision.promoted:
+                    store.set_alias(tracking, version.name, CHAMPION, version.version)
+                return decision
+        print(f"the champion of {version.name} changed meanwhile; deciding about version {version.version} again")
+
+
+def verify_decision(record: PromotionDecision, tracking: Tracking) -> str | None:
+    """Why a remembered decision no longer holds, or None; a step's `verify`."""
+    now = store.find_alias(tracking, record.name, CHAMPION)
+    if now == record.champion_after:
+        return None
+    return f"the champion of {record.name} is now {'none' if now is None else f'version {now}'}"
+
+
+def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, dry_run: bool = False) -> Rollback:
+    """Move the alias back to the last champion before this one that loads and predicts as evaluated.
+
+    The version left is refused by the gate from now on, unless it is promoted by hand. `dry_run` finds and checks
+    the version, and writes nothing.
+
+    Raises UserError where there is no such version, saying what is wrong with each, or where the champion changes
+    meanwhile.
+    """
+    before = store.find_alias(tracking, name, CHAMPION)
+    line = decisions.champions(tracking, name, before)
+    skipped: list[Unusable] = []
+    for candidate in reversed(line if before is None else line[:-1]):
+        if candidate == before or candidate in (one.version for one in skipped):
+            continue
+        try:
+            check = _loaded_check(tracking, store.get_version(tracking, name, candidate))
+        except UserError as error:
+            skipped.append(Unusable(version=candidate, reason=str(error)))
+            continue
+        if not check.passed:
+            skipped.append(Unusable(version=candidate, reason=check.detail))
+            continue
+        if not dry_run:
+            with turn(tracking, name):
+                if not _is_champion(tracking, name, before):
+                    raise UserError(f"the champion of {name} changed meanwhile; look at it with segvit models {name}")
+                decisions.record_rollback(tracking, name, before, candidate, check, decided_by or who())
+                store.set_alias(tracking, name, CHAMPION, candidate)
+        return Rollback(
+            name=name, champion_before=before, champion_after=candidate, skipped=tuple(skipped), check=check
+        )
+    now = f"model {name} has no champion" if before is None else f"version {before} of model {name} is champion"
+    tried = "; ".join(f"version {one.version}: {one.reason}" for one in skipped)
+    raise UserError(
+        f"{now}, and none before it can be gone back to ({tried or 'there was none'}); "
+        f"promote a version with segvit promote {name} VERSION"
+    )
+
+
+def _refused_if_left(
+    tracking: Tracking, version: ModelVersion, champion: Evaluation | None, gate: GateDecision
+) -> GateDecision:
+    left = decisions.why_left(tracking, version.name, version.version)
+    if not left:
+        return gate
+    remedy = f"to have it all the same, run segvit promote {version.name} {version.version}"
+    check = Check(name="not left", passed=False, detail=f"version {version.version} {left}; {remedy}")
+    return verdict(version.evaluation, champion, (*gate.checks, check))
+
+
+def _loaded_check(tracking: Tracking, version: ModelVersion) -> Check:
+    with tempfile.TemporaryDirectory(prefix="segvit-promote-") as scratch:
+        try:
+            folder = model_folder(tracking, ModelReference(version.name, version.version), scratch)
+        except UserError as error:
+            return Check(name="artifact", passed=False, detail=str(error))
+        return reproduces(folder, version.evaluation)
+
+
+def _is_champion(tracking: Tracking, name: str, version: int | None) -> bool:
+    return store.find_alias(tracking, name, CHAMPION) == version
+
+
+def _kept(tracking: Tracking, version: ModelVersion) -> PromotionDecision:
+    kept = f"version {version.version} is the champion already; kept"
+    recorded = store.version_tags(tracking, version.name, version.version).get(decisions.DECISION)
+    if recorded is not None:
+        decision = PromotionDecision.from_json(recorded)
+        if decision.promoted:
+            return decision.model_copy(update={"reason": f"{kept} ({decision.reason})"})
+    return PromotionDecision(
+        name=version.name,
+        version=version.version,
+        promoted=False,
+        reason=kept,
+        checks=(),
+        champion_before=version.version,
+        champion_after=version.version,
+    )

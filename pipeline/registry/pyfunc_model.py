@@ -1,0 +1,135 @@
+"""The registered model as MLflow runs it.
+
+MLflow copies this file into the model, beside the `segvit` package, the reader of image files and the checkpoint,
+and runs the copy to load it. So it knows of neither this package nor its tree, and nothing of ours is pickled.
+
+Arrays give arrays, and files give files, so that what comes back never has to be guessed:
+
+- uint8 RGB images (B, H, W, 3) give label maps (B, H, W) int64; images of several sizes, as an object array of
+  (H, W, 3) arrays or nested lists in JSON, give an object array of (H, W) maps in their order.
+- JPEG or PNG files, as base64 text or bytes, give a list with each image's label map as base64 PNG, whose pixel
+  values are class ids. As JSON integers the map of a 2048 x 1024 image would be 6 MB.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from mlflow.exceptions import MlflowException
+from mlflow.models import set_model
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc.model import PythonModel, PythonModelContext
+from numpy.typing import NDArray
+
+
+class UnusableInputError(MlflowException):  # type: ignore[misc, unused-ignore]
+    """Images that cannot be predicted; a scoring server answers 400 with the reason."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason, error_code=INVALID_PARAMETER_VALUE)
+
+    def serialize_as_json(self) -> str:
+        """The answer's body. The server has put the whole request, megabytes of it, into `self.message`."""
+        return json.dumps({"error_code": self.error_code, "message": str(self)})
+
+
+class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
+    """RGB images of any size to label maps; see the module for the forms they take."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        """Load the checkpoint that lies in the model, onto a GPU where there is one."""
+        import torch
+
+        from segvit.checkpoint import load_checkpoint
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model, metadata = load_checkpoint(context.artifacts["checkpoint"], device=device)
+        self.inference = metadata.get("inference", {})
+        grey = [[value] * 3 for value in range(256)]
+        self.palette: list[list[int]] = metadata.get("palette", grey)
+
+    # Bare np.ndarray: of another type hint MLflow would make a schema, and refuse arrays.
+    def predict(
+        self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
+    ) -> NDArray[Any] | list[str]:
+        """Label maps of images, in their order; raises UnusableInputError naming the first that cannot be used."""
+        given = np.asarray(model_input)
+        if given.ndim == 0:
+            raise UnusableInputError("one image came without its batch; put it into a list")
+        if len(given) == 0:
+            raise UnusableInputError("no image came; give a list of one or more")
+        items = given.tolist() if given.dtype.kind in "US" else list(given)
+        if any(isinstance(item, str | bytes) for item in items):
+            pictures = [_picture(number, item) for number, item in enumerate(items)]
+            return [self._encoded_map(picture) for picture in pictures]
+        return self._maps([_pixels(number, item) for number, item in enumerate(items)])
+
+    def _maps(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[Any]:
+        import torch
+
+        from segvit.inference import predict, predict_batch
+
+        if any(image.shape != images[0].shape for image in images):
+            maps = np.empty(len(images), dtype=object)
+            maps[:] = [predict(self.model, image, **self.inference).cpu().numpy() for image in images]
+            return maps
+        if self.inference:
+            labels = torch.stack([predict(self.model, image, **self.inference) for image in images])
+        else:
+            labels = predict_batch(self.model, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+        batch: NDArray[np.int64] = labels.cpu().numpy()
+        return batch
+
+    def _encoded_map(self, picture: NDArray[np.uint8]) -> str:
+        from segvit.inference import predict
+        from segvit.visualize import palette_image
+
+        labels = predict(self.model, picture, **self.inference).cpu().numpy()
+        buffer = io.BytesIO()
+        palette_image(labels, self.palette).save(buffer, format="PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _picture(number: int, item: Any) -> NDArray[np.uint8]:
+    """The upright RGB pixels (H, W, 3) of a JPEG or PNG file."""
+    # Copied into the model from pipeline.data.decode, so that a file gives the same pixels everywhere.
+    from segvit_decode import DecodeError, decode_image  # type: ignore[import-not-found, unused-ignore]
+
+    if not isinstance(item, str | bytes):
+        raise UnusableInputError(f"image {number} is no base64 text as others are; send all images in one form")
+    if isinstance(item, str):
+        try:
+            # Many encoders break lines.
+            item = base64.b64decode("".join(item.split()), validate=True)
+        except ValueError as error:
+            raise UnusableInputError(f"image {number} is no base64 text of a JPEG or PNG file ({error})") from None
+    try:
+        pixels: NDArray[np.uint8] = decode_image(item)
+    except DecodeError as error:
+        raise UnusableInputError(f"image {number} {error}; send a JPEG or PNG file") from None
+    return pixels
+
+
+def _pixels(number: int, item: Any) -> NDArray[np.uint8]:
+    """An image (H, W, 3) given as uint8 array, or as nested lists of integers, which is what JSON has."""
+    array = np.asarray(item)
+    if array.dtype == object:
+        try:
+            array = np.array(array.tolist())
+        except ValueError:
+            raise UnusableInputError(f"image {number} has rows of different lengths") from None
+        if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
+            array = array.astype(np.uint8)
+    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise UnusableInputError(f"image {number} has shape {array.shape}, not (height, width, 3); send a batch of RGB")
+    if array.dtype != np.uint8:
+        raise UnusableInputError(f"image {number} is {array.dtype} and not of integers from 0 to 255; send uint8 RGB")
+    return array
+
+
+set_model(SegmentationModel())

@@ -1,0 +1,137 @@
+"""What training tells while it runs: progress lines, the history that checkpoints keep, reports of metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline.training.train_checkpoint import TrainState
+from pipeline.training.trainer import TrainJob, WorkerPlace
+
+LOSS_TERMS = ("class", "focal", "dice", "cross_entropy", "auxiliary")
+
+# Takes metrics of rank 0 and, on rank 0, the folder of a checkpoint when there is one.
+Reporter = Callable[[dict[str, Any], Path | None], None]
+
+
+class TrainingLog:
+    """Rank 0 speaks; every rank keeps the same history and reports at the same steps.
+
+    Args:
+        report: receives `step`, `val_miou` (-1 where the step was not validated), the step's other metrics, and as
+            `earlier` a list of rows that no report has carried yet.
+        say: prints a line.
+        report_every_s: rows wait for the next validation, checkpoint or last step, but no longer than this.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        place: WorkerPlace,
+        state: TrainState,
+        report: Reporter,
+        say: Callable[[str], None],
+        report_every_s: float,
+    ) -> None:
+        self.job, self.place, self.state = job, place, state
+        self._report, self._say, self._report_every_s = report, say, report_every_s
+        now = time.monotonic()
+        self._started = self._log_started = self._reported = now
+        self._first_step = self._log_step = state.step
+        self._seconds_before = state.train_seconds
+        self._validating = 0.0
+        self._waiting: list[dict[str, float]] = []
+        self._overdue = False
+
+    def stamp(self) -> None:
+        """Bring the state's training time up to now."""
+        self.state.train_seconds = self._seconds_before + time.monotonic() - self._started
+
+    def log(self, terms: dict[str, Tensor], learning_rate: float) -> None:
+        """Take in a step's loss terms of this rank; a collective call."""
+        self.stamp()
+        now, step, steps = time.monotonic(), self.state.step, self.job.train.steps
+        shared, age = _mean_over_ranks(terms, now - self._reported, self.place)
+        # One clock decides, so that all ranks report together.
+        self._overdue = age >= self._report_every_s
+        row = _summed_terms(shared)
+        row["learning_rate"] = learning_rate
+        row["images_per_s"] = (step - self._log_step) * self.job.train.batch_size / (now - self._log_started)
+        row["seconds"] = self.state.train_seconds
+        self._add(row)
+        pace = (now - self._started - self._validating) / (step - self._first_step)
+        if self.place.rank == 0:
+            self._say(_progress_line(self.job.variant, step, steps, row, pace * (steps - step)))
+        self._log_started, self._log_step = time.monotonic(), step
+
+    def validated(self, miou: float, seconds: float) -> None:
+        """Take in a validation that took so long."""
+        self._validating += seconds
+        self._log_started += seconds
+        self.state.val_miou = miou
+        self.state.best_miou = max(self.state.best_miou, miou)
+        self._add({"val_miou": miou})
+        if self.place.rank == 0:
+            self._say(
+                f"{self.job.variant}  step {self.state.step}/{self.job.train.steps}  val mIoU {miou:.4f}  "
+                f"best {self.state.best_miou:.4f}"
+            )
+
+    def report(self, *, saved: bool, folder: Path | None) -> None:
+        """Report what waits, if this step has a checkpoint or a validation, or the rows have waited long enough."""
+        state = self.state
+        validated = bool(self._waiting) and "val_miou" in self._waiting[-1]
+        if not (saved or validated or self._overdue):
+            return
+        now = [row for row in self._waiting if row["step"] == state.step]
+        earlier = [row for row in self._waiting if row["step"] != state.step]
+        # A checkpoint between validations never counts as the best one.
+        metrics: dict[str, Any] = {"val_miou": -1.0}
+        for row in now:
+            metrics |= row
+        metrics["step"] = float(state.step)
+        if earlier:
+            metrics["earlier"] = earlier
+        self._waiting.clear()
+        self._overdue, self._reported = False, time.monotonic()
+        self._report(metrics, folder)
+
+    def _add(self, row: dict[str, float]) -> None:
+        row = {"step": self.state.step, **row}
+        self.state.history.append(row)
+        self._waiting.append(row)
+
+
+def _mean_over_ranks(terms: dict[str, Tensor], age_s: float, place: WorkerPlace) -> tuple[dict[str, float], float]:
+    """The terms' means over all ranks, and rank 0's `age_s`."""
+    own_age = age_s if place.rank == 0 else 0.0
+    values = [value.float() for value in terms.values()]
+    stacked = torch.stack([*values, torch.tensor(own_age, device=values[0].device)])
+    if place.world_size > 1:
+        dist.all_reduce(stacked)
+    *sums, age = stacked.tolist()
+    return {name: value / place.world_size for name, value in zip(terms, sums, strict=True)}, age
+
+
+def _summed_terms(terms: dict[str, float]) -> dict[str, float]:
+    """The final prediction's terms, all auxiliary ones in one sum, and the total."""
+    row = {name: value for name, value in terms.items() if not name.startswith("auxiliary.")}
+    row["auxiliary"] = sum(value for name, value in terms.items() if name.startswith("auxiliary."))
+    return row
+
+
+def _progress_line(variant: str, step: int, steps: int, row: dict[str, float], seconds_left: float) -> str:
+    minutes, seconds = divmod(round(seconds_left), 60)
+    hours, minutes = divmod(minutes, 60)
+    eta = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    terms = "  ".join(f"{name} {row[name]:.3f}" for name in LOSS_TERMS if name in row)
+    return (
+        f"{variant}  step {step}/{steps}  loss {row['total']:.3f} ({terms})  "
+        f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.1f} images/s  ETA {eta}"
+    )

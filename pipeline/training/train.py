@@ -1,0 +1,312 @@
+"""Training on Ray Train: workers run the loop of pipeline.training.loop, Ray restarts and resumes them.
+
+Ray retries what may pass: a process that dies, a node that goes, a collective that breaks. What a person has to
+mend (UserError: bad data, a non-finite loss) ends the run at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+import ray.train
+import ray.train.collective
+import ray.train.torch
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+
+from pipeline import storage
+from pipeline.config import RuntimeConfig
+from pipeline.data.shard_check import check_shard_set
+from pipeline.engine.tracking import MetricLog
+from pipeline.errors import UserError, root_cause
+from pipeline.records import Checkpoint
+from pipeline.training.loop import run_training
+from pipeline.training.train_checkpoint import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
+from pipeline.training.train_run import (
+    SavedCheckpoint,
+    chosen_checkpoint,
+    listed_checkpoints,
+    mend_run,
+    usable_checkpoints,
+)
+from pipeline.training.trainer import TrainJob, WorkerPlace
+
+REPORT_EVERY_S = 5.0
+MAX_WAITING_CHECKPOINTS = 2
+# So often at most, for a run that ends with a damaged checkpoint, or whose leading process dies.
+MAX_FITS = 3
+
+
+class MetricsToTracking(UserCallback):
+    """Logs what rank 0 reports; it runs in the controller, on the machine that reaches the tracking server.
+
+    Args:
+        log: the MLflow run.
+        logged_step: the last step that it has already; a resumed run passes some steps a second time.
+    """
+
+    def __init__(self, log: MetricLog, logged_step: int = 0) -> None:
+        self.log = log
+        self.logged_step = logged_step
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Log the metrics of rank 0 at their steps."""
+        reported = dict(metrics[0])
+        for row in [*reported.pop("earlier", []), reported]:
+            step = int(row["step"])
+            values = {name: value for name, value in row.items() if name != "step"}
+            if values.get("val_miou", 0.0) < 0:
+                del values["val_miou"]
+            if step > self.logged_step and values:
+                self.log.metrics(values, step)
+                self.logged_step = step
+
+
+class StopOnUserError(UserCallback):
+    """Ends the run, whatever `max_failures` says, for what a person has to mend: it would only come again."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the one kind of error that Ray Train does not retry."""
+        for error in worker_exceptions.values():
+            cause = root_cause(error)
+            if isinstance(cause, UserError):
+                raise ray.train.ControllerError(cause)
+
+
+def scaling(runtime: RuntimeConfig, cpus: float | None = None) -> ScalingConfig:
+    """The workers of one training run, as Ray counts them; `cpus` a worker other than `cpus_per_worker`."""
+    resources: dict[str, float] = {"CPU": runtime.cpus_per_worker if cpus is None else cpus}
+    use_gpu = wants_gpu(runtime)
+    if use_gpu:
+        resources["GPU"] = 1
+    return ScalingConfig(
+        # Ray's type stubs know no range.
+        num_workers=runtime.num_workers,  # type: ignore[arg-type]
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+    )
+
+
+def wants_gpu(runtime: RuntimeConfig) -> bool:
+    """`use_gpu`, or whether the cluster has a GPU where it is left open; raises UserError for one it lacks."""
+    has_gpu = ray.cluster_resources().get("GPU", 0) > 0  # type: ignore[no-untyped-call]
+    if runtime.use_gpu and not has_gpu:
+        raise UserError("runtime.use_gpu is true but this cluster has no GPU; set it to false or add GPU workers")
+    return has_gpu if runtime.use_gpu is None else runtime.use_gpu
+
+
+def train_worker(loop_config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs: the `job`; it resumes from the run's last whole checkpoint.
+
+    Rows of metrics wait for one another up to `report_every_s`, if that is given.
+    """
+    # Ray would print every report a second time, by loggers that bear the names of its files.
+    for name in ("ray.train", None):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    job = TrainJob.model_validate(loop_config["job"])
+    context = ray.train.get_context()
+    place = WorkerPlace(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
+    run_storage = context.get_storage()
+    run_uri = _run_uri(run_storage)
+    with tempfile.TemporaryDirectory(prefix="segvit-train-") as work:
+        uploads = _Uploads(run_storage, Path(work) / "saved")
+        try:
+            run_training(
+                job,
+                place,
+                uploads.report if job.save_checkpoints else _report_now,
+                resume_from=_resume_folder(job, run_uri, place.rank, Path(work)),
+                work_folder=uploads.folder,
+                run_uri=run_uri,
+                report_every_s=loop_config.get("report_every_s", 0.0),
+            )
+        finally:
+            # After an error, too: no upload may lose its files, and its own error would hide the first one.
+            uploads.wait(0)
+
+
+def _run_uri(run_storage: Any) -> str:
+    path, scheme = str(run_storage.experiment_fs_path), str(run_storage.storage_filesystem.type_name)
+    return path if scheme == "local" else f"{scheme}://{path}"
+
+
+def _report_now(metrics: dict[str, Any], _folder: Path | None) -> None:
+    ray.train.report(metrics)
+
+
+class _Uploads:
+    """Reports in the background: neither a slow upload nor Ray's slow collection of reports stops training.
+
+    Args:
+        run_storage: Ray's own.
+        folder: where checkpoints are written; one is removed as soon as it is uploaded.
+    """
+
+    def __init__(self, run_storage: Any, folder: Path) -> None:
+        self.folder = folder
+        self._storage = run_storage
+        self._num_waiting = 0
+        self._uploaded = threading.Condition()
+
+    def report(self, metrics: dict[str, Any], folder: Path | None) -> None:
+        """Hand over metrics and a checkpoint folder."""
+        checkpoint = None
+        if folder is not None:
+            self.wait(MAX_WAITING_CHECKPOINTS - 1)
+            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+        ray.train.report(
+            metrics,
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            delete_local_checkpoint_after_upload=False,
+            checkpoint_upload_fn=self._upload,
+        )
+        if folder is not None:
+            # Only now: a report that fails uploads nothing, and one that is quick has taken its count off before.
+            with self._uploaded:
+                self._num_waiting += 1
+
+    def wait(self, num_waiting: int) -> None:
+        """Wait until at most so many checkpoints are not uploaded; Ray ends this process where an upload fails."""
+        with self._uploaded:
+            self._uploaded.wait_for(lambda: self._num_waiting <= num_waiting)
+
+    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        # Ray may try again with the same folder, so it goes only after success.
+        uploaded: ray.train.Checkpoint = self._storage.persist_current_checkpoint(checkpoint, name)
+        shutil.rmtree(checkpoint.path, ignore_errors=True)
+        with self._uploaded:
+            self._num_waiting -= 1
+            self._uploaded.notify_all()
+        return uploaded
+
+
+def _resume_folder(job: TrainJob, run_uri: str, rank: int, work: Path) -> Path | None:
+    """A local folder of the run's last whole checkpoint, the same one on all ranks; None: from the start."""
+    uri = None
+    if rank == 0:
+        # Whether the best one is still there matters only when one is published.
+        usable = usable_checkpoints(run_uri, listed_checkpoints(run_uri) or (), "last")
+        uri = usable[-1].uri if usable else None
+        if usable:
+            print(f"{job.variant}  goes on after step {usable[-1].step}", flush=True)
+    uri = ray.train.collective.broadcast_from_rank_zero(uri)
+    if uri is None:
+        return None
+    return storage.fetch_folder(uri, work / "resumed")
+
+
+def train_variant(job: TrainJob, *, run_name: str, storage_uri: str, target_uri: str, log: MetricLog) -> Checkpoint:
+    """Train `job` on the cluster and publish the chosen checkpoint to `target_uri`.
+
+    A run that was trained to its end before is only published.
+
+    Args:
+        job: what to train.
+        run_name: Ray Train's run name; the same name under the same storage resumes.
+        storage_uri: where Ray Train keeps its checkpoints while it runs.
+        target_uri: folder to publish to.
+        log: where metrics go.
+
+    Raises:
+        UserError: training failed; the message is the worker's own cause in one line.
+    """
+    run_uri = storage.join(storage_uri, run_name)
+    for fits_left in reversed(range(MAX_FITS + 1)):
+        saved = mend_run(run_uri, job.train.keep)
+        logged_step = _fill_metrics(log, saved[-1]) if saved else 0
+        if saved and saved[-1].step == job.train.steps:
+            return publish_checkpoint(job, saved, target_uri)
+        if not fits_left:
+            break
+        # Here, not in the workers: none of them waits in a collective for another one's check.
+        check_shard_set(job.shard_set, ["train", "val"], say=print)
+        try:
+            _fit(job, run_name, storage_uri, MetricsToTracking(log, logged_step))
+        except ray.exceptions.RayActorError as error:
+            print(f"{job.variant}  the process that leads the workers died ({type(error).__name__})", flush=True)
+    raise UserError(
+        f"training of {job.variant} ended {MAX_FITS} times without a whole last checkpoint in {run_uri}; "
+        "look for a full or failing disk, or for processes killed for want of memory"
+    )
+
+
+def _fit(job: TrainJob, run_name: str, storage_uri: str, metrics: MetricsToTracking) -> None:
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job.model_dump(mode="json"), "report_every_s": REPORT_EVERY_S},
+        scaling_config=scaling(job.runtime),
+        # Ray's type stubs know only the former RunConfig.
+        run_config=RunConfig(  # type: ignore[call-arg]
+            name=run_name,
+            storage_path=storage_uri,
+            # The best ones, and always the last.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=job.train.keep_checkpoints, checkpoint_score_attribute="val_miou"
+            ),
+            failure_config=FailureConfig(max_failures=job.runtime.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[metrics, StopOnUserError()],  # type: ignore[list-item]
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        cause = root_cause(getattr(error, "controller_failure", error))
+        raise UserError(f"training of {job.variant} failed: {cause}") from error
+
+
+def _fill_metrics(log: MetricLog, last: SavedCheckpoint) -> int:
+    """Log what a run lacks of the history before a checkpoint; the last step that it has then."""
+    try:
+        client = log.tracking.client()
+        known = {
+            name: {metric.step for metric in client.get_metric_history(log.run_id, name)}
+            for name in ("learning_rate", "val_miou")
+        }
+        rows = [row for row in _history(last) if int(row["step"]) not in known[_row_kind(row)]]
+        log.tracking.log_history(log.run_id, rows)
+        return max([last.step, *known["learning_rate"], *known["val_miou"]])
+    except Exception as error:
+        logging.getLogger(__name__).warning("the metrics before step %d were not logged: %s", last.step, error)
+        return last.step
+
+
+def _row_kind(row: Mapping[str, float]) -> str:
+    return "val_miou" if "val_miou" in row else "learning_rate"
+
+
+def _history(checkpoint: SavedCheckpoint) -> list[dict[str, float]]:
+    lines = storage.read_bytes(storage.join(checkpoint.uri, HISTORY_FILE)).decode().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def publish_checkpoint(job: TrainJob, saved: Sequence[SavedCheckpoint], target_uri: str) -> Checkpoint:
+    """Publish the best or the last checkpoint of a finished run, as `train.keep` says, with the whole history."""
+    chosen, last = chosen_checkpoint(saved, job.train.keep), saved[-1]
+    with tempfile.TemporaryDirectory(prefix="segvit-publish-") as scratch:
+        folder = Path(scratch) / "checkpoint"
+        folder.mkdir()
+        for source, name in ((chosen, WEIGHTS_FILE), (chosen, CONFIG_FILE), (last, HISTORY_FILE)):
+            fetched = storage.fetch_file(storage.join(source.uri, name), scratch)
+            (folder / name).write_bytes(fetched.read_bytes())
+        digest = storage.file_digest(str(folder / WEIGHTS_FILE))
+        storage.publish_folder(folder, target_uri)
+    return Checkpoint(
+        variant=job.variant,
+        uri=target_uri,
+        digest=digest,
+        step=chosen.step,
+        miou=chosen.val_miou,
+        history_uri=storage.join(target_uri, HISTORY_FILE),
+        train_seconds=last.train_seconds,
+    )

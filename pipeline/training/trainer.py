@@ -1,0 +1,229 @@
+"""One training worker: model, optimizer, one optimizer step, validation, checkpoints. Pure torch, without Ray.
+
+B images of one micro-batch, H W crop pixels. A step is one optimizer step over `batch_size` images, split over
+ranks and accumulation steps; the loss and its gradient equal those of one process that sees the whole batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import segvit
+from pipeline import storage
+from pipeline.config import LossConfig, LossKind, RuntimeConfig, TrainConfig
+from pipeline.data.loader import Batch, EvalLoader, TrainLoader
+from pipeline.evaluation.scoring import confusion_of_split
+from pipeline.records import BackboneRecord, Record, ShardSet
+from pipeline.training.non_finite import FiniteWatch
+from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
+from segvit.localize import localize_upsampling
+from segvit.metrics import segmentation_metrics
+from segvit.optim import parameter_groups, poly_lambda
+from segvit.pretrained import load_backbone_state, read_file
+
+LOCALIZE_IMAGES = 48
+
+
+class TrainJob(Record):
+    """All that a training worker needs, serialisable.
+
+    Attributes:
+        model: a ModelConfig as a dictionary.
+        max_val_samples: validation looks at this many samples at most (None: all).
+        save_checkpoints: False for search trials, which are thrown away.
+    """
+
+    variant: str
+    model: dict[str, Any]
+    loss_kind: LossKind = "mask"
+    localize_upsampling: bool
+    shard_set: ShardSet
+    backbone: BackboneRecord
+    loss: LossConfig
+    train: TrainConfig
+    runtime: RuntimeConfig
+    max_val_samples: int | None = None
+    save_checkpoints: bool = True
+
+
+class WorkerPlace(NamedTuple):
+    """Which worker this is, among how many, on which device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+class Trainer:
+    """One worker's model, optimizer and data stream.
+
+    Args:
+        job: what to train.
+        place: rank, world size and device.
+        resume_from: folder of a checkpoint this trainer wrote, or None.
+    """
+
+    def __init__(self, job: TrainJob, place: WorkerPlace, resume_from: Path | None = None) -> None:
+        self.job = job
+        self.place = place
+        self.state = TrainState()
+        self.watch = FiniteWatch(place.device)
+        torch.manual_seed(job.train.seed)
+        self.model = build_job_model(job).to(place.device)
+        self.loss = build_loss(job)
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(
+                self.model,
+                learning_rate=job.train.learning_rate,
+                weight_decay=job.train.weight_decay,
+                decoder_lr_multiplier=job.train.decoder_lr_multiplier,
+            ),
+            betas=(0.9, 0.999),
+        )
+        self.rate_factor = poly_lambda(job.train.warmup_steps, job.train.steps, job.train.poly_power)
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        if job.localize_upsampling and resume_from is None:
+            self._localize_upsampling()
+        # Same initial weights everywhere, different dropout on each rank.
+        torch.manual_seed(job.train.seed + 7919 * (place.rank + 1))
+        if resume_from is not None:
+            self.state = load_training(resume_from, self.model, self.optimizer, place.rank, place.device)
+        self.forward = self._distributed_forward()
+
+    def _localize_upsampling(self) -> None:
+        # The same images on every rank, so that all start from the same weights.
+        job = self.job
+        batches = TrainLoader(
+            job.shard_set,
+            crop=(job.model["image_size"][0], job.model["image_size"][1]),
+            augmentation=job.train.augmentation,
+            seed=job.train.seed,
+            global_batch_size=LOCALIZE_IMAGES,
+        )
+        images = next(iter(batches)).images.to(self.place.device)
+        localize_upsampling(self.model, self.model.normalize(images))
+
+    def _distributed_forward(self) -> nn.Module:
+        forward: nn.Module = self.model
+        if self.place.world_size > 1:
+            device_ids = [self.place.device] if self.place.device.type == "cuda" else None
+            forward = nn.parallel.DistributedDataParallel(self.model, device_ids=device_ids)
+        if self.job.runtime.compile:
+            forward = torch.compile(forward)  # type: ignore[assignment]
+        return forward
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """bf16 autocast where the job asks for it."""
+        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.job.train.precision == "bf16")
+
+    def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:
+        """One optimizer step over this rank's micro-batches; returns this rank's weighted loss terms, detached."""
+        factor = self.rate_factor(self.state.step)
+        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = rate * factor
+        self.model.train()
+        labels = [batch.labels.to(self.place.device, non_blocking=True).long() for batch in batches]
+        normalizer = self._global_normalizer(labels)
+        terms: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            images = self.model.normalize(batch.images.to(self.place.device, non_blocking=True))
+            with self._no_sync_unless(index == len(batches) - 1):
+                with self.autocast():
+                    output = self.forward(images)
+                losses = self.loss(output, labels[index], normalizer=normalizer)
+                losses["total"].backward()
+            for name, value in losses.items():
+                terms[name] = terms[name] + value.detach() if name in terms else value.detach()
+        # Of the gradient that all ranks share: the same number everywhere.
+        gradient_norm = nn.utils.clip_grad_norm_(self._trainable(), self.job.train.gradient_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.watch.note(self.state.step, terms, gradient_norm)
+        return terms
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _no_sync_unless(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        if last or self.place.world_size == 1:
+            return contextlib.nullcontext()
+        # torch.compile's wrapper passes attributes of the DDP module through.
+        return self.forward.no_sync()  # type: ignore[operator,no-any-return]
+
+    def _global_normalizer(self, labels: list[Tensor]) -> Any:
+        parts = [self.loss.normalizer(label) for label in labels]
+        total = torch.stack([torch.stack(list(part)) for part in parts]).sum(0)
+        if self.place.world_size > 1:
+            dist.all_reduce(total)
+        total = total / self.place.world_size
+        return type(parts[0])(*total)
+
+    @property
+    def decoder_rate(self) -> float:
+        """The highest learning rate of the last step, which is the decoder's."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def validate(self) -> float:
+        """mIoU on the val split, over all ranks."""
+        loader = EvalLoader(
+            self.job.shard_set,
+            split="val",
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+            num_workers=self.job.runtime.loader_workers,
+            max_samples=self.job.max_val_samples,
+        )
+        with self.autocast():
+            confusion = confusion_of_split(self.model, loader, self.place.device)
+        matrix = torch.from_numpy(confusion.matrix)
+        if self.place.world_size > 1:
+            matrix = matrix.to(self.place.device)
+            dist.all_reduce(matrix)
+        return float(segmentation_metrics(matrix.cpu().numpy()).miou)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint to the new folder, from rank 0; a collective call."""
+        rng = gather_rng(self.place.world_size, self.place.device)
+        if self.place.rank:
+            return
+        manifest = storage.read_json(storage.join(self.job.shard_set.uri, "manifest.json"))
+        metadata = {
+            "variant": self.job.variant,
+            "step": self.state.step,
+            "data_digest": self.job.shard_set.digest,
+            "class_names": manifest["classes"],
+            "palette": manifest["palette"],
+        }
+        save_training(folder, self.model, self.optimizer, self.state, rng, metadata)
+
+
+def build_loss(job: TrainJob) -> segvit.SegmentationLoss | segvit.SemanticCrossEntropy:
+    """The loss that the job's variant is trained with."""
+    if job.loss_kind == "cross_entropy":
+        return segvit.SemanticCrossEntropy(job.shard_set.num_classes)
+    return segvit.SegmentationLoss(
+        num_classes=job.shard_set.num_classes,
+        class_weight=job.loss.class_weight,
+        focal_weight=job.loss.focal_weight,
+        dice_weight=job.loss.dice_weight,
+        count_ignored_as_background=job.loss.count_ignored_as_background,
+    )
+
+
+def build_job_model(job: TrainJob) -> segvit.SegViT:
+    """The job's model with the job's backbone weights and frozen blocks."""
+    model = segvit.build_model(segvit.ModelConfig.from_dict(job.model), num_classes=job.shard_set.num_classes)
+    if job.backbone.uri is not None:
+        with tempfile.TemporaryDirectory(prefix="segvit-backbone-") as folder:
+            load_backbone_state(model, read_file(storage.fetch_file(job.backbone.uri, folder)))
+    if job.train.freeze_blocks:
+        model.freeze_blocks(job.train.freeze_blocks)
+    return model

@@ -1,0 +1,162 @@
+"""Decoding: every colour mode to RGB, label maps as they are, and damage named."""
+
+from __future__ import annotations
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from pipeline.data import decode
+from pipeline.data.decode import DecodeError, decode_image, decode_label, encode_png, open_image, orient_label
+
+
+def encoded(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def test_decode_image__every_mode_becomes_rgb() -> None:
+    colour = Image.new("RGB", (3, 2), (10, 200, 30))
+    palette = Image.new("P", (3, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    for image in (colour, palette, colour.convert("RGBA")):
+        decoded = decode_image(encoded(image))
+        assert decoded.shape == (2, 3, 3)
+        assert (decoded == (10, 200, 30)).all()
+    assert (decode_image(encoded(Image.new("L", (3, 2), 77))) == 77).all()
+    assert (decode_image(encoded(Image.new("1", (3, 2), 1))) == 255).all()
+    deep = Image.fromarray(np.full((2, 3), 0x80FF, dtype=np.uint16))
+    assert (decode_image(encoded(deep)) == 0x80).all()
+    cmyk = decode_image(encoded(colour.convert("CMYK"), "JPEG", quality=95))
+    np.testing.assert_allclose(cmyk[0, 0], (10, 200, 30), atol=6)
+
+
+def test_open_image__suffix_is_the_formats_and_exif_turns_upright() -> None:
+    wide = Image.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 16, axis=1).repeat(8, axis=0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows are columns
+    image, suffix = open_image(encoded(wide, "JPEG", exif=exif, quality=95))
+    assert (suffix, image.size, image.mode) == ("jpg", (8, 32), "RGB")
+    assert np.asarray(image)[2, 2, 0] < 30
+    assert np.asarray(image)[-2, 2, 0] > 225
+    assert open_image(encode_png(np.zeros((2, 2), np.uint8)))[1] == "png"
+
+
+def test_decode_label__grey_palette_and_sixteen_bit() -> None:
+    ids = np.array([[0, 1, 255], [7, 8, 9]], dtype=np.uint8)
+    np.testing.assert_array_equal(decode_label(encode_png(ids)), ids)
+    palette = Image.frombytes("P", (3, 2), ids.tobytes())
+    palette.putpalette([200, 3, 9] * 256)
+    np.testing.assert_array_equal(decode_label(encoded(palette)), ids)
+    deep = np.array([[0, 65535, 300]], dtype=np.uint16)
+    np.testing.assert_array_equal(decode_label(encoded(Image.fromarray(deep))), deep)
+
+
+def turned(orientation: int, height: int = 16, width: int = 24) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+    return encoded(image, "JPEG", exif=exif, quality=95)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif__image_and_stored_label_are_turned_alike(orientation: int) -> None:
+    data = turned(orientation)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(decode_image(data), expected)
+    label = np.arange(16 * 24, dtype=np.uint8).reshape(16, 24)
+    moved = orient_label(data, label)
+    if orientation < 5:
+        # Both sizes fit: the label map is taken to lie on the upright image.
+        np.testing.assert_array_equal(moved, label)
+    else:
+        marked = Image.fromarray(label)
+        marked.getexif()[0x0112] = orientation
+        np.testing.assert_array_equal(moved, np.asarray(ImageOps.exif_transpose(marked)))
+        upright = np.zeros((24, 16), dtype=np.uint8)
+        assert orient_label(data, upright) is upright
+    assert orient_label(data, label[:3]).shape == (3, 24)
+
+
+def test_exif__square_or_damaged_says_nothing_of_the_label() -> None:
+    label = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert orient_label(turned(6, 16, 16), label) is label
+    assert orient_label(b"no image", label) is label
+    data = turned(6)
+    place = data.index(b"Exif")
+    damaged = data[: place + 6] + bytes(255 - value for value in data[place + 6 : place + 30]) + data[place + 30 :]
+    assert decode_image(damaged).shape == (16, 24, 3)
+    assert orient_label(damaged, np.zeros((16, 24), np.uint8)).shape == (16, 24)
+
+
+def test_open_image__camera_files_with_several_pictures_are_jpeg() -> None:
+    first, second = Image.new("RGB", (16, 8), (200, 10, 10)), Image.new("RGB", (16, 8), (10, 10, 200))
+    data = encoded(first, "MPO", save_all=True, append_images=[second])
+    image, suffix = open_image(data)
+    assert suffix == "jpg"
+    np.testing.assert_allclose(np.asarray(image)[4, 8], (200, 10, 10), atol=4)
+
+
+def test_max_pixels__refused_before_the_pixels_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode_png(np.zeros((100, 100), np.uint8))
+    monkeypatch.setattr(decode, "MAX_PIXELS", 9_999)
+    for read in (decode_image, decode_label):
+        with pytest.raises(DecodeError, match="has 100x100 pixels, more than the 9999 allowed"):
+            read(data)
+
+
+def test_max_pixels__a_head_that_says_more_than_the_file_can_hold() -> None:
+    bomb = bytearray(encode_png(np.zeros((10, 10), np.uint8)))
+    for size, message in ((60_000, "cannot be decoded"), (8_000, r"says 8000x8000 pixels, which \d+ bytes cannot")):
+        bomb[16:24] = size.to_bytes(4, "big") * 2
+        bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+        with pytest.raises(DecodeError, match=message):
+            open_image(bytes(bomb))
+    # What compresses best and is honest: one bit a pixel, all the same.
+    flat = Image.new("P", (4096, 4096))
+    flat.putpalette([0, 0, 0, 255, 255, 255])
+    assert decode_label(encoded(flat, bits=1)).shape == (4096, 4096)
+
+
+def test_decode_label__other_lossless_formats_and_low_bit_palettes() -> None:
+    ids = np.array([[0, 1, 2], [3, 2, 1]], dtype=np.uint8)
+    for image_format in ("TIFF", "BMP", "GIF"):
+        np.testing.assert_array_equal(decode_label(encoded(Image.fromarray(ids), image_format)), ids)
+    palette = Image.frombytes("P", (3, 2), ids.tobytes())
+    palette.putpalette([9, 9, 9, 200, 3, 9, 1, 1, 1, 250, 0, 0])
+    data = encoded(palette, bits=2)
+    assert data[24] == 2
+    np.testing.assert_array_equal(decode_label(data), ids)
+
+
+def test_decode_label__ambiguous_or_lossy_files_are_refused() -> None:
+    with pytest.raises(DecodeError, match="is JPEG, which cannot hold class ids; save it as PNG"):
+        decode_label(encoded(Image.new("L", (8, 8)), "JPEG"))
+    with pytest.raises(DecodeError, match="is greyscale of 1 bits, which may mean two ids; save it with 8 bits"):
+        decode_label(encoded(Image.new("1", (8, 8))))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", r"cannot be decoded \(unknown format\)"),
+        (b"GIF87a nonsense", "cannot be decoded"),
+        (encode_png(np.zeros((64, 64), np.uint8))[:60], "cannot be decoded"),
+        (encoded(Image.new("RGB", (4, 4)), "BMP"), "is BMP, neither JPEG nor PNG"),
+        (encoded(Image.new("F", (4, 4)), "TIFF"), "is TIFF, neither"),
+    ],
+)
+def test_open_image__damage(data: bytes, message: str) -> None:
+    with pytest.raises(DecodeError, match=message):
+        open_image(data)
+
+
+def test_decode_label__colour_is_refused() -> None:
+    with pytest.raises(DecodeError, match="is a RGB picture, not a map of class ids with one channel"):
+        decode_label(encoded(Image.new("RGB", (2, 2))))

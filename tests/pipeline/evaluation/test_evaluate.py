@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segvit
+from pipeline.config import EvaluateConfig, InferenceConfig, RuntimeConfig
+from pipeline.evaluation.evaluate import evaluate_part, write_evaluation_folder
+from pipeline.records import ShardSet
+from pipeline.training.trainer import TrainJob, build_job_model
+from segvit.metrics import ConfusionMatrix
+
+NAMES = [str(digit) for digit in range(10)] + ["background"]
+PALETTE = [[20 * index, 255 - 20 * index, 128] for index in range(11)]
+
+
+@pytest.fixture
+def checkpoint(make_job: Callable[..., TrainJob], tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = build_job_model(make_job())
+    with torch.no_grad():  # far enough from the initialisation that predictions vary over the image
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    segvit.save_checkpoint(tmp_path / "checkpoint", model, {"class_names": NAMES, "palette": PALETTE})
+    return tmp_path / "checkpoint"
+
+
+def test_evaluate_part__parts_add_up_to_the_whole(checkpoint: Path, digits_shards: ShardSet) -> None:
+    config, runtime = EvaluateConfig(num_examples=2, latency_repeats=1), RuntimeConfig()
+    whole = evaluate_part(str(checkpoint), digits_shards, config, (48, 64), 0, 1, runtime)
+    parts = [evaluate_part(str(checkpoint), digits_shards, config, (48, 64), rank, 4, runtime) for rank in range(4)]
+    merged = ConfusionMatrix(11)
+    for part in parts:
+        merged.merge(part.confusion)
+    assert (merged.matrix == whole.confusion.matrix).all()
+    assert merged.matrix.sum() == 6 * 96 * 96
+    assert sorted(score.key for part in parts for score in part.scores) == sorted(score.key for score in whole.scores)
+    assert len(whole.scores) == 6
+    counts = {one.key: one for part in parts for one in part.counts}
+    assert sum(one.intersection.sum() for one in counts.values()) == np.diag(whole.confusion.matrix).sum()
+    for one in whole.counts:
+        assert (one.labelled == counts[one.key].labelled).all()
+        assert one.labelled.sum() == one.predicted.sum() == 96 * 96
+    assert whole.latency_ms > 0
+    assert all(np.isnan(part.latency_ms) for part in parts[1:])
+
+
+def test_evaluate_part__keeps_the_best_and_the_worst(checkpoint: Path, digits_shards: ShardSet) -> None:
+    config = EvaluateConfig(num_examples=2, latency_repeats=1)
+    part = evaluate_part(str(checkpoint), digits_shards, config, (48, 64), 0, 1, RuntimeConfig())
+    ranked = sorted(part.scores, key=lambda score: score.miou)
+    assert {example.score.miou for example in part.worst} == {score.miou for score in ranked[:2]}
+    assert {example.score.miou for example in part.best} == {score.miou for score in ranked[-2:]}
+    model, _ = segvit.load_checkpoint(checkpoint)
+    for example in part.probe:
+        assert (segvit.predict(model, example.image).numpy() == example.predicted).all()
+
+
+def test_evaluate_part__predicts_as_configured(checkpoint: Path, digits_shards: ShardSet) -> None:
+    inference = InferenceConfig(mode="slide", crop=(48, 64), stride=(32, 32), scales=(1.0, 1.5), flip=True)
+    config = EvaluateConfig(num_examples=1, latency_repeats=1, inference=inference)
+    part = evaluate_part(str(checkpoint), digits_shards, config, (48, 64), 0, 1, RuntimeConfig())
+    model, _ = segvit.load_checkpoint(checkpoint)
+    options = inference.options()
+    assert options == {"mode": "slide", "crop": [48, 64], "stride": [32, 32], "scales": [1.0, 1.5], "flip": True}
+    [first, *_] = part.probe
+    expected = segvit.predict(model, first.image, **options).numpy()
+    assert (first.predicted == expected).all()
+    assert (segvit.predict(model, first.image).numpy() != expected).any()
+
+
+def test_write_evaluation_folder__files_hold_what_was_counted(
+    checkpoint: Path, digits_shards: ShardSet, tmp_path: Path
+) -> None:
+    config = EvaluateConfig(num_examples=1, latency_repeats=1)
+    part = evaluate_part(str(checkpoint), digits_shards, config, (48, 64), 0, 1, RuntimeConfig())
+    examples = {"best": part.best, "worst": part.worst}
+    (tmp_path / "out").mkdir()
+    write_evaluation_folder(
+        tmp_path / "out", part.confusion, part.scores, examples, part.probe, class_names=NAMES, palette=PALETTE
+    )
+    confusion = json.loads((tmp_path / "out" / "confusion.json").read_text())
+    assert np.array(confusion["matrix"]).sum() == 6 * 96 * 96
+    listed = json.loads((tmp_path / "out" / "examples.json").read_text())
+    assert [one["kind"] for one in listed] == ["best", "worst"]
+    for one in listed:
+        for picture in ("image", "truth", "prediction"):
+            with Image.open(tmp_path / "out" / one[picture]) as image:
+                assert image.size == (96, 96)
+    labels = np.load(tmp_path / "out" / "probe" / "labels.npy", allow_pickle=False)
+    assert (labels == np.stack([example.predicted for example in part.probe])).all()

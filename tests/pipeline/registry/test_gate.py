@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.config import PromotionPolicy
+from pipeline.errors import UserError
+from pipeline.registry.gate import decide
+
+
+def test_decide__first_champion_has_nothing_to_beat(trained: Any) -> None:
+    gate = decide(trained.scored(0.1234), None, PromotionPolicy(max_regression=0.0, protected_classes=("pole",)))
+    assert gate.promoted
+    assert gate.reason == "promoted: mIoU 0.1234, the first champion; 1 checks passed"
+    assert [check.name for check in gate.checks] == ["minimum mIoU"]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "policy", "reason"),
+    [
+        ({"miou": 0.39}, {"min_miou": 0.4, "max_regression": 0.5}, "mIoU 0.3900, minimum 0.4000"),
+        ({"data_digest": "f" * 64}, {}, "scored on data ffffffff, the champion on dddddddd: not comparable"),
+        ({"miou": 0.479}, {"max_regression": 0.02}, "mIoU 0.4790, the champion's 0.5000, tolerance 0.0200"),
+        (
+            {"per_class_iou": (0.9, 0.9, 0.09)},
+            {"protected_classes": ("road", "pole"), "max_class_regression": 0.1},
+            "pole: IoU 0.0900, the champion's 0.2000, tolerance 0.1000",
+        ),
+        ({"per_class_iou": (0.9, 0.9, None)}, {"protected_classes": ("pole",)}, "pole: no IoU, the champion's 0.2000"),
+        ({}, {"max_gflops": 1.4}, "GFLOPs 1.5, at most 1.4"),
+        ({}, {"max_parameters": 4_999_999}, "parameters 5,000,000, at most 4,999,999"),
+        ({}, {"max_latency_ms": 11.5}, "latency ms 12, at most 11.5"),
+    ],
+)
+def test_decide__refuses_for_each_reason_alone(
+    trained: Any, candidate: dict[str, Any], policy: dict[str, Any], reason: str
+) -> None:
+    gate = decide(trained.evaluation.model_copy(update=candidate), trained.evaluation, PromotionPolicy(**policy))
+    assert not gate.promoted
+    assert gate.reason == f"refused: {reason}"
+    assert [check.detail for check in gate.checks if not check.passed] == [reason]
+
+
+def test_decide__names_all_reasons_at_once(trained: Any) -> None:
+    policy = PromotionPolicy(min_miou=0.45, max_gflops=1.0)
+    gate = decide(trained.scored(0.4), trained.evaluation, policy)
+    assert gate.reason == (
+        "refused: mIoU 0.4000, minimum 0.4500; mIoU 0.4000, the champion's 0.5000, tolerance 0.0000; "
+        "GFLOPs 1.5, at most 1"
+    )
+
+
+def test_decide__at_the_edge_of_every_condition_passes(trained: Any) -> None:
+    policy = PromotionPolicy(
+        min_miou=0.48,
+        max_regression=0.02,
+        protected_classes=("sky", "pole"),
+        max_class_regression=0.1,
+        max_gflops=1.5,
+        max_parameters=5_000_000,
+        max_latency_ms=12.0,
+    )
+    gate = decide(trained.scored(0.48, per_class_iou=(0.7, 0.0, 0.1)), trained.evaluation, policy)
+    assert gate.promoted, gate.reason
+    assert gate.reason == "promoted: mIoU 0.4800, the champion had 0.5000; 8 checks passed"
+
+
+def test_decide__class_the_champion_never_saw_cannot_regress(trained: Any) -> None:
+    champion = trained.scored(0.5, per_class_iou=(0.8, 0.5, None))
+    assert decide(trained.evaluation, champion, PromotionPolicy(protected_classes=("pole",))).promoted
+
+
+def test_decide__unknown_protected_class_is_a_mistake(trained: Any) -> None:
+    with pytest.raises(UserError, match=r"the policy's protected_classes names 'tram'; choose from sky, road, pole"):
+        decide(trained.evaluation, None, PromotionPolicy(protected_classes=("tram",)))
+
+
+def test_decide__a_figure_that_is_no_number_never_passes(trained: Any) -> None:
+    nan = float("nan")
+    policy = PromotionPolicy(max_gflops=9.0, max_latency_ms=99.0)
+    gate = decide(trained.scored(nan, gflops=nan, latency_ms=nan), trained.evaluation, policy)
+    assert [check.name for check in gate.checks if not check.passed] == [
+        "minimum mIoU",
+        "no regression",
+        "GFLOPs",
+        "latency ms",
+    ]

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing.spawn import spawn
+
+from pipeline.config import RuntimeConfig
+from pipeline.errors import UserError
+from pipeline.training.loop import micro_batches, run_training
+from pipeline.training.train_checkpoint import damage_of
+from pipeline.training.trainer import Trainer, TrainJob, WorkerPlace
+from segvit.losses import SegmentationLoss
+
+MakeJob = Callable[..., TrainJob]
+ALONE = WorkerPlace(0, 1, torch.device("cpu"))
+CLOCKS = ("images_per_s", "seconds")
+
+
+class Reports:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.folders: list[Path] = []
+
+    def __call__(self, metrics: dict[str, Any], folder: Path | None) -> None:
+        self.rows.append(metrics)
+        if folder is not None:
+            self.folders.append(folder)
+
+
+def train(job: TrainJob, work: Path, resume: Path | None = None) -> Reports:
+    reports = Reports()
+    run_training(job, ALONE, reports, resume_from=resume, say=lambda _line: None, work_folder=work)
+    return reports
+
+
+def assert_same_weights(first: Path, second: Path, tolerance: float) -> None:
+    one, other = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() <= tolerance, name
+
+
+def test_run_training__loss_falls_and_the_checkpoint_holds_the_model(make_job: MakeJob, tmp_path: Path) -> None:
+    reports = train(make_job(steps=12, validate_every_steps=12, checkpoint_every_steps=12), tmp_path)
+    totals = [row["total"] for row in reports.rows]
+    assert len(totals) == 12
+    assert sum(totals[-3:]) < 0.9 * sum(totals[:3])
+    assert 0.0 <= reports.rows[-1]["val_miou"] <= 1.0
+    config = json.loads((reports.folders[-1] / "config.json").read_text())
+    assert config["num_classes"] == 11
+    assert config["metadata"]["step"] == 12
+    assert len(config["metadata"]["class_names"]) == 11
+
+
+def test_run_training__resumed_run_equals_the_undisturbed_one(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(steps=6, validate_every_steps=6, checkpoint_every_steps=3)
+    job = job.model_copy(update={"model": job.model | {"dropout": 0.2, "drop_path_rate": 0.2}})
+    whole = train(job, tmp_path / "whole")
+    assert [folder.name for folder in whole.folders] == ["step-00000003", "step-00000006"]
+    resumed = train(job, tmp_path / "resumed", resume=whole.folders[0])
+    assert [row["total"] for row in resumed.rows] == [row["total"] for row in whole.rows[3:]]
+    assert_same_weights(whole.folders[1], resumed.folders[0], tolerance=0.0)
+    history = [json.loads(line) for line in (resumed.folders[0] / "history.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history if "total" in row] == [1, 2, 3, 4, 5, 6]
+
+
+def test_run_training__accumulated_batches_equal_the_whole_batch(make_job: MakeJob, tmp_path: Path) -> None:
+    settings = {"steps": 2, "validate_every_steps": 2, "checkpoint_every_steps": 2}
+    whole = train(make_job(**settings), tmp_path / "whole")
+    split = train(make_job(accumulation_steps=2, **settings), tmp_path / "split")
+    for one, other in zip(whole.rows, split.rows, strict=True):
+        assert other["total"] == pytest.approx(one["total"], rel=1e-5)
+    assert_same_weights(whole.folders[0], split.folders[0], tolerance=2e-5)
+
+
+def test_run_training__three_workers_with_unequal_shares(make_job: MakeJob, tmp_path: Path) -> None:
+    # Batches of four: one worker has two samples, the others one.
+    plain = make_job(steps=2, validate_every_steps=2, checkpoint_every_steps=2, gradient_clip_norm=1e9)
+    random = make_job(batch_size=8, accumulation_steps=2, validate_every_steps=4, checkpoint_every_steps=2)
+    random = random.model_copy(update={"model": random.model | {"dropout": 0.2, "drop_path_rate": 0.2}})
+    spawn(_worker, (3, str(tmp_path), plain.model_dump_json(), random.model_dump_json()), nprocs=3)  # type: ignore[no-untyped-call]
+    told = json.loads((tmp_path / "told.json").read_text())
+    # One process that sees the whole batch takes the same gradient.
+    alone = gradients(plain, ALONE)
+    shared = load_file(tmp_path / "gradients.safetensors")
+    largest = max(float(value.abs().max()) for value in alone.values())
+    for name, value in alone.items():
+        assert (value - shared[name]).abs().max() <= 1e-5 * largest, name
+    # And the same steps, scores and weights.
+    one = train(plain, tmp_path / "one")
+    for lone, common in zip(one.rows, told["plain"], strict=True):
+        for name in ("class", "focal", "dice", "total"):
+            assert common[name] == pytest.approx(lone[name], rel=1e-5), name
+    assert told["plain"][-1]["val_miou"] == pytest.approx(one.rows[-1]["val_miou"], abs=1e-3)
+    assert_same_weights(one.folders[0], tmp_path / "plain-0" / "step-00000002", tolerance=1e-4)
+    # Resumed, with all ranks' random generators; three gradients may be added in another order.
+    for row, other in zip(told["resumed"], told["whole"][2:], strict=True):
+        assert row == pytest.approx(other, abs=1e-6)
+    whole, resumed = (tmp_path / f"{name}-0" / "step-00000004" for name in ("whole", "resumed"))
+    assert_same_weights(whole, resumed, tolerance=1e-6)
+    # The last rank's loss was made infinite in the second step: all stop alike, and its two samples are kept.
+    assert told["errors"] == [told["errors"][0]] * 3
+    file = tmp_path / "run/non_finite/step-00000002-rank-2.safetensors"
+    batches = micro_batches(plain, WorkerPlace(2, 3, ALONE.device), 1)
+    keys = next(batches).keys
+    assert told["errors"][0] == (
+        "the loss is inf at step 2 (in focal); both must be finite. Lower train.learning_rate or use precision fp32, "
+        f"and look at the batch kept in {file}: {keys[0]}, {keys[1]}"
+    )
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def gradients(job: TrainJob, place: WorkerPlace) -> dict[str, torch.Tensor]:
+    trainer = Trainer(job, place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.optimizer, "zero_grad", lambda set_to_none: None)
+        trainer.train_step([next(micro_batches(job, place, 0))])
+    return {name: value.grad for name, value in trainer.model.named_parameters() if value.grad is not None}
+
+
+def _worker(rank: int, world_size: int, folder: str, plain_json: str, random_json: str) -> None:
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    place, root = WorkerPlace(rank, world_size, torch.device("cpu")), Path(folder)
+    plain, random = TrainJob.model_validate_json(plain_json), TrainJob.model_validate_json(random_json)
+
+    def run(job: TrainJob, name: str, resume: Path | None = None) -> list[dict[str, Any]]:
+        reports = Reports()
+        work = root / f"{name}-{rank}"
+        run_training(job, place, reports, resume, lambda _line: None, work, run_uri=str(root / "run"))
+        return [{key: value for key, value in row.items() if key not in CLOCKS} for row in reports.rows]
+
+    found = gradients(plain, place)
+    told: dict[str, Any] = {
+        "plain": run(plain, "plain"),
+        "whole": run(random, "whole"),
+        "resumed": run(random, "resumed", root / "whole-0" / "step-00000002"),
+    }
+    if rank == 2:
+        poison(step=2)
+    with pytest.raises(UserError) as caught:
+        run(plain, "stopped")
+    errors: list[str | None] = [None] * world_size
+    dist.all_gather_object(errors, str(caught.value))
+    if rank == 0:
+        save_file(found, root / "gradients.safetensors")
+        (root / "told.json").write_text(json.dumps(told | {"errors": errors}))
+    dist.destroy_process_group()
+
+
+def poison(step: int) -> None:
+    """Make the focal term infinite, in this process, from a step on."""
+    forward, calls = SegmentationLoss.forward, []
+
+    def broken(self: SegmentationLoss, *args: Any, **options: Any) -> dict[str, torch.Tensor]:
+        terms = forward(self, *args, **options)
+        calls.append(1)
+        if len(calls) >= step:
+            terms = terms | {name: terms[name] * float("inf") for name in ("focal", "total")}
+        return terms
+
+    SegmentationLoss.forward = broken  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("structure", ["cascade", "shrunk"])
+def test_train_step__bf16_with_frozen_blocks(make_job: MakeJob, structure: str) -> None:
+    job = make_job(structure, precision="bf16", freeze_blocks=1)
+    trainer = Trainer(job, ALONE)
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    terms = trainer.train_step([next(micro_batches(job, ALONE, 0))])
+    assert torch.isfinite(terms["total"])
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    frozen = {name for name in before if not dict(trainer.model.named_parameters())[name].requires_grad}
+    assert frozen
+    assert changed == before.keys() - frozen
+    assert {value.dtype for value in trainer.model.parameters()} == {torch.float32}
+
+
+def test_trainer__localized_upsampling_starts_from_position_codes(make_job: MakeJob) -> None:
+    job = make_job("shrunk")
+    plain = Trainer(job, ALONE)
+    localized = Trainer(job.model_copy(update={"localize_upsampling": True}), ALONE)
+    again = Trainer(job.model_copy(update={"localize_upsampling": True}), ALONE)
+    table = localized.model.state_dict()["decoder.grid_queries.weight"]
+    assert not torch.equal(table, plain.model.state_dict()["decoder.grid_queries.weight"])
+    for name, value in localized.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_run_training__gradient_that_is_not_finite_stops_before_anything_is_saved(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda _parameters, _norm: torch.tensor(float("nan")))
+    job = make_job(checkpoint_every_steps=1)
+    expected = next(micro_batches(job, ALONE, 0))
+    reports = Reports()
+    with pytest.raises(UserError, match=r"^the gradient's norm is nan at step 1, the loss [\d.]+; both must be finite"):
+        run_training(job, ALONE, reports, work_folder=tmp_path / "work", run_uri=str(tmp_path / "run"))
+    assert reports.rows == []
+    assert not (tmp_path / "work").exists()
+    with safe_open(tmp_path / "run/non_finite/step-00000001-rank-0.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("images"), expected.images)
+        assert torch.equal(file.get_tensor("labels"), expected.labels)
+        metadata = file.metadata()
+    assert json.loads(metadata["keys"]) == list(expected.keys)
+    assert (metadata["step"], metadata["rank"]) == ("1", "0")
+    assert json.loads(metadata["terms"])["gradient_norm"] == "nan"
+
+
+def test_run_training__late_look_names_the_first_step(make_job: MakeJob) -> None:
+    # As on a GPU, which is asked at log steps only.
+    trainer = Trainer(make_job(), ALONE)
+    good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+    assert trainer.watch.first_step(1) is None
+    for step, total in enumerate((good, bad, good, bad), start=1):
+        trainer.watch.note(step, {"dice": torch.tensor(float(step)), "total": total}, good)
+    assert trainer.watch.first_step(1) == 2
+    values = trainer.watch.values
+    assert (values["dice"], values["gradient_norm"]) == (2.0, 1.0)
+
+
+def test_run_training__rows_wait_for_a_report_that_comes_anyway(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(steps=5, checkpoint_every_steps=3, validate_every_steps=5)
+    reports = Reports()
+    run_training(job, ALONE, reports, say=lambda _line: None, work_folder=tmp_path, report_every_s=3600)
+    assert [row["step"] for row in reports.rows] == [3.0, 5.0]
+    assert [[one["step"] for one in row["earlier"]] for row in reports.rows] == [[1, 2], [4]]
+    assert [row["val_miou"] >= 0 for row in reports.rows] == [False, True]
+    assert all("total" in one for row in reports.rows for one in [*row["earlier"], row])
+    assert [damage_of(str(folder)) for folder in reports.folders] == [None, None]
+
+
+def test_trainer__compiled_forward_gives_the_same_loss(make_job: MakeJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job()
+    compiled_calls = []
+
+    def compile_eagerly(module: torch.nn.Module) -> torch.nn.Module:
+        # The compiler itself takes minutes on a CPU; that the model traces as one graph is segvit's test.
+        compiled_calls.append(module)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    fast = job.model_copy(update={"runtime": RuntimeConfig(compile=True)})
+    batch = next(micro_batches(job, ALONE, 0))
+    plain, compiled = Trainer(job, ALONE), Trainer(fast, ALONE)
+    assert compiled_calls == [compiled.model]
+    assert compiled.train_step([batch])["total"] == plain.train_step([batch])["total"]
