@@ -7,6 +7,7 @@ B = samples in a rank's batch, H W pixels.
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
@@ -287,6 +288,8 @@ def _from_processes(items: DataLoader[T | _Failure]) -> Iterator[T]:
     except (RuntimeError, OSError, EOFError) as error:
         if not (items.num_workers and _tells_of_a_death(error)):
             raise
+        # They hold PyTorch's iterator, and with it the other processes and a signal handler that raises anywhere.
+        traceback.clear_frames(error.__traceback__)
         raise LoaderProcessError(
             f"a loader process was killed or died ({type(error).__name__}: {' '.join(str(error).split())}); where "
             "memory is short, lower runtime.loader_workers"

@@ -185,8 +185,9 @@ def no_child_handler() -> Iterator[None]:
 def test_train__killed_loader_process_is_told_and_nothing_hangs(
     shard_set: ShardSet, buffer: int | None, victims: int, wait: float
 ) -> None:
+    strangers = set(multiprocessing.active_children())
+
     def batches_until_one_dies() -> None:
-        strangers = set(multiprocessing.active_children())
         loader = TrainLoader(
             shard_set,
             crop=CROP,
@@ -210,6 +211,7 @@ def test_train__killed_loader_process_is_told_and_nothing_hangs(
         done = pool.submit(batches_until_one_dies)
         with pytest.raises(LoaderProcessError, match=r"^a loader process was killed .*lower runtime.loader_workers$"):
             done.result()
+    assert not [child for child in multiprocessing.active_children() if child not in strangers]
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (5, 0), (9, 0), (9, 2)])
