@@ -15,7 +15,8 @@ from markupsafe import Markup
 
 from pipeline.pages import render_page
 from pipeline.records import ModelVersion, PromotionDecision
-from pipeline.report.report_input import ReportInput, Trial, VariantReport, load_report_input
+from pipeline.report.report_input import ReportInput, VariantReport, load_report_input
+from pipeline.search.record import TrialSummary
 
 __all__ = ["ReportInput", "build_report", "load_report_input"]
 
@@ -134,7 +135,7 @@ def _strongest_confusions(variant: VariantReport) -> list[Confusion]:
     return found
 
 
-def _chosen_trial(report: ReportInput) -> Trial | None:
+def _chosen_trial(report: ReportInput) -> TrialSummary | None:
     """The trial whose weights were used, else the best one; None where no trial has a score."""
     used = report.loss_weights
     scored = [trial for trial in report.trials if _finite(trial.miou) is not None]

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel
 
 from pipeline.records import (
     BackboneRecord,
@@ -23,22 +22,10 @@ from pipeline.records import (
     PromotionDecision,
     ShardSet,
 )
+from pipeline.search.record import TrialSummary
 from pipeline.storage import join, read_bytes, read_json
 
 _MIME = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
-
-
-class Trial(BaseModel, frozen=True):
-    """One trial of the loss-weight search; `miou` is None where it never reported one."""
-
-    trial_id: str
-    class_weight: float
-    focal_weight: float
-    dice_weight: float
-    learning_rate: float | None = None
-    miou: float | None = None
-    steps: int
-    state: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +77,7 @@ class ReportInput:
     palette: tuple[tuple[int, int, int], ...]
     backbone: BackboneRecord
     loss_weights: LossWeights
-    trials: tuple[Trial, ...]
+    trials: tuple[TrialSummary, ...]
     variants: tuple[VariantReport, ...]
     decision: PromotionDecision | None
 
@@ -133,7 +120,7 @@ def load_report_input(
         palette=tuple((red, green, blue) for red, green, blue in manifest["palette"]),
         backbone=backbone,
         loss_weights=loss_weights,
-        trials=tuple(Trial.model_validate(trial) for trial in trials),
+        trials=tuple(TrialSummary.model_validate(trial) for trial in trials),
         variants=tuple(variants),
         decision=decision,
     )

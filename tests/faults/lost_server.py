@@ -15,8 +15,8 @@ from pathlib import Path
 
 from pipeline.engine.tracking import Tracking
 from tests.faults.race_drivers import Driver, check
-from tests.faults.toy_flow import make_model
 from tests.faults.tracking_server import TrackingServer
+from tests.tiny_model import make_tiny_model
 
 STEP_SECONDS = 0.3
 
@@ -31,7 +31,7 @@ def main() -> None:
     rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="lost") as name, TrackingServer(Path(name) / "server") as server:
         folder, tracking = Path(name), Tracking(server.uri)
-        for record in make_model(folder):
+        for record in make_tiny_model(folder):
             (folder / f"{type(record).__name__}.json").write_text(record.to_json())
         driver = Driver(folder, server.uri, {}, 0)
         try:

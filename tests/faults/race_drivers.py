@@ -22,8 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.engine.tracking import Tag, Tracking
-from tests.faults.toy_flow import EXECUTED, OUTPUTS, PROMOTE, STEPS, make_model
+from tests.faults.toy_flow import EXECUTED, OUTPUTS, PROMOTE, STEPS
 from tests.faults.tracking_server import TrackingServer
+from tests.tiny_model import make_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LONGEST_HEAD_START_S = 2.0
@@ -135,7 +136,7 @@ def main() -> None:
     races = 0
     with tempfile.TemporaryDirectory(prefix="race") as name:
         folder = Path(name)
-        for record in make_model(folder):
+        for record in make_tiny_model(folder):
             (folder / f"{type(record).__name__}.json").write_text(record.to_json())
         with TrackingServer(folder / "server") as server:
             tracking = Tracking(server.uri)
