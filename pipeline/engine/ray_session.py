@@ -11,6 +11,8 @@ from pipeline.errors import UserError
 
 STEPS_PER_CORE = 4
 CANCEL_TIMEOUT_S = 10.0
+# A local control service that died does not come back; Ray would wait a minute for it, and its agents one more.
+CONTROL_TIMEOUT_S = 15
 
 
 def default_options() -> dict[str, Any]:
@@ -37,6 +39,8 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
     # Ray would fold equal-looking progress lines of parallel branches into one, and reads this when imported.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(CONTROL_TIMEOUT_S))
     import ray
 
     if ray.is_initialized():
