@@ -147,8 +147,8 @@ def tune(
 
 def _verify_checkpoint(record: Checkpoint, _tracking: Tracking) -> str | None:
     """By the sha256 of the weights; the seal on the step's outputs covers the files beside them."""
-    from pipeline.engine.file_stamps import file_stamps
-    from pipeline.engine.file_sums import FileSums
+    from pipeline.file_stamps import file_stamps
+    from pipeline.file_sums import FileSums
 
     weights, sums = "model.safetensors", FileSums(record.uri)
     stamps = file_stamps(record.uri)

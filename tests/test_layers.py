@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,26 @@ def test_imports__go_one_way(package: str) -> None:
     assert files
     for file in files:
         assert not imported_packages(file) & FORBIDDEN[package], file
+
+
+def imported_parts(file: Path) -> set[str]:
+    """The packages and top-level modules of pipeline/ that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}".split(".")[1] for alias in node.names if node.module == "pipeline"}
+            found |= {node.module.split(".")[1]} if node.module.startswith("pipeline.") else set()
+    return found
+
+
+def test_parts_of_pipeline__import_each_other_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for file in (ROOT / "pipeline").rglob("*.py"):
+        part = file.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
+        graph[part] = graph.get(part, set()) | imported_parts(file) - {part}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
+    assert {"data", "engine", "training", "storage", "steps"} <= set(order)
+    assert order.index("steps") > order.index("training") > order.index("data") > order.index("storage")
 
 
 @pytest.mark.parametrize(

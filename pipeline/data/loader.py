@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from pipeline.config import AugmentationConfig
 from pipeline.data.balance import repeat_factors
-from pipeline.data.decode import DecodeError, decode_image, decode_label
 from pipeline.data.lane_reader import DrawnSample, read_lanes
 from pipeline.data.sample_stream import BatchPlan, Draw, SampleStream, share
 from pipeline.data.shard_reader import SampleBytes, ShardReader, SplitIndex, open_shard_set
 from pipeline.data.shards import ShardSetError, spread
 from pipeline.data.transforms import MEAN_PIXEL, AugmentedPair, training_view
+from pipeline.decode import DecodeError, decode_image, decode_label
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
 

@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from pipeline import storage
 from pipeline.config import DataConfig
-from pipeline.data.decode import IGNORE_INDEX
 from pipeline.data.duplicates import Place, find_duplicates
 from pipeline.data.listing import Listing
 from pipeline.data.shard_task import (
@@ -48,6 +47,7 @@ from pipeline.data.shards import (
     verify_shard_set,
 )
 from pipeline.datasets import RawDataset, open_dataset
+from pipeline.decode import IGNORE_INDEX
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
 

@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 import segvit
 from pipeline import storage
 from pipeline.data.balance import count_classes
-from pipeline.data.decode import IGNORE_INDEX, DecodeError, decode_label, open_image
 from pipeline.data.shard_reader import ShardReader, open_shard_set
 from pipeline.data.shards import ShardSetError, spread
+from pipeline.decode import IGNORE_INDEX, DecodeError, decode_label, open_image
 from pipeline.errors import UserError
 from pipeline.pages import picture_uri, render_page
 from pipeline.records import Record

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.data.decode import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, open_image
-from pipeline.data.fast_decode import encode_ids
 from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
+from pipeline.decode import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, open_image
+from pipeline.fast_decode import encode_ids
 
 JPEG_QUALITY = 95
 _PNG_START = b"\x89PNG"

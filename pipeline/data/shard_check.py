@@ -14,8 +14,8 @@ from typing import NamedTuple
 from pipeline import storage
 from pipeline.data.shard_reader import open_shard_set
 from pipeline.data.shards import INDEX, QUARANTINE, Manifest, ShardSetError, check_sizes
-from pipeline.engine.file_stamps import file_stamps
-from pipeline.engine.file_sums import SUMS_AT_ONCE, FileSums
+from pipeline.file_stamps import file_stamps
+from pipeline.file_sums import SUMS_AT_ONCE, FileSums
 from pipeline.records import ShardSet
 
 _SAY_FROM_BYTES = 1 << 30

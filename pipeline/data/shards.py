@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pipeline import storage
-from pipeline.engine.file_stamps import FileStamp, file_stamps
 from pipeline.errors import UserError
+from pipeline.file_stamps import FileStamp, file_stamps
 from pipeline.records import Record, ShardSet, SplitInfo
 
 FORMAT_VERSION = 1

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.data.decode import MAX_PIXELS, DecodeError, decode_label
 from pipeline.datasets.paired import Pair, PairedDataset, facts_palette, pair_by_stem, read_label
 from pipeline.datasets.raw import LabelIds, RawSample, load_facts
 from pipeline.datasets.tree import Entry
+from pipeline.decode import MAX_PIXELS, DecodeError, decode_label
 from pipeline.errors import UserError
 
 LISTS = {"train": "train", "val": "test"}

@@ -22,8 +22,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.decode import MAX_PIXELS, DecodeError
 from pipeline.datasets.json_stream import Element, read_elements
+from pipeline.decode import MAX_PIXELS, DecodeError
 
 Span = tuple[int, int]  # offset and size in the file, bytes
 

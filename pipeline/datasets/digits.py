@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import DigitsConfig
-from pipeline.data.decode import encode_png
 from pipeline.datasets.raw import Palette, RawPair, RawSample, digest_of
+from pipeline.decode import encode_png
 from pipeline.errors import UserError
 
 BACKGROUND = 10

@@ -19,10 +19,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline import storage
 from pipeline.config import FolderConfig, Section
-from pipeline.data.decode import IGNORE_INDEX
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, decode_text, pair_by_stem, split_lines
 from pipeline.datasets.raw import LabelIds, Palette, digest_of
 from pipeline.datasets.tree import FileTree
+from pipeline.decode import IGNORE_INDEX
 from pipeline.errors import UserError
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.decode import DecodeError, decode_label, orient_label
 from pipeline.datasets import archive
 from pipeline.datasets.archive import Extent, ExtentError
 from pipeline.datasets.raw import (
@@ -23,6 +22,7 @@ from pipeline.datasets.raw import (
     sample_key,
 )
 from pipeline.datasets.tree import Entry, FileTree
+from pipeline.decode import DecodeError, decode_label, orient_label
 from pipeline.errors import UserError
 
 # Of files that are meant to be images. All but JPEG and PNG are listed to be rejected, not passed over in silence.

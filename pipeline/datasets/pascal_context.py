@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.data.decode import decode_label
 from pipeline.datasets.archive import Extent
 from pipeline.datasets.detail_masks import DetailImage, draw_label, index_detail
 from pipeline.datasets.paired import Pair, PairedDataset, facts_palette, read_label
 from pipeline.datasets.raw import LabelIds, RawSample, load_facts
 from pipeline.datasets.tree import Entry
+from pipeline.decode import decode_label
 from pipeline.errors import UserError
 
 DETAIL = "trainval_merged.json"

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.decode import IGNORE_INDEX
 from pipeline.datasets.archive import Extent
+from pipeline.decode import IGNORE_INDEX
 
 Palette = tuple[tuple[int, int, int], ...]
 

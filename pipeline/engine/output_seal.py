@@ -1,6 +1,6 @@
 """The seal on a step's outputs: sums of all files it left, kept with its record and checked before every reuse.
 
-One flipped byte breaks it, with or without a change of the file's times (pipeline.engine.file_sums says what is
+One flipped byte breaks it, with or without a change of the file's times (pipeline.file_sums says what is
 guaranteed); outputs that did not change cost a listing. A shard set is not sealed here, its manifest does that.
 """
 
@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator, Mapping
 
 from pipeline import storage
-from pipeline.engine.file_stamps import file_stamps
-from pipeline.engine.file_sums import FileSums
+from pipeline.file_stamps import file_stamps
+from pipeline.file_sums import FileSums
 from pipeline.records import Record, ShardSet
 
 

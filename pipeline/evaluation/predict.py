@@ -10,7 +10,7 @@ from PIL import Image
 
 import segvit
 from pipeline import storage
-from pipeline.data.decode import DecodeError, decode_image
+from pipeline.decode import DecodeError, decode_image
 from pipeline.errors import UserError
 from pipeline.records import Record
 from segvit.visualize import draw_legend, overlay, palette_image

@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pydantic import ValidationError
 
 from pipeline import storage
-from pipeline.data.decode import IGNORE_INDEX, DecodeError, decode_image, decode_label
 from pipeline.data.shard_reader import SampleBytes, open_shard_set
+from pipeline.decode import IGNORE_INDEX, DecodeError, decode_image, decode_label
 from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.pages import picture_uri, render_page

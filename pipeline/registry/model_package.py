@@ -17,8 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import storage
-from pipeline.data import decode
+from pipeline import decode, storage
 from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint
@@ -27,7 +26,7 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE)
 CHECKPOINT_FOLDER = "artifacts/checkpoint"
-# The name under which pipeline.data.decode lies in the model; its own would hide any package of the user's.
+# The name under which pipeline.decode lies in the model; its own would hide any package of the user's.
 DECODER_FILE = "segvit_decode.py"
 REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow")
 # Raise it when registered models are made another way; a checkpoint registered before then gets a new version.

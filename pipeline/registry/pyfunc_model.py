@@ -97,7 +97,7 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
 
 def _picture(number: int, item: Any) -> NDArray[np.uint8]:
     """The upright RGB pixels (H, W, 3) of a JPEG or PNG file."""
-    # Copied into the model from pipeline.data.decode, so that a file gives the same pixels everywhere.
+    # Copied into the model from pipeline.decode, so that a file gives the same pixels everywhere.
     from segvit_decode import DecodeError, decode_image  # type: ignore[import-not-found, unused-ignore]
 
     if not isinstance(item, str | bytes):

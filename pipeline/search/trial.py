@@ -19,10 +19,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.config import RuntimeConfig, TuneConfig
+from pipeline.engine.ray_session import wants_gpu
 from pipeline.search.proposals import METRIC, STEP
 from pipeline.search.record import WEIGHTS, SearchTakenOver, TrialPlace, remove_folder, require_owner
 from pipeline.training.loop import run_training
-from pipeline.training.train import StopOnUserError, scaling, train_worker, wants_gpu
+from pipeline.training.train import StopOnUserError, scaling, train_worker
 from pipeline.training.train_checkpoint import HISTORY_FILE, damage_of
 from pipeline.training.train_run import mend_run
 from pipeline.training.trainer import TrainJob, WorkerPlace

@@ -26,6 +26,7 @@ from ray.train.torch import TorchTrainer
 from pipeline import storage
 from pipeline.config import RuntimeConfig
 from pipeline.data.shard_check import check_shard_set
+from pipeline.engine.ray_session import wants_gpu
 from pipeline.engine.tracking import MetricLog
 from pipeline.errors import UserError, root_cause
 from pipeline.records import Checkpoint
@@ -94,14 +95,6 @@ def scaling(runtime: RuntimeConfig, cpus: float | None = None) -> ScalingConfig:
         use_gpu=use_gpu,
         resources_per_worker=resources,
     )
-
-
-def wants_gpu(runtime: RuntimeConfig) -> bool:
-    """`use_gpu`, or whether the cluster has a GPU where it is left open; raises UserError for one it lacks."""
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0  # type: ignore[no-untyped-call]
-    if runtime.use_gpu and not has_gpu:
-        raise UserError("runtime.use_gpu is true but this cluster has no GPU; set it to false or add GPU workers")
-    return has_gpu if runtime.use_gpu is None else runtime.use_gpu
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:

@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 
 from pipeline import storage
 from pipeline.config import AugmentationConfig, DataConfig, DigitsConfig
-from pipeline.data.decode import encode_png
 from pipeline.data.loader import Batch, EvalLoader, LoaderProcessError, TrainLoader
 from pipeline.data.prepare import prepare_shards
 from pipeline.data.sample_stream import SampleStream
 from pipeline.data.shard_reader import ShardReader
 from pipeline.data.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, Manifest, ShardEntry, ShardSetError, ShardWriter
 from pipeline.datasets.digits import Digits
+from pipeline.decode import encode_png
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
 

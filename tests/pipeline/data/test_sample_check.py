@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from pipeline.config import DataConfig, DigitsConfig
-from pipeline.data.decode import decode_label, encode_png, open_image
 from pipeline.data.prepare import prepare_shards
 from pipeline.data.sample_check import check_sample
 from pipeline.datasets import RawPair, RawSample, RejectedSampleError, open_dataset
+from pipeline.decode import decode_label, encode_png, open_image
 
 SAMPLE = RawSample("a", "a.jpg", "a.png", "")
 DIGITS = DataConfig(dataset="digits", samples_per_shard=4, digits=DigitsConfig(num_train=7, num_val=2))

@@ -15,7 +15,7 @@ from pipeline.data.loader import TrainLoader
 from pipeline.data.prepare import prepare_shards
 from pipeline.data.shard_check import ShardCheck, check_shard_set
 from pipeline.data.shards import ShardSetError
-from pipeline.engine.file_stamps import file_stamps
+from pipeline.file_stamps import file_stamps
 from pipeline.records import ShardSet
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.config import DataConfig, DigitsConfig
-from pipeline.data.decode import decode_label, encode_png
 from pipeline.data.prepare import prepare_shards
 from pipeline.data.shard_reader import open_shard_set
 from pipeline.data.shards import (
@@ -29,6 +28,7 @@ from pipeline.data.shards import (
     verify_shard_set,
 )
 from pipeline.datasets import open_dataset
+from pipeline.decode import decode_label, encode_png
 
 CONFIG = DataConfig(dataset="digits", samples_per_shard=5, digits=DigitsConfig(num_train=12, num_val=6))
 

@@ -15,7 +15,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from pipeline.config import AugmentationConfig
-from pipeline.data.decode import DecodeError, encode_png
 from pipeline.data.transforms import (
     MEAN_PIXEL,
     AugmentedPair,
@@ -31,6 +30,7 @@ from pipeline.data.transforms import (
     resize,
     training_view,
 )
+from pipeline.decode import DecodeError, encode_png
 
 PLAIN = AugmentationConfig(
     scale_range=(1.0, 1.0),

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import DataConfig
-from pipeline.data.decode import DecodeError
 from pipeline.datasets import RawDataset, RejectedSampleError, open_dataset
 from pipeline.datasets.coco_stuff import decode_mat
+from pipeline.decode import DecodeError
 from pipeline.errors import UserError
 
 NAMES = {

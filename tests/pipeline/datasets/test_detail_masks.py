@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.data.decode import DecodeError
 from pipeline.datasets.detail_masks import decode_counts, draw_polygon, draw_runs
+from pipeline.decode import DecodeError
 
 
 def test_decode_counts__known_strings() -> None:

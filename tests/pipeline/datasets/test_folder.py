@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import AugmentationConfig, DataConfig
-from pipeline.data.decode import open_image
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.data.prepare import prepare_shards
 from pipeline.data.shard_reader import open_shard_set
 from pipeline.datasets import RawDataset, RejectedSampleError, open_dataset
 from pipeline.datasets.folder import default_palette
+from pipeline.decode import open_image
 from pipeline.errors import UserError
 
 HEIGHT, WIDTH = 24, 32

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline.data import decode
-from pipeline.data.decode import DecodeError, decode_image, decode_label, encode_png, open_image, orient_label
+from pipeline import decode
+from pipeline.decode import DecodeError, decode_image, decode_label, encode_png, open_image, orient_label
 
 
 def encoded(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:

@@ -1,6 +1,6 @@
 """sha256 sums of files, remembered on this machine: a file is read again only when it may have changed.
 
-Whether it may have is told by its stamp (pipeline.engine.file_stamps). Locally that holds size, inode, and the times of
+Whether it may have is told by its stamp (pipeline.file_stamps). Locally that holds size, inode, and the times of
 change of content and of attributes: the last is the kernel's own and follows every write, also one whose
 modification time was set back. In an object store it holds the ETag or the like. What a sum cannot tell: bytes that
 a disk flips under a file without a write.
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.engine.file_stamps import FileStamp
+from pipeline.file_stamps import FileStamp
 
 SUMS_AT_ONCE = 4
 
