@@ -240,7 +240,7 @@ def main() -> None:
             if outcome(workspace, search.chosen) != expected:
                 raise SystemExit(f"{told}: another outcome\n{outcome(workspace, search.chosen)}\n{expected}")
             kept = f"{len(progress.ended)} trials kept, {last} steps in the last run"
-            print(f"kill {kills}: {'; '.join(told)}: {kept}: identical", flush=True)
+            print(f"kill {kills}: {'; '.join(told) or 'none in time'}: {kept}: identical", flush=True)
             shutil.rmtree(workspace)
     print(f"{kills} kills, every rerun identical, no ended trial run again, no orphan process")
 
