@@ -48,9 +48,10 @@ def file_stamps(uri: str, *, recursive: bool = False) -> dict[str, FileStamp]:
         return {}
     prefix = f"{folder.rstrip('/')}/"
     return {
-        entry["name"].rpartition(prefix)[2]: FileStamp(int(entry["size"] or 0), _stamp(entry))
+        entry["name"].partition(prefix)[2]: FileStamp(int(entry["size"] or 0), _stamp(entry))
         for entry in entries
-        if entry["type"] == "file"
+        # Asked for a file, object stores list it as what lies below itself.
+        if entry["type"] == "file" and prefix in entry["name"]
     }
 
 
