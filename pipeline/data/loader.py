@@ -285,7 +285,7 @@ def _from_processes(items: DataLoader[T | _Failure]) -> Iterator[T]:
             if isinstance(item, _Failure):
                 raise item.error
             yield cast("T", item)
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
         if not (items.num_workers and _tells_of_a_death(error)):
             raise
         # They hold PyTorch's iterator, and with it the other processes and a signal handler that raises anywhere.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = pytest.mark.timeout(1200)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

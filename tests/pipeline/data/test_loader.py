@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import multiprocessing
@@ -210,7 +211,7 @@ def test_train__killed_loader_process_is_told_and_nothing_hangs(
     with ThreadPoolExecutor(1) as pool:
         done = pool.submit(batches_until_one_dies)
         with pytest.raises(LoaderProcessError, match=r"^a loader process was killed .*lower runtime.loader_workers$"):
-            done.result()
+            done.result(timeout=60)
     assert not [child for child in multiprocessing.active_children() if child not in strangers]
 
 
@@ -255,6 +256,20 @@ UNCHANGED = AugmentationConfig(
     saturation=(1.0, 1.0),
     hue=0.0,
 )
+
+
+@contextlib.contextmanager
+def must_end_within(seconds: float) -> Iterator[None]:
+    def give_up(_signal: int, _frame: object) -> None:
+        raise TimeoutError(f"hung for {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    limit_of_the_test, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, limit_of_the_test)
+        signal.signal(signal.SIGALRM, before)
 
 
 def picture(number: int) -> np.ndarray:
@@ -347,7 +362,7 @@ def check_promise(
     batch, num_shards = max(batch, *ranks), min(num_shards, num_samples)
     num_steps = -(-num_samples // batch) + 1
     before = round(change * num_steps)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, must_end_within(60):
         uri = write_set(Path(folder), num_samples, num_shards, seed=num_samples)
         steps = take(uri, batch, ranks[0], workers, 0, before, buffer) if before else []
         if before < num_steps:
@@ -365,7 +380,7 @@ def check_promise(
             assert keys == [f"{number:06d}" for number in range(num_samples)]
 
 
-# More of them: SEGVIT_PROMISE_EXAMPLES=500 pytest tests/pipeline/test_loader.py
+# More of them: SEGVIT_PROMISE_EXAMPLES=500 pytest tests/pipeline/data/test_loader.py
 @settings(max_examples=int(os.environ.get("SEGVIT_PROMISE_EXAMPLES", "5")), deadline=None)
 @given(
     num_samples=st.integers(1, 2000),
