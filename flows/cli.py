@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from flows.data_commands import data, flops
-from flows.experiment_commands import plan, run, submit
-from flows.model_commands import compare, models, predict, promote, rollback
-from flows.run_commands import cancel, runs, show
-from flows.search_command import search
+from flows.commands.data import data, flops
+from flows.commands.experiment import plan, run, submit
+from flows.commands.model import compare, models, predict, promote, rollback
+from flows.commands.run import cancel, runs, show
+from flows.commands.search import search
 from pipeline.errors import UserError
 
 COMMANDS: tuple[Callable[..., None], ...] = (

@@ -158,7 +158,7 @@ class VariantConfig(Section):
     `loss`: `mask`, the paper's, or `cross_entropy` per pixel, its ablation and all that `linear` can use.
     `decoder_layers`: of this variant, where model.decoder_layers does not suit it.
     `localize_upsampling`: start the upsampling layers of `shrunk` from least-squares position maps instead of
-    at random, without which short training runs do not learn them (segvit.localize).
+    at random, without which short training runs do not learn them (segvit.decoders.localize).
     `learning_rate`: of this variant, where train.learning_rate does not suit it.
     """
 

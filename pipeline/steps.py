@@ -26,8 +26,6 @@ from pipeline.config import (
     TuneConfig,
     VariantConfig,
 )
-from pipeline.engine.step import StepContext, step
-from pipeline.engine.tracking import MetricLog, Tracking
 from pipeline.errors import UserError
 from pipeline.records import (
     BackboneRecord,
@@ -41,6 +39,8 @@ from pipeline.records import (
 )
 from pipeline.registry import decisions, store
 from pipeline.registry.promote import promote_version, verify_decision
+from pipeline.workflow.step import StepContext, step
+from pipeline.workflow.tracking import MetricLog, Tracking
 
 if TYPE_CHECKING:
     from pipeline.training.trainer import TrainJob
@@ -51,8 +51,8 @@ NOT_FOUND = "not found"
 
 def _verify_shards(record: ShardSet, _tracking: Tracking) -> str | None:
     """By the sha256 sums of all its files; those that storage says have not changed are not read again."""
-    from pipeline.data.shard_check import check_shard_set
-    from pipeline.data.shards import ShardSetError
+    from pipeline.shards.shard_check import check_shard_set
+    from pipeline.shards.shards import ShardSetError
 
     try:
         check_shard_set(record, say=print)
@@ -64,7 +64,7 @@ def _verify_shards(record: ShardSet, _tracking: Tracking) -> str | None:
 @step(version=2, verify=_verify_shards)
 def prepare(context: StepContext, config: DataConfig, source_digest: str) -> ShardSet:
     """Raw layout to shard set; `source_digest` makes a changed source a new step."""
-    from pipeline.data.prepare import prepare_shards
+    from pipeline.shards.prepare import prepare_shards
 
     runtime = _runtime(context)
     return prepare_shards(config, context.output_uri(), max_tasks=runtime.prepare_tasks)
@@ -79,7 +79,7 @@ def fetch_backbone(context: StepContext, backbone: str, weights: str, sources: d
     """Find pretrained weights and keep them where all workers reach them; `sources` says what there is to find."""
     from safetensors.torch import save_file
 
-    from segvit.pretrained import find_backbone_weights
+    from segvit.weights.pretrained import find_backbone_weights
 
     try:
         # This process may not have inherited the driver's environment.
@@ -132,7 +132,7 @@ def tune(
     search: TuneConfig,
 ) -> LossWeights:
     """Search the loss weights with short training runs."""
-    from pipeline.search.tune import search_loss_weights
+    from pipeline.tuning.search import search_loss_weights
 
     return search_loss_weights(
         _train_job(context, search.variant, shard_set, backbone, model, variant, loss, train),
@@ -147,8 +147,8 @@ def tune(
 
 def _verify_checkpoint(record: Checkpoint, _tracking: Tracking) -> str | None:
     """By the sha256 of the weights; the seal on the step's outputs covers the files beside them."""
-    from pipeline.file_stamps import file_stamps
-    from pipeline.file_sums import FileSums
+    from pipeline.storage.file_stamps import file_stamps
+    from pipeline.storage.file_sums import FileSums
 
     weights, sums = "model.safetensors", FileSums(record.uri)
     stamps = file_stamps(record.uri)
@@ -257,7 +257,7 @@ def report(
     decision: PromotionDecision,
 ) -> Report:
     """One HTML page about everything, in the workspace and on the flow's run."""
-    from pipeline.report.report import build_report, load_report_input
+    from pipeline.reports.run_page import build_report, load_report_input
 
     client = context.tracking.client()
     started = client.get_run(context.flow_run_id).info.start_time

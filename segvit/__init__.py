@@ -2,20 +2,20 @@
 
 from segvit.checkpoint import load_checkpoint, save_checkpoint
 from segvit.config import ModelConfig
-from segvit.cross_entropy import PixelNormalizer, SemanticCrossEntropy
-from segvit.export import export_onnx, export_program
 from segvit.flops import ModelCost, PresetCost, model_cost, preset_cost
-from segvit.inference import PUBLISHED_SCALES, predict, predict_batch, semantic_labels, semantic_scores
-from segvit.latency import measure_latency
-from segvit.losses import LossNormalizer, SegmentationLoss
+from segvit.inference.export import export_onnx, export_program
+from segvit.inference.latency import measure_latency
+from segvit.inference.predict import PUBLISHED_SCALES, predict, predict_batch, semantic_labels, semantic_scores
+from segvit.losses.cross_entropy import PixelNormalizer, SemanticCrossEntropy
+from segvit.losses.segmentation_loss import LossNormalizer, SegmentationLoss
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, SegmentationMetrics, segmentation_metrics
 from segvit.model import SegViT, build_model, check_config
 from segvit.optim import parameter_groups, poly_lambda
 from segvit.output import SegmentationOutput
 from segvit.presets import PRESETS, Preset, PublishedResult, find_preset
-from segvit.pretrained import BackboneWeights, find_backbone_weights, load_backbone_state
-from segvit.published import load_published, published_state_dict
 from segvit.visualize import colorize, draw_legend, overlay, palette_image
+from segvit.weights.pretrained import BackboneWeights, find_backbone_weights, load_backbone_state
+from segvit.weights.published import load_published, published_state_dict
 
 __all__ = [
     "PRESETS",

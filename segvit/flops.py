@@ -14,12 +14,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from segvit.atm_decoder import ATMStage
 from segvit.config import ModelConfig
+from segvit.decoders.atm import ATMStage
+from segvit.decoders.shrunk import QueryUpsampling
+from segvit.inference.scores import semantic_scores
 from segvit.model import SegViT, assemble, build_model
 from segvit.presets import find_preset
-from segvit.scores import semantic_scores
-from segvit.shrunk import QueryUpsampling
 
 LAYER_NORM_COST = 5  # per element
 BILINEAR_COST = 4  # per output element

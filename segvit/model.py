@@ -7,15 +7,15 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
-from segvit.atm_decoder import ATMCascade, DecoderOutput, DecoderSizes, Prediction, SingleATM
-from segvit.backbone import Backbone, PlainBackbone
+from segvit.backbones.families import create_vit, is_hierarchical
+from segvit.backbones.plain import Backbone, PlainBackbone
+from segvit.backbones.swin import build_hierarchical
 from segvit.config import ModelConfig, default_out_layers, default_shrink_at
-from segvit.families import create_vit, is_hierarchical
-from segvit.hierarchical import build_hierarchical
-from segvit.linear_head import LinearHead
+from segvit.decoders.atm import ATMCascade, DecoderOutput, DecoderSizes, Prediction, SingleATM
+from segvit.decoders.linear import LinearHead
+from segvit.decoders.shrunk import ShrunkDecoder
 from segvit.output import SegmentationOutput, at_least_float32
 from segvit.presets import find_preset
-from segvit.shrunk import ShrunkDecoder
 
 # B batch, N classes, H W pixels
 

@@ -23,7 +23,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits_shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     """Twelve training and six validation scenes of 96 pixels, prepared in this process."""
-    from pipeline.data.prepare import prepare_shards
+    from pipeline.shards.prepare import prepare_shards
 
     digits = DigitsConfig(num_train=12, num_val=6, image_size=96)
     config = DataConfig(dataset="digits", samples_per_shard=5, digits=digits)

@@ -47,8 +47,8 @@ def test_parts_of_pipeline__import_each_other_in_no_circle() -> None:
         part = file.relative_to(ROOT / "pipeline").parts[0].removesuffix(".py")
         graph[part] = graph.get(part, set()) | imported_parts(file) - {part}
     order = list(TopologicalSorter(graph).static_order())  # raises CycleError, which names them
-    assert {"data", "engine", "training", "storage", "steps"} <= set(order)
-    assert order.index("steps") > order.index("training") > order.index("data") > order.index("storage")
+    assert {"shards", "workflow", "training", "storage", "steps"} <= set(order)
+    assert order.index("steps") > order.index("training") > order.index("shards") > order.index("storage")
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def test_parts_of_pipeline__import_each_other_in_no_circle() -> None:
     [
         ("segvit", ["ray", "mlflow", "pipeline"]),
         ("flows.cli", ["ray", "mlflow", "torch"]),
-        ("flows.segmentation", ["ray", "mlflow", "torch"]),
+        ("flows.recipes.segmentation", ["ray", "mlflow", "torch"]),
         # Cached flows answer with these; PyTorch would double their time.
-        ("flows.present", ["ray", "mlflow", "torch"]),
-        ("flows.present_models", ["ray", "mlflow", "torch"]),
-        ("flows.present_search", ["ray", "mlflow", "torch"]),
+        ("flows.present.runs", ["ray", "mlflow", "torch"]),
+        ("flows.present.models", ["ray", "mlflow", "torch"]),
+        ("flows.present.search", ["ray", "mlflow", "torch"]),
     ],
 )
 def test_import__loads_nothing_heavy(module: str, absent: list[str]) -> None:

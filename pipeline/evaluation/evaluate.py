@@ -18,16 +18,16 @@ from torch import Tensor
 import segvit
 from pipeline import storage
 from pipeline.config import EvaluateConfig, RuntimeConfig
-from pipeline.data.loader import EvalLoader, EvalSample
-from pipeline.data.shard_check import check_shard_set
-from pipeline.engine.ray_session import wants_gpu
 from pipeline.errors import UserError
 from pipeline.evaluation.per_image import COUNTS_FILE, ImageCounts, write_counts
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import Checkpoint, Evaluation, ShardSet
+from pipeline.shards.loader import EvalLoader, EvalSample
+from pipeline.shards.shard_check import check_shard_set
+from pipeline.workflow.ray_session import wants_gpu
 from segvit.checkpoint import read_config
 from segvit.flops import model_cost
-from segvit.latency import measure_latency
+from segvit.inference.latency import measure_latency
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, segmentation_metrics
 
 NUM_PROBE_IMAGES = 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import segvit
-from pipeline.data.loader import EvalSample
+from pipeline.shards.loader import EvalSample
 from segvit.metrics import ConfusionMatrix
 
 WHOLE: Mapping[str, Any] = MappingProxyType({})

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from pipeline.engine.tracking import Tracking
+from pipeline.workflow.tracking import Tracking
 
 TURN = "promotion.turn"
 POLL_S = 0.1

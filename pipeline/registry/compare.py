@@ -7,12 +7,12 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.evaluation.bootstrap import Interval, difference_interval
 from pipeline.evaluation.per_image import read_counts
 from pipeline.records import Evaluation, ModelVersion, Record
 from pipeline.registry import store
+from pipeline.workflow.tracking import Tracking
 
 NUM_EXAMPLES = 4
 ROUNDING = 1e-12

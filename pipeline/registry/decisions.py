@@ -16,9 +16,9 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from pipeline.config import PromotionPolicy
-from pipeline.engine.tracking import Tracking
 from pipeline.records import Check, ModelVersion, PromotionDecision, Record
 from pipeline.registry import store
+from pipeline.workflow.tracking import Tracking
 
 DECISION = "promotion.decision"
 DECIDED_BY = "promotion.by"

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline import decode, storage
-from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint
+from pipeline.workflow.tracking import Tracking
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline import storage
-from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.registry import store
 from pipeline.registry.model_package import CHECKPOINT_FILES, CHECKPOINT_FOLDER
 from pipeline.registry.store import all_pages, is_file_path, version_location
+from pipeline.workflow.tracking import Tracking
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from pipeline.config import PromotionPolicy
 from pipeline.config_file import expand_variables, explain_problem
-from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.records import ModelVersion
 from pipeline.registry import decisions, store
+from pipeline.workflow.tracking import Tracking
 
 
 class ChosenPolicy(NamedTuple):

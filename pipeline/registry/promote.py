@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 
 from pipeline.config import PromotionPolicy
-from pipeline.engine.tracking import Tracking, who
 from pipeline.errors import UserError
 from pipeline.records import Check, Evaluation, ModelVersion, PromotionDecision, Record
 from pipeline.registry import decisions, store
@@ -19,6 +18,7 @@ from pipeline.registry.artifact_check import reproduces
 from pipeline.registry.gate import GateDecision, decide, verdict
 from pipeline.registry.models import ModelReference, model_folder
 from pipeline.registry.store import CHAMPION
+from pipeline.workflow.tracking import Tracking, who
 
 
 class Unusable(Record):

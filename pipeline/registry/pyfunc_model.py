@@ -72,7 +72,7 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
     def _maps(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[Any]:
         import torch
 
-        from segvit.inference import predict, predict_batch
+        from segvit.inference.predict import predict, predict_batch
 
         if any(image.shape != images[0].shape for image in images):
             maps = np.empty(len(images), dtype=object)
@@ -86,7 +86,7 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
         return batch
 
     def _encoded_map(self, picture: NDArray[np.uint8]) -> str:
-        from segvit.inference import predict
+        from segvit.inference.predict import predict
         from segvit.visualize import palette_image
 
         labels = predict(self.model, picture, **self.inference).cpu().numpy()

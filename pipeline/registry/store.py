@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from pipeline import storage
-from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
 from pipeline.registry.model_package import CHECKPOINT_FOLDER, PACKAGE_FORMAT, WEIGHTS_FILE, log_model
+from pipeline.workflow.tracking import Tracking
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion

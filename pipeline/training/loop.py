@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.loader import Batch, TrainLoader
+from pipeline.shards.loader import Batch, TrainLoader
 from pipeline.training.log import Reporter, TrainingLog
 from pipeline.training.non_finite import stop_training
 from pipeline.training.train_checkpoint import TrainState

@@ -13,8 +13,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.data.loader import Batch
 from pipeline.errors import UserError
+from pipeline.shards.loader import Batch
 
 FOLDER = "non_finite"
 MAX_NAMED_KEYS = 6

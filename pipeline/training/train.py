@@ -25,11 +25,9 @@ from ray.train.torch import TorchTrainer
 
 from pipeline import storage
 from pipeline.config import RuntimeConfig
-from pipeline.data.shard_check import check_shard_set
-from pipeline.engine.ray_session import wants_gpu
-from pipeline.engine.tracking import MetricLog
 from pipeline.errors import UserError, root_cause
 from pipeline.records import Checkpoint
+from pipeline.shards.shard_check import check_shard_set
 from pipeline.training.loop import run_training
 from pipeline.training.train_checkpoint import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 from pipeline.training.train_run import (
@@ -40,6 +38,8 @@ from pipeline.training.train_run import (
     usable_checkpoints,
 )
 from pipeline.training.trainer import TrainJob, WorkerPlace
+from pipeline.workflow.ray_session import wants_gpu
+from pipeline.workflow.tracking import MetricLog
 
 REPORT_EVERY_S = 5.0
 MAX_WAITING_CHECKPOINTS = 2

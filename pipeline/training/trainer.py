@@ -18,15 +18,15 @@ from torch import Tensor, nn
 import segvit
 from pipeline import storage
 from pipeline.config import LossConfig, LossKind, RuntimeConfig, TrainConfig
-from pipeline.data.loader import Batch, EvalLoader, TrainLoader
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import BackboneRecord, Record, ShardSet
+from pipeline.shards.loader import Batch, EvalLoader, TrainLoader
 from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
-from segvit.localize import localize_upsampling
+from segvit.decoders.localize import localize_upsampling
 from segvit.metrics import segmentation_metrics
 from segvit.optim import parameter_groups, poly_lambda
-from segvit.pretrained import load_backbone_state, read_file
+from segvit.weights.pretrained import load_backbone_state, read_file
 
 LOCALIZE_IMAGES = 48
 

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pipeline.engine.recipe import Recipe
-from pipeline.engine.step import StepContext, step
-from pipeline.engine.tracking import Tracking
 from pipeline.records import Report
+from pipeline.workflow.graph import Recipe
+from pipeline.workflow.step import StepContext, step
+from pipeline.workflow.tracking import Tracking
 from tests.faults.tracking_server import TrackingServer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -50,8 +50,8 @@ def recipe(flow: Recipe, chain: int, fan: int) -> None:
 
 def run_flow(workspace: str, tracking: Tracking, chain: int, fan: int) -> None:
     """One flow, in this process; prints its seconds without Ray's start, whether Ray was loaded, peak MiB."""
-    from pipeline.engine import ray_session
-    from pipeline.engine.workflow import Flow
+    from pipeline.workflow import ray_session
+    from pipeline.workflow.flow import Flow
 
     if os.environ.get("BENCH_COLD"):
         ray_session.start(ray_session.default_options)

@@ -41,7 +41,7 @@ TARGET_OF_LIMIT, TARGET_OF_TORCHVISION = 0.5, 1.5
 def make_data(folder: Path, num_images: int) -> None:
     """An ADE20K tree of `num_images` training samples at `folder`/raw, and its shard set at `folder`/shards."""
     from pipeline.config import DataConfig
-    from pipeline.data.prepare import prepare_shards
+    from pipeline.shards.prepare import prepare_shards
 
     source = Path(os.environ["SEGVIT_DATA"]) / "ade20k_sample"
     originals = [
@@ -150,7 +150,7 @@ def batches(name: str, folder: Path, crop: int) -> Iterator[tuple[Any, Any]]:
 
     if name == "ours":
         from pipeline.config import AugmentationConfig
-        from pipeline.data.loader import TrainLoader
+        from pipeline.shards.loader import TrainLoader
 
         recipe = AugmentationConfig(recipe="published", resize_long=2048, resize_short=512)
         shards = str(folder / "shards")

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from pipeline.data.sample_stream import BatchPlan, SampleStream
+from pipeline.shards.sample_stream import BatchPlan, SampleStream
 
 
 @dataclass(frozen=True)

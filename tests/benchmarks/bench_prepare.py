@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import DataConfig
-from pipeline.data.prepare import prepare_shards
+from pipeline.shards.prepare import prepare_shards
 
 
 def build_ade_sized(root: Path, count: int) -> None:

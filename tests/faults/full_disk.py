@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.engine import liveness
-from pipeline.engine.execution import Outcome, StepRequest, execute_step
-from pipeline.engine.step import StepContext, step
-from pipeline.engine.tracking import RunState, Tag, Tracking
 from pipeline.records import Report
+from pipeline.workflow import liveness
+from pipeline.workflow.execution import Outcome, StepRequest, execute_step
+from pipeline.workflow.step import StepContext, step
+from pipeline.workflow.tracking import RunState, Tag, Tracking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DISK_MIB = 24

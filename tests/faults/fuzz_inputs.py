@@ -28,9 +28,9 @@ import numpy as np
 from PIL import Image
 
 from pipeline.config import DataConfig
-from pipeline.data.prepare import prepare_shards
-from pipeline.data.shards import verify_shard_set
 from pipeline.errors import UserError
+from pipeline.shards.prepare import prepare_shards
+from pipeline.shards.shards import verify_shard_set
 from tests.faults.mutations import BYTES, hostile_name, pack, replace_by_special
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -32,10 +32,10 @@ import psutil
 import yaml
 from safetensors.numpy import load_file
 
-from pipeline.data.shards import verify_shard_set
-from pipeline.engine.tracking import RunState, Tag, Tracking
 from pipeline.registry.models import list_models
+from pipeline.shards.shards import verify_shard_set
 from pipeline.storage import PARTIAL
+from pipeline.workflow.tracking import RunState, Tag, Tracking
 from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -32,7 +32,7 @@ RAY_EVERY = 5
 CHILD = """
 import sys
 from pipeline.config import DataConfig
-from pipeline.data.prepare import prepare_shards
+from pipeline.shards.prepare import prepare_shards
 
 root, target, temporary = sys.argv[1:]
 if temporary:

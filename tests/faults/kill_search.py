@@ -28,9 +28,9 @@ from typing import Any
 
 import psutil
 
-from pipeline.engine.tracking import Tracking
-from pipeline.search.record import SearchRecord, trial_name
-from pipeline.search.trial import LATEST_FILE, trial_label
+from pipeline.tuning.record import SearchRecord, trial_name
+from pipeline.tuning.trial import LATEST_FILE, trial_label
+from pipeline.workflow.tracking import Tracking
 from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,8 +42,8 @@ import json, sys
 from pipeline import steps
 from pipeline.config import DataConfig, DigitsConfig, LossConfig, ModelSettings, RuntimeConfig, TrainConfig, TuneConfig
 from pipeline.config import VariantConfig
-from pipeline.engine.tracking import Tracking
-from pipeline.engine.workflow import Flow
+from pipeline.workflow.tracking import Tracking
+from pipeline.workflow.flow import Flow
 
 workspace, num_trials = sys.argv[1], int(sys.argv[2])
 digits = DigitsConfig(num_train=12, num_val=6, image_size=96)

@@ -31,12 +31,12 @@ import psutil
 from safetensors.torch import load_file
 
 from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig
-from pipeline.engine import ray_session
-from pipeline.engine.tracking import MetricLog, Tracking
 from pipeline.errors import UserError
 from pipeline.records import BackboneRecord, ShardSet
 from pipeline.training import train as train_module
 from pipeline.training.trainer import TrainJob
+from pipeline.workflow import ray_session
+from pipeline.workflow.tracking import MetricLog, Tracking
 from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -92,7 +92,7 @@ def make_job(shard_set: ShardSet, workers: int | tuple[int, int], steps: int, **
 
 def prepare(folder: Path) -> ShardSet:
     """Forty training and six validation scenes of 96 pixels."""
-    from pipeline.data.prepare import prepare_shards
+    from pipeline.shards.prepare import prepare_shards
 
     digits = DigitsConfig(num_train=40, num_val=6, image_size=96)
     config = DataConfig(dataset="digits", samples_per_shard=8, digits=digits)

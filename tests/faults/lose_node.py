@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from pipeline.engine import ray_session
-from pipeline.engine.tracking import MetricLog, Tracking
 from pipeline.records import Checkpoint
 from pipeline.training.loop import run_training
 from pipeline.training.trainer import TrainJob, WorkerPlace
+from pipeline.workflow import ray_session
+from pipeline.workflow.tracking import MetricLog, Tracking
 from tests.faults.kill_training import history, make_job, prepare
 
 TOLERANCE = 1e-3

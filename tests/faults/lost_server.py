@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.engine.tracking import Tracking
+from pipeline.workflow.tracking import Tracking
 from tests.faults.race_drivers import Driver, check
 from tests.faults.tracking_server import TrackingServer
 from tests.tiny_model import make_tiny_model

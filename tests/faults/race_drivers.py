@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.engine.tracking import Tag, Tracking
+from pipeline.workflow.tracking import Tag, Tracking
 from tests.faults.toy_flow import EXECUTED, OUTPUTS, PROMOTE, STEPS
 from tests.faults.tracking_server import TrackingServer
 from tests.tiny_model import make_tiny_model

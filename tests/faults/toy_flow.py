@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 from pipeline import storage
-from pipeline.engine.step import StepContext, step
-from pipeline.engine.tracking import Tracking
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, Report, ShardSet
 from pipeline.registry import store
+from pipeline.workflow.step import StepContext, step
+from pipeline.workflow.tracking import Tracking
 
 EXECUTED = ("bottom", "choose", "left", "right", "top")
 OUTPUTS = {"top": "t", "left": "tl", "right": "tr", "bottom": "tltr"}
@@ -60,7 +60,7 @@ def run_flow(
     """Run the flow `name`; returns its run's id."""
     from pipeline import steps
     from pipeline.config import PromotionPolicy
-    from pipeline.engine.workflow import Flow
+    from pipeline.workflow.flow import Flow
 
     runtime = {"executed": str(folder / f"{name}.executed"), "seconds": seconds}
     with Flow(str(folder / "space"), tracking, name, runtime=runtime) as flow:
@@ -76,7 +76,7 @@ def run_flow(
 
 def main() -> None:
     """Drive flows as they are asked for on standard input."""
-    from pipeline.engine import ray_session
+    from pipeline.workflow import ray_session
 
     folder, uri, ray_folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 

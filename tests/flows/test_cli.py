@@ -7,10 +7,10 @@ import pytest
 import typer
 
 from flows.cli import app, main
-from flows.present import BAR_WIDTH, bar
+from flows.present.runs import BAR_WIDTH, bar
 from pipeline.config import DataConfig, DigitsConfig
-from pipeline.data.prepare import prepare_shards
-from pipeline.data.report import load_facts
+from pipeline.reports.data_page import load_facts
+from pipeline.shards.prepare import prepare_shards
 
 CONFIG = str(Path(__file__).parents[2] / "flows" / "configs" / "quickstart.yaml")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.engine.tracking import Tracking
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
+from pipeline.workflow.tracking import Tracking
 from tests.tiny_model import make_tiny_model
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from segvit.config import ModelConfig
 from segvit.flops import activation_bytes, model_cost, preset_cost
-from segvit.latency import measure_latency
+from segvit.inference.latency import measure_latency
 from segvit.model import SegViT, build_model
 from segvit.presets import published_names
 

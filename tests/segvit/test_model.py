@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from segvit.losses import SegmentationLoss
+from segvit.inference.scores import semantic_scores
+from segvit.losses.segmentation_loss import SegmentationLoss
 from segvit.model import SegViT, build_model
 from segvit.presets import find_preset
-from segvit.scores import semantic_scores
 
 MakeModel = Callable[..., SegViT]
 STRUCTURES = ["cascade", "single", "naive_qd", "shrunk"]

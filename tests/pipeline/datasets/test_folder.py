@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.config import AugmentationConfig, DataConfig
-from pipeline.data.loader import EvalLoader, TrainLoader
-from pipeline.data.prepare import prepare_shards
-from pipeline.data.shard_reader import open_shard_set
 from pipeline.datasets import RawDataset, RejectedSampleError, open_dataset
 from pipeline.datasets.folder import default_palette
 from pipeline.decode import open_image
 from pipeline.errors import UserError
+from pipeline.shards.loader import EvalLoader, TrainLoader
+from pipeline.shards.prepare import prepare_shards
+from pipeline.shards.shard_reader import open_shard_set
 
 HEIGHT, WIDTH = 24, 32
 

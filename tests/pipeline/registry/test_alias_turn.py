@@ -6,9 +6,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.engine.tracking import Tracking
 from pipeline.registry import alias_turn
 from pipeline.registry.alias_turn import TURN, turn
+from pipeline.workflow.tracking import Tracking
 
 
 def test_turn__one_at_a_time_and_nothing_is_left(tracking: Tracking) -> None:

@@ -3,11 +3,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.engine.tracking import Tracking
 from pipeline.records import ModelVersion
 from pipeline.registry import models
 from pipeline.registry.artifact_check import reproduces
 from pipeline.registry.models import ModelReference
+from pipeline.workflow.tracking import Tracking
 
 Register = Callable[..., ModelVersion]
 

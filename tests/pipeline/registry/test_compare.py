@@ -15,14 +15,14 @@ from PIL import Image
 import segvit
 from pipeline import storage
 from pipeline.config import EvaluateConfig, RuntimeConfig
-from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate_part
 from pipeline.evaluation.per_image import COUNTS_FILE, write_counts
 from pipeline.records import ShardSet
 from pipeline.registry import store
 from pipeline.registry.compare import compare_versions
-from pipeline.registry.compare_report import PAGE, write_comparison
+from pipeline.reports.comparison_page import PAGE, write_comparison
+from pipeline.workflow.tracking import Tracking
 from segvit.metrics import segmentation_metrics
 
 NAMES = tuple([str(digit) for digit in range(10)] + ["background"])

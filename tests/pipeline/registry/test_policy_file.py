@@ -9,11 +9,11 @@ import pytest
 import yaml
 
 from pipeline.config import PromotionPolicy
-from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.records import ModelVersion, PromotionDecision
 from pipeline.registry import decisions, store
 from pipeline.registry.policy_file import choose_policy, load_policy
+from pipeline.workflow.tracking import Tracking
 
 Register = Callable[..., ModelVersion]
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from pipeline.config import PromotionPolicy
-from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.records import Check, ModelVersion
 from pipeline.registry import decisions, models, promote, store
 from pipeline.registry.promote import promote_version, roll_back, verify_decision
+from pipeline.workflow.tracking import Tracking
 
 Register = Callable[..., ModelVersion]
 

@@ -28,9 +28,9 @@ from PIL import Image
 
 import segvit
 from pipeline import storage
-from pipeline.engine.tracking import Tracking
 from pipeline.evaluation.predict import predict_images
 from pipeline.registry.store import register_model
+from pipeline.workflow.tracking import Tracking
 
 PALETTE = [[10, 20, 30], [200, 0, 0], [0, 0, 200]]
 INFERENCE = {"scales": [1.0, 1.5], "flip": True}

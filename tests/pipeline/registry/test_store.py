@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import segvit
-from pipeline.engine.tracking import Tracking
 from pipeline.errors import UserError
 from pipeline.records import ModelVersion
 from pipeline.registry import models, store
 from pipeline.registry.models import ModelReference
 from pipeline.registry.store import register_model
+from pipeline.workflow.tracking import Tracking
 
 Register = Callable[..., ModelVersion]
 

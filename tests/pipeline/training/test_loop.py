@@ -17,7 +17,7 @@ from pipeline.errors import UserError
 from pipeline.training.loop import micro_batches, run_training
 from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.trainer import Trainer, TrainJob, WorkerPlace
-from segvit.losses import SegmentationLoss
+from segvit.losses.segmentation_loss import SegmentationLoss
 
 MakeJob = Callable[..., TrainJob]
 ALONE = WorkerPlace(0, 1, torch.device("cpu"))

@@ -21,16 +21,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline.config import RuntimeConfig
-from pipeline.data.shards import ShardSetError
-from pipeline.engine import execution, ray_session
-from pipeline.engine.tracking import MetricLog, Tracking
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint
+from pipeline.shards.shards import ShardSetError
 from pipeline.training import train
 from pipeline.training.loop import micro_batches, run_training
 from pipeline.training.train import MetricsToTracking, StopOnUserError, scaling
 from pipeline.training.train_run import mend_run
 from pipeline.training.trainer import TrainJob, WorkerPlace
+from pipeline.workflow import execution, ray_session
+from pipeline.workflow.tracking import MetricLog, Tracking
 
 MakeJob = Callable[..., TrainJob]
 UPLOAD_S = 1.5
@@ -117,7 +117,7 @@ def troubled_worker(folder: str) -> Callable[[dict[str, Any]], None]:
 
         from pipeline.training.train import train_worker
         from pipeline.training.trainer import Trainer
-        from segvit.losses import SegmentationLoss
+        from segvit.losses.segmentation_loss import SegmentationLoss
 
         place, persist = Path(folder), StorageContext.persist_current_checkpoint
         train_step, forward = Trainer.train_step, SegmentationLoss.forward

@@ -1,0 +1,1 @@
+"""How facts look in a terminal."""

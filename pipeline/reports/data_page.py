@@ -1,0 +1,181 @@
+"""What a shard set holds, for people: counts and shares of every class, class bars, and samples to look at.
+
+K classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+import segvit
+from pipeline import storage
+from pipeline.decode import IGNORE_INDEX, DecodeError, decode_label, open_image
+from pipeline.errors import UserError
+from pipeline.records import Record
+from pipeline.reports.pages import picture_uri, render_page
+from pipeline.shards.balance import count_classes
+from pipeline.shards.shard_reader import ShardReader, open_shard_set
+from pipeline.shards.shards import ShardSetError, spread
+from segvit.visualize import draw_legend
+
+SHEET_SAMPLES = 12
+CELL = (320, 240)  # width, height of the largest picture in a sheet, pixels
+CAPTION = 18  # pixels
+GAP = 6  # pixels
+SHEET_PAIRS = 2  # image and overlay, side by side, this often
+OVERLAY_ALPHA = 0.6
+PAGE, BARS = "index.html", "classes.png"
+_TEMPLATE = "data_page.html.j2"
+
+
+class ClassFacts(Record):
+    """One class in one split; shares are of all labelled pixels and of all images, 0 to 1."""
+
+    name: str
+    pixels: int
+    pixel_share: float
+    images: int
+    image_share: float
+
+
+class SplitFacts(Record):
+    """One split."""
+
+    name: str
+    num_images: int
+    num_shards: int
+    num_bytes: int
+    num_pixels: int
+    ignored_share: float
+    classes: tuple[ClassFacts, ...]
+
+
+class DataFacts(Record):
+    """A shard set; `palette` has the classes' colours, in their order."""
+
+    name: str
+    uri: str
+    digest: str
+    num_quarantined: int
+    palette: tuple[tuple[int, int, int], ...]
+    splits: tuple[SplitFacts, ...]
+
+
+def load_facts(uri: str) -> DataFacts:
+    """Count what the index of the shard set at `uri` says; raises ShardSetError where it is missing or damaged."""
+    reader = open_shard_set(uri)
+    manifest = reader.manifest
+    return DataFacts(
+        name=manifest.name,
+        uri=uri,
+        digest=manifest.digest(),
+        num_quarantined=manifest.num_quarantined,
+        palette=manifest.palette,
+        splits=tuple(_split_facts(reader, split) for split in manifest.splits),
+    )
+
+
+def _split_facts(reader: ShardReader, split: str) -> SplitFacts:
+    counts, shards = count_classes(reader, split), reader.manifest.splits[split]
+    num_expected = sum(shard.num_samples for shard in shards)
+    if counts.num_images != num_expected:
+        raise ShardSetError(
+            f"the index of {reader.uri} has {counts.num_images} samples in split {split!r}, the manifest says "
+            f"{num_expected}; prepare the shard set again"
+        )
+    labelled = int(counts.pixels.sum())
+    return SplitFacts(
+        name=split,
+        num_images=counts.num_images,
+        num_shards=len(shards),
+        num_bytes=sum(shard.num_bytes for shard in shards),
+        num_pixels=counts.num_pixels,
+        ignored_share=counts.ignored_pixels / max(counts.num_pixels, 1),
+        classes=tuple(
+            ClassFacts(
+                name=name,
+                pixels=int(pixels),
+                pixel_share=int(pixels) / max(labelled, 1),
+                images=int(images),
+                image_share=int(images) / max(counts.num_images, 1),
+            )
+            for name, pixels, images in zip(reader.manifest.classes, counts.pixels, counts.images, strict=True)
+        ),
+    )
+
+
+def write_data_report(facts: DataFacts, folder: Path, overwrite: bool = False) -> list[Path]:
+    """Write class bars, a contact sheet a split, and a page that shows both to `folder`; the files written.
+
+    Raises UserError where files would be replaced and `overwrite` is not given, ShardSetError for a sample that
+    cannot be decoded.
+    """
+    sheets = {split.name: f"samples-{split.name}.png" for split in facts.splits if split.num_images}
+    names = [BARS, *sheets.values(), PAGE]
+    there = [name for name in names if (folder / name).exists()]
+    if there and not overwrite:
+        raise UserError(f"{folder / there[0]} exists; choose another folder or use --overwrite")
+    from pipeline.reports.data_plots import class_bars
+
+    reader = open_shard_set(facts.uri)
+    contents = {BARS: class_bars(facts)}
+    for split, name in sheets.items():
+        contents[name] = _png(contact_sheet(reader, split))
+    # Inside the page, so that it can be sent on as one file.
+    pictures = {name: picture_uri(png) for name, png in contents.items()}
+    shown = {split: pictures[name] for split, name in sheets.items()}
+    page = render_page(_TEMPLATE, facts=facts, bars=pictures[BARS], sheets=shown)
+    contents[PAGE] = page.encode()
+    for name, content in contents.items():
+        storage.publish_bytes(str(folder / name), content)
+    return [folder / name for name in names]
+
+
+def contact_sheet(reader: ShardReader, split: str, num_samples: int = SHEET_SAMPLES) -> Image.Image:
+    """Samples evenly spread over `split`, each as image and overlay, and the legend of the classes in them."""
+    index, manifest = reader.index(split), reader.manifest
+    chosen = spread(len(index), num_samples)
+    cell = (2 * CELL[0] + GAP, CELL[1] + CAPTION)
+    columns = min(SHEET_PAIRS, len(chosen))
+    rows = -(-len(chosen) // columns)
+    sheet = Image.new("RGB", (columns * (cell[0] + 2 * GAP), rows * (cell[1] + GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    seen: set[int] = set()
+    for place, number in enumerate(chosen.tolist()):
+        sample = reader.read(index, number)
+        try:
+            image, label = open_image(sample.image)[0], decode_label(sample.label)
+        except DecodeError as error:
+            raise ShardSetError(f"sample {sample.key} of {reader.uri} {error}; prepare the shard set again") from error
+        pixels, small = _shrink(image, label)
+        seen.update(np.unique(small).tolist())
+        left, top = place % columns * (cell[0] + 2 * GAP) + GAP, place // columns * (cell[1] + GAP)
+        draw.text((left, top + CAPTION // 2), sample.key, fill="black", font=font, anchor="lm")
+        sheet.paste(Image.fromarray(pixels), (left, top + CAPTION))
+        marked = segvit.overlay(pixels, small, manifest.palette, OVERLAY_ALPHA)
+        sheet.paste(Image.fromarray(marked), (left + CELL[0] + GAP, top + CAPTION))
+    classes = sorted(seen - {IGNORE_INDEX})
+    names, colours = [manifest.classes[one] for one in classes], [manifest.palette[one] for one in classes]
+    return draw_legend(np.asarray(sheet), names, colours)
+
+
+def _shrink(image: Image.Image, label: NDArray[np.integer]) -> tuple[NDArray[np.uint8], NDArray[np.integer]]:
+    """Both to fit a cell, never enlarged."""
+    height, width = label.shape
+    scale = min(1.0, CELL[0] / width, CELL[1] / height)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    rows = ((np.arange(size[1]) + 0.5) * height / size[1]).astype(np.intp)
+    columns = ((np.arange(size[0]) + 0.5) * width / size[0]).astype(np.intp)
+    # Nearest for the label: class ids do not average.
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR)), label[rows][:, columns]
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,205 @@
+"""The run's report as one self-contained HTML page.
+
+The page asks nothing of the network: pictures are data URIs, plots inline SVG, the style inline, and a
+content policy forbids the rest. The same input gives the same page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from pipeline.records import ModelVersion, PromotionDecision
+from pipeline.reports.pages import render_page
+from pipeline.reports.run_page_input import ReportInput, VariantReport, load_report_input
+from pipeline.tuning.record import TrialSummary
+
+__all__ = ["ReportInput", "build_report", "load_report_input"]
+
+_TEMPLATE = "run_page.html.j2"
+_MISSING = "\N{EN DASH}"
+_NUM_CONFUSIONS = 10
+
+
+def build_report(report: ReportInput) -> str:
+    """The HTML page."""
+    from pipeline.reports import run_plots as report_plots  # matplotlib is not needed to load the input
+
+    variants = {variant.name: variant for variant in report.variants}
+    evaluations = {name: variant.evaluation for name, variant in variants.items()}
+    curves = report_plots.training_curves({name: variant.history for name, variant in variants.items()})
+    return render_page(
+        _TEMPLATE,
+        {"number": _number, "percent": _percent},
+        report=report,
+        variants=report.variants,
+        colours=report_plots.variant_colours(list(variants)),
+        result_rows=_result_rows(report),
+        legend=list(zip(report.class_names, (_hex(colour) for colour in report.palette), strict=True)),
+        curves=Markup(curves) if curves else None,
+        class_iou=Markup(
+            report_plots.class_iou_bars(
+                report.class_names, {name: item.per_class_iou for name, item in evaluations.items()}
+            )
+        ),
+        image_miou=Markup(
+            report_plots.image_miou_histogram({name: item.image_mious for name, item in variants.items()})
+        ),
+        confusion={
+            name: Markup(report_plots.confusion_heat_map(item.confusion, report.class_names, f"confusion-{index}"))
+            for index, (name, item) in enumerate(variants.items())
+        },
+        confusions={name: _strongest_confusions(item) for name, item in variants.items()},
+        trials=sorted(report.trials, key=lambda trial: -(_finite(trial.miou) or -1.0)),
+        chosen=_chosen_trial(report),
+        search=_search_plot(report),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRow:
+    """One line of the result table: a cell a variant, `best` marks the better ones where one is better."""
+
+    label: str
+    cells: tuple[str, ...]
+    best: tuple[bool, ...]
+
+
+def _result_rows(report: ReportInput) -> list[ResultRow]:
+    evaluations = [variant.evaluation for variant in report.variants]
+    sizes = {evaluation.cost_size for evaluation in evaluations}
+    at_size = " at {} x {}".format(*sizes.pop()) if len(sizes) == 1 else ""
+
+    def measured(
+        label: str, values: Sequence[float | None], text: Callable[[float | None], str], higher: bool
+    ) -> ResultRow:
+        known = [value for value in map(_finite, values) if value is not None]
+        target = (max(known) if higher else min(known)) if len(known) > 1 and len(set(known)) > 1 else None
+        best = tuple(target is not None and value == target for value in values)
+        return ResultRow(label, tuple(text(value) for value in values), best)
+
+    def stated(label: str, cells: Sequence[str]) -> ResultRow:
+        return ResultRow(label, tuple(cells), (False,) * len(cells))
+
+    split = evaluations[0].split if evaluations else "val"
+    return [
+        measured(f"{split} mIoU", [item.miou for item in evaluations], _number, higher=True),
+        measured("mAcc", [item.macc for item in evaluations], _number, higher=True),
+        measured("aAcc", [item.aacc for item in evaluations], _number, higher=True),
+        measured("boundary IoU", [item.boundary_iou for item in evaluations], _number, higher=True),
+        measured(f"GFLOPs{at_size}", [item.gflops for item in evaluations], _tenths, higher=False),
+        measured("parameters", [item.parameters for item in evaluations], _millions, higher=False),
+        measured(f"latency{at_size}", [item.latency_ms for item in evaluations], _milliseconds, higher=False),
+        stated("step of the checkpoint", [f"{variant.checkpoint.step:,}" for variant in report.variants]),
+        stated("training time", [_duration(variant.checkpoint.train_seconds) for variant in report.variants]),
+        stated("images scored", [f"{item.num_images:,}" for item in evaluations]),
+        stated("registered version", [_version_text(variant.version) for variant in report.variants]),
+        stated("decision", [_decision_text(variant.version, report.decision) for variant in report.variants]),
+    ]
+
+
+def _version_text(version: ModelVersion | None) -> str:
+    return f"{version.name} v{version.version}" if version else "not registered"
+
+
+def _decision_text(version: ModelVersion | None, decision: PromotionDecision | None) -> str:
+    if version is None or decision is None:
+        return _MISSING
+    if version.version != decision.version:
+        return "not the candidate"
+    return "promoted to champion" if decision.promoted else "not promoted"
+
+
+@dataclass(frozen=True, slots=True)
+class Confusion:
+    """Pixels of one class taken for another; `share` is of the true class's pixels."""
+
+    true: str
+    predicted: str
+    pixels: int
+    share: float
+
+
+def _strongest_confusions(variant: VariantReport) -> list[Confusion]:
+    wrong = variant.confusion * (1 - np.eye(len(variant.confusion), dtype=np.int64))
+    names, totals = variant.evaluation.class_names, variant.confusion.sum(axis=1)
+    found = []
+    for place in np.argsort(-wrong, axis=None, kind="stable")[:_NUM_CONFUSIONS]:
+        true, predicted = divmod(int(place), len(names))
+        if pixels := int(wrong[true, predicted]):
+            found.append(Confusion(names[true], names[predicted], pixels, pixels / int(totals[true])))
+    return found
+
+
+def _chosen_trial(report: ReportInput) -> TrialSummary | None:
+    """The trial whose weights were used, else the best one; None where no trial has a score."""
+    used = report.loss_weights
+    scored = [trial for trial in report.trials if _finite(trial.miou) is not None]
+    wanted = (used.class_weight, used.focal_weight, used.dice_weight)
+    for trial in scored:
+        weights = (trial.class_weight, trial.focal_weight, trial.dice_weight)
+        if all(map(math.isclose, weights, wanted)):
+            return trial
+    return max(scored, key=lambda trial: trial.miou or 0.0, default=None)
+
+
+def _search_plot(report: ReportInput) -> Markup | None:
+    from pipeline.reports import run_plots as report_plots
+
+    chosen = _chosen_trial(report)
+    if chosen is None:
+        return None
+    scored = [(trial, miou) for trial in report.trials if (miou := _finite(trial.miou)) is not None]
+    values = {
+        "class weight": [trial.class_weight for trial, _ in scored],
+        "focal weight": [trial.focal_weight for trial, _ in scored],
+        "dice weight": [trial.dice_weight for trial, _ in scored],
+    }
+    rates = [trial.learning_rate for trial, _ in scored if trial.learning_rate is not None]
+    if len(rates) == len(scored):
+        values["learning rate"] = rates
+    states, steps = [trial.state for trial, _ in scored], [trial.steps for trial, _ in scored]
+    place = [trial for trial, _ in scored].index(chosen)
+    return Markup(report_plots.weight_search(values, [miou for _, miou in scored], states, steps, place))
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    known = _finite(value)
+    return _MISSING if known is None else f"{known:.{digits}f}"
+
+
+def _tenths(value: float | None) -> str:
+    return _number(value, 1)
+
+
+def _percent(value: float | None) -> str:
+    known = _finite(value)
+    return _MISSING if known is None else f"{100 * known:.1f} %"
+
+
+def _millions(value: float | None) -> str:
+    known = _finite(value)
+    return _MISSING if known is None else f"{known / 1e6:.2f} M"
+
+
+def _milliseconds(value: float | None) -> str:
+    known = _finite(value)
+    return _MISSING if known is None else f"{known:.1f} ms"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def _hex(colour: tuple[int, int, int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*colour)

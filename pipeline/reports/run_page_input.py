@@ -1,0 +1,155 @@
+"""What the report shows, read from what the steps left on storage."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.records import (
+    BackboneRecord,
+    Checkpoint,
+    Evaluation,
+    LossWeights,
+    ModelVersion,
+    PromotionDecision,
+    ShardSet,
+)
+from pipeline.storage import join, read_bytes, read_json
+from pipeline.tuning.record import TrialSummary
+
+_MIME = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A val image with its ground truth and prediction laid over it, as data URIs."""
+
+    key: str
+    kind: Literal["best", "worst"]
+    miou: float
+    image: str
+    truth: str
+    prediction: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VariantReport:
+    """All that the page shows of one variant.
+
+    Attributes:
+        confusion: (K, K) pixel counts, rows = true class, columns = predicted class.
+        image_mious: mIoU of every image of the split.
+        history: rows of history.jsonl, each with "step" and loss terms or "val_miou".
+    """
+
+    checkpoint: Checkpoint
+    evaluation: Evaluation
+    version: ModelVersion | None
+    confusion: NDArray[np.int64]
+    image_mious: tuple[float, ...]
+    examples: tuple[Example, ...]
+    history: tuple[Mapping[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """The variant's name in the experiment file."""
+        return self.evaluation.variant
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ReportInput:
+    """Everything on the page; `palette` holds one (red, green, blue) of 0-255 a class."""
+
+    experiment: str
+    run_id: str
+    created_at: datetime
+    config_yaml: str
+    shard_set: ShardSet
+    class_names: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    backbone: BackboneRecord
+    loss_weights: LossWeights
+    trials: tuple[TrialSummary, ...]
+    variants: tuple[VariantReport, ...]
+    decision: PromotionDecision | None
+
+
+def load_report_input(
+    *,
+    experiment: str,
+    run_id: str,
+    created_at: datetime,
+    config_yaml: str,
+    shard_set: ShardSet,
+    backbone: BackboneRecord,
+    loss_weights: LossWeights,
+    checkpoints: Sequence[Checkpoint],
+    evaluations: Sequence[Evaluation],
+    versions: Sequence[ModelVersion] = (),
+    decision: PromotionDecision | None = None,
+) -> ReportInput:
+    """Read the files that the records name; variants keep the order of `evaluations`.
+
+    Raises FileNotFoundError where a file is missing, and ValueError where an evaluation's checkpoint is.
+    """
+    manifest = read_json(join(shard_set.uri, "manifest.json"))
+    by_variant = {checkpoint.variant: checkpoint for checkpoint in checkpoints}
+    registered = {version.variant: version for version in versions}
+    variants = []
+    for evaluation in evaluations:
+        checkpoint = by_variant.get(evaluation.variant)
+        if checkpoint is None or checkpoint.digest != evaluation.checkpoint_digest:
+            raise ValueError(f"evaluation of variant {evaluation.variant!r} has no matching checkpoint; pass both")
+        variants.append(_load_variant(checkpoint, evaluation, registered.get(evaluation.variant)))
+    trials = read_json(loss_weights.trials_uri) if loss_weights.trials_uri else []
+    return ReportInput(
+        experiment=experiment,
+        run_id=run_id,
+        created_at=created_at,
+        config_yaml=config_yaml,
+        shard_set=shard_set,
+        class_names=tuple(manifest["classes"]),
+        palette=tuple((red, green, blue) for red, green, blue in manifest["palette"]),
+        backbone=backbone,
+        loss_weights=loss_weights,
+        trials=tuple(TrialSummary.model_validate(trial) for trial in trials),
+        variants=tuple(variants),
+        decision=decision,
+    )
+
+
+def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: ModelVersion | None) -> VariantReport:
+    folder = evaluation.uri
+    confusion = read_json(join(folder, "confusion.json"))
+    examples = [
+        Example(
+            key=row["key"],
+            kind=row["kind"],
+            miou=row["miou"],
+            **{part: _data_uri(join(folder, row[part])) for part in ("image", "truth", "prediction")},
+        )
+        for row in read_json(join(folder, "examples.json"))
+    ]
+    history = read_bytes(checkpoint.history_uri).decode().splitlines()
+    return VariantReport(
+        checkpoint=checkpoint,
+        evaluation=evaluation,
+        version=version,
+        confusion=np.asarray(confusion["matrix"], dtype=np.int64),
+        image_mious=tuple(row["miou"] for row in read_json(join(folder, "images.json"))),
+        examples=tuple(examples),
+        history=tuple(json.loads(line) for line in history if line.strip()),
+    )
+
+
+def _data_uri(uri: str) -> str:
+    mime = _MIME[Path(uri).suffix.lower()]
+    return f"data:{mime};base64,{base64.b64encode(read_bytes(uri)).decode()}"

@@ -1,0 +1,79 @@
+"""Class balance of a shard set, from its index alone, and repeat factors for images with rare classes.
+
+n samples of a split, K classes. The index is read a row group at a time, so memory does not grow with n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.shards.shard_reader import ShardReader
+from pipeline.shards.shards import INDEX, ShardSetError
+
+BATCH_ROWS = 16384
+
+
+class ClassCounts(NamedTuple):
+    """How often each class comes in one split."""
+
+    num_images: int
+    num_pixels: int  # ignored ones, too
+    pixels: NDArray[np.int64]  # (K,)
+    images: NDArray[np.int64]  # (K,) images with at least one pixel of the class
+
+    @property
+    def ignored_pixels(self) -> int:
+        """Pixels that belong to no class."""
+        return self.num_pixels - int(self.pixels.sum())
+
+
+def count_classes(reader: ShardReader, split: str) -> ClassCounts:
+    """Pixels and images of each class in `split`; raises ShardSetError for an index that does not fit."""
+    num_classes = len(reader.manifest.classes)
+    pixels, images = np.zeros(num_classes, dtype=np.int64), np.zeros(num_classes, dtype=np.int64)
+    num_images = num_pixels = 0
+    for class_pixels, size in _class_pixels(reader, split):
+        pixels += class_pixels.sum(axis=0)
+        images += (class_pixels > 0).sum(axis=0)
+        num_images += len(class_pixels)
+        num_pixels += int(size.sum())
+    return ClassCounts(num_images, num_pixels, pixels, images)
+
+
+def repeat_factors(reader: ShardReader, split: str, threshold: float) -> NDArray[np.float64]:
+    """(n,) how often each sample of `split` should come an epoch (LVIS, arXiv 1908.03195, section B).
+
+    r(c) = max(1, sqrt(threshold / f(c))), f(c) the share of the images that hold class c; an image's factor is
+    the largest of its classes', 1 where it has none. Raises ShardSetError for an index that does not fit.
+    """
+    counts = count_classes(reader, split)
+    frequency = np.maximum(counts.images, 1) / max(counts.num_images, 1)
+    of_class = np.maximum(1.0, np.sqrt(threshold / frequency))
+    parts = [np.where(present > 0, of_class, 1.0).max(axis=1) for present, _ in _class_pixels(reader, split)]
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def _class_pixels(reader: ShardReader, split: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Pixels by class (rows, K) and pixels in all (rows,), part by part."""
+    place = storage.join(reader.uri, INDEX)
+    num_classes = len(reader.manifest.classes)
+    with storage.open_uri(place) as file:
+        batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=["split", "height", "width", "class_pixels"])
+        for batch in batches:
+            rows = batch.filter(pc.equal(batch["split"], split))
+            if not len(rows):
+                continue
+            lengths = pc.list_value_length(rows["class_pixels"]).to_numpy(zero_copy_only=False)
+            if (lengths != num_classes).any():
+                raise ShardSetError(f"{place} has not {num_classes} classes a sample; prepare the shard set again")
+            values = rows["class_pixels"].flatten().to_numpy(zero_copy_only=False)
+            size = rows["height"].cast(pa.int64()).to_numpy() * rows["width"].cast(pa.int64()).to_numpy()
+            yield values.reshape(len(rows), num_classes), size

@@ -1,0 +1,328 @@
+"""From a raw data set to a shard set: one task a shard, then index and manifest from the rows they left.
+
+Nothing but a summary of each shard and 8 bytes an image come back to the caller's process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import storage
+from pipeline.config import DataConfig
+from pipeline.datasets import RawDataset, open_dataset
+from pipeline.decode import IGNORE_INDEX
+from pipeline.errors import UserError
+from pipeline.records import ShardSet
+from pipeline.shards.duplicates import Place, find_duplicates
+from pipeline.shards.listing import Listing
+from pipeline.shards.shard_task import (
+    ROWS,
+    Duplicate,
+    ShardResult,
+    TaskOptions,
+    explain_duplicate,
+    explain_rejection,
+    prepare_shard,
+    publish_parquet,
+    read_column,
+    read_rows,
+    replace_duplicates,
+    rows_name,
+)
+from pipeline.shards.shards import (
+    INDEX,
+    INDEX_SCHEMA,
+    MANIFEST,
+    QUARANTINE,
+    QUARANTINE_SCHEMA,
+    Manifest,
+    ShardEntry,
+    ShardSetError,
+    read_manifest,
+    verify_shard_set,
+)
+
+PROGRESS_INTERVAL_S = 2.0
+ROW_GROUP_ROWS = 1 << 16
+READ_THREADS = 8
+
+Report = Callable[[str], None]
+Results = dict[str, ShardResult]  # by the shard's name
+
+
+def prepare_shards(
+    config: DataConfig,
+    target: str,
+    *,
+    max_tasks: int = 8,
+    progress: Report | None = None,
+) -> ShardSet:
+    """Write the shard set that `config` describes to the folder `target`; what is there and valid is kept.
+
+    Runs as Ray tasks, `max_tasks` at a time, where Ray is initialised, and in this process where it is not.
+    `progress` gets a line every few seconds and one with the sums at the end; None prints them. Raises UserError
+    for a missing data root, for a bad sample under the policy `fail`, and for more of them than the policy
+    `quarantine` allows. An image that is there twice is a bad sample, too.
+    """
+    report = progress or (lambda line: print(line, flush=True))
+    if storage.is_local(target):
+        # Tasks on other processes resolve relative paths against folders of their own.
+        target = str(storage.local_path(target))
+    dataset = open_dataset(config)
+    with _list(dataset, config) as listing:
+        current = _find_current(target, listing, config)
+        if current is not None:
+            report(f"prepare {dataset.name}: the shard set at {target} is up to date")
+            return current
+        storage.remove_files(target, [MANIFEST])
+        run = _Run(dataset, listing, target, config, max_tasks)
+        results = _check_all(run, report)
+        _leave_out_duplicates(run, results, report)
+        shard_set = _publish_set(run, results)
+    num_good = sum(result.num_samples for result in results.values())
+    report(
+        f"prepare {dataset.name}: {listing.num_samples} images = {num_good} in {len(results)} shards "
+        f"+ {shard_set.num_quarantined} in {QUARANTINE}; published {target}"
+    )
+    return shard_set
+
+
+def _list(dataset: RawDataset, config: DataConfig) -> Listing:
+    try:
+        return Listing(dataset, config)
+    except OSError as error:
+        raise UserError(
+            f"data root {config.root} cannot be listed ({error}); mend or remove what is named, or its permissions"
+        ) from error
+
+
+class _Run:
+    """What is to be prepared, and where its tasks run."""
+
+    def __init__(self, dataset: RawDataset, listing: Listing, target: str, config: DataConfig, max_tasks: int) -> None:
+        self.dataset = dataset
+        self.listing = listing
+        self.target = target
+        self.config = config
+        self.options = TaskOptions(config.on_bad_sample == "fail", config.max_long_side)
+        self._max_tasks = max_tasks
+
+    def run_tasks(self, work: Callable[..., ShardResult], jobs: Iterable[tuple[Any, ...]]) -> Generator[ShardResult]:
+        """The results of `work(dataset, plan, target, options, *rest)` as they come, for each (plan, *rest)."""
+        # Whoever initialised Ray has imported it; importing it here would cost a second for nothing.
+        if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+            for plan, *rest in jobs:
+                yield work(self.dataset, plan, self.target, self.options, *rest)
+            return
+        import ray
+
+        task, shared = ray.remote(work), ray.put(self.dataset)
+        waiting, running = iter(jobs), list[Any]()
+        try:
+            while True:
+                # Plans are read from disk when there is room for their task, never all at once.
+                while len(running) < self._max_tasks and (job := next(waiting, None)) is not None:
+                    running.append(task.remote(shared, job[0], self.target, self.options, *job[1:]))
+                if not running:
+                    return
+                done, running = ray.wait(running, num_returns=1)
+                yield ray.get(done[0])
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        finally:
+            for reference in running:
+                ray.cancel(reference)
+
+
+def _check_all(run: _Run, report: Report) -> Results:
+    """All shards, checked sample by sample and published, duplicates still in them."""
+    meter = _Meter(run.dataset.name, run.listing, report)
+    results: Results = {}
+    first: dict[str, str] | None = None
+    jobs = ((run.listing.load(shard),) for shard in run.listing.shards)
+    with contextlib.closing(run.run_tasks(prepare_shard, jobs)) as finished:
+        for result in finished:
+            results[result.name] = result
+            meter.advance(result)
+            first = first or result.first_rejected
+            if first is not None:
+                _apply_policy(run.config, meter.num_rejected, run.listing.num_samples, first)
+    return results
+
+
+def _leave_out_duplicates(run: _Run, results: Results, report: Report) -> None:
+    """Publish those shards again that hold an image which is elsewhere, too; changes `results`."""
+    ordered = [results[shard.name] for shard in run.listing.shards]
+    found = find_duplicates(ordered, lambda shard: read_column(run.target, shard, "image_sha256"))
+    wanted = _name_duplicates(run, found)
+    if wanted:
+        first = next(iter(wanted.values()))[0]
+        num_bad = len(found) + sum(result.num_rejected for result in ordered)
+        _apply_policy(run.config, num_bad, run.listing.num_samples, explain_duplicate(first))
+    changed = [
+        shard for shard in run.listing.shards if results[shard.name].duplicates != tuple(wanted.get(shard.name, ()))
+    ]
+    if changed:
+        report(
+            f"prepare {run.dataset.name}: {len(found)} images are there twice; writing {len(changed)} shards without"
+        )
+    jobs = ((run.listing.load(shard), wanted.get(shard.name, [])) for shard in changed)
+    with contextlib.closing(run.run_tasks(replace_duplicates, jobs)) as finished:
+        for result in finished:
+            results[result.name] = result
+
+
+def _name_duplicates(run: _Run, found: dict[Place, Place]) -> dict[str, list[Duplicate]]:
+    """By shard, in the order of the data set: what to leave out, with the files' names."""
+    rows: defaultdict[str, set[int]] = defaultdict(set)
+    for place in {*found, *found.values()}:
+        rows[place.shard].add(place.row)
+    files: dict[Place, str] = {}
+    splits: dict[str, str] = {}
+    for shard in run.listing.shards:
+        if shard.name in rows:
+            splits[shard.name] = shard.split
+            by_key = {sample.key: sample.image for sample in run.listing.load(shard).samples}
+            keys = read_column(run.target, shard.name, "key")
+            files |= {Place(shard.name, row): by_key[keys[row]] for row in rows[shard.name]}
+    named: dict[str, list[Duplicate]] = {name: [] for name in splits}
+    for place in sorted(found, key=lambda place: place.row):
+        kept = found[place]
+        same_as = f"{files[kept]} of split {splits[kept.shard]}"
+        named[place.shard].append(Duplicate(place.row, files[place], same_as))
+    return {name: duplicates for name, duplicates in named.items() if duplicates}
+
+
+def _publish_set(run: _Run, results: Results) -> ShardSet:
+    """Index, quarantine and, last, the manifest."""
+    splits = {
+        split: [results[shard.name] for shard in run.listing.shards if shard.split == split]
+        for split in run.listing.splits
+    }
+    for split, shards in splits.items():
+        if not any(shard.num_samples for shard in shards):
+            raise UserError(f"no sample of split {split!r} is good; mend the data set {run.dataset.name}")
+    _sweep(run.target, {name for shard in results for name in (shard, rows_name(shard))})
+    quarantined = [QUARANTINE_SCHEMA.empty_table()]
+    index = (table for shards in splits.values() for table in _row_groups(run, shards, quarantined))
+    index_uri, quarantine_uri = (storage.join(run.target, name) for name in (INDEX, QUARANTINE))
+    num_good = publish_parquet(index_uri, index, INDEX_SCHEMA)
+    num_bad = publish_parquet(quarantine_uri, [pa.concat_tables(quarantined)], QUARANTINE_SCHEMA)
+    assert num_good + num_bad == run.listing.num_samples, (
+        f"{run.listing.num_samples} samples went in, {num_good} + {num_bad} came out"
+    )
+    manifest = Manifest(
+        name=run.dataset.name,
+        classes=run.dataset.class_names,
+        palette=run.dataset.palette,
+        ignore_index=IGNORE_INDEX,
+        splits={
+            split: tuple(
+                ShardEntry(
+                    name=shard.name,
+                    sha256=shard.sha256,
+                    num_bytes=shard.num_bytes,
+                    num_samples=shard.num_samples,
+                )
+                for shard in shards
+            )
+            for split, shards in splits.items()
+        },
+        num_quarantined=num_bad,
+        source_digest=run.dataset.source_digest(),
+        plan_digest=run.listing.digest,
+        index_sha256=storage.file_digest(index_uri),
+        quarantine_sha256=storage.file_digest(quarantine_uri),
+    )
+    storage.publish_json(storage.join(run.target, MANIFEST), manifest.model_dump(mode="json"))
+    return manifest.to_record(run.target)
+
+
+def _row_groups(run: _Run, shards: Sequence[ShardResult], quarantined: list[pa.Table]) -> Iterator[pa.Table]:
+    """The index of one split in tables of some size; the quarantine's parts go to `quarantined`."""
+    step = max(1, ROW_GROUP_ROWS // run.config.samples_per_shard)
+    # Threads, because each file of a remote store keeps us waiting, and there is one a shard.
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for start in range(0, len(shards), step):
+            names = [shard.name for shard in shards[start : start + step]]
+            parts = list(pool.map(read_rows, [run.target] * len(names), names))
+            quarantined += [rejected for _, rejected in parts if len(rejected)]
+            yield pa.concat_tables([rows for rows, _ in parts])
+
+
+def _apply_policy(config: DataConfig, num_bad: int, num_samples: int, first: dict[str, str]) -> None:
+    """Raise UserError where the policy does not let `num_bad` of `num_samples` samples pass."""
+    if config.on_bad_sample == "fail":
+        raise UserError(explain_rejection(first))
+    if num_bad > config.max_quarantined_fraction * num_samples:
+        raise UserError(
+            f"{num_bad} of {num_samples} samples are bad, more than data.max_quarantined_fraction "
+            f"{config.max_quarantined_fraction:g} allows; mend them or raise it. "
+            f"The first: {explain_rejection(first)}"
+        )
+
+
+def _find_current(target: str, listing: Listing, config: DataConfig) -> ShardSet | None:
+    """The shard set at `target` where it is whole and was made by the same plan."""
+    try:
+        manifest = read_manifest(target)
+        if manifest.plan_digest != listing.digest:
+            return None
+        shard_set = verify_shard_set(target, deep=True)
+    except ShardSetError:
+        return None
+    if manifest.num_quarantined:
+        with storage.open_uri(storage.join(target, QUARANTINE)) as file:
+            first = next(pq.ParquetFile(file).iter_batches(1)).to_pylist()[0]
+        _apply_policy(config, manifest.num_quarantined, listing.num_samples, first)
+    # A store without renaming may have kept the manifest's temporary copy when the last run was killed.
+    _sweep(target, {name for shard in listing.shards for name in (shard.name, rows_name(shard.name))})
+    return shard_set
+
+
+def _sweep(target: str, keep: set[str]) -> None:
+    """Remove shards and rows of former plans, and what killed tasks left half written."""
+    names = [name for name in storage.list_names(target) if ".tar" in name or name.endswith(storage.PARTIAL)]
+    rows = [f"{ROWS}/{name}" for name in storage.list_names(storage.join(target, ROWS))]
+    storage.remove_files(target, [name for name in [*names, *rows] if name not in keep])
+
+
+class _Meter:
+    """Counts what is done and reports it with the rate and the time left."""
+
+    def __init__(self, dataset: str, listing: Listing, report: Report) -> None:
+        self.dataset = dataset
+        self.num_shards = len(listing.shards)
+        self.num_samples = listing.num_samples
+        self.num_rejected = 0
+        self._report = report
+        self._start = self._last = time.monotonic()
+        self._shards = self._done = 0
+
+    def advance(self, result: ShardResult) -> None:
+        """Count a finished shard; report when it is the last, or enough time has passed."""
+        self._shards += 1
+        self._done += result.num_samples + result.num_quarantined
+        self.num_rejected += result.num_rejected
+        now = time.monotonic()
+        if self._shards < self.num_shards and now - self._last < PROGRESS_INTERVAL_S:
+            return
+        self._last = now
+        rate = self._done / max(now - self._start, 1e-9)
+        left = round((self.num_samples - self._done) / max(rate, 1e-9))
+        self._report(
+            f"prepare {self.dataset}: {self._shards}/{self.num_shards} shards, "
+            f"{self._done}/{self.num_samples} images, {self.num_rejected} rejected, "
+            f"{rate:.0f} images/s, ETA {left // 60}:{left % 60:02d}"
+        )

@@ -1,0 +1,215 @@
+"""The reading side of a shard set: an index of where every sample lies, and reads by byte range."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline import storage
+from pipeline.records import ShardSet
+from pipeline.shards.shards import INDEX, ShardEntry, ShardSetError, read_manifest
+
+MAX_OPEN_SHARDS = 64
+
+# n samples of a split
+
+
+@dataclass(frozen=True, eq=False)
+class SplitIndex:
+    """Where the samples of one split lie, in the data set's order; all arrays are (n,)."""
+
+    keys: pa.Array
+    shard_names: tuple[str, ...]
+    shard: NDArray[np.int32]  # position in shard_names
+    image_offset: NDArray[np.int64]
+    image_size: NDArray[np.int64]
+    label_offset: NDArray[np.int64]
+    label_size: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def key(self, sample: int) -> str:
+        """The key of sample number `sample`."""
+        return str(self.keys[sample].as_py())
+
+
+class SampleBytes(NamedTuple):
+    """One sample as it lies in its shard."""
+
+    key: str
+    image: bytes
+    label: bytes
+
+
+class ShardReader:
+    """An opened shard set. Safe to fork, to pickle and to share between threads."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.manifest = read_manifest(uri)
+        self._forget_files()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_files()
+
+    def index(self, split: str) -> SplitIndex:
+        """Places of all samples of `split`.
+
+        Raises ShardSetError where there is no such split, and where the index does not fit the manifest.
+        """
+        if split not in self.manifest.splits:
+            choices = ", ".join(self.manifest.splits)
+            raise ShardSetError(f"shard set {self.uri} has no split {split!r}; choose from {choices}")
+        place = storage.join(self.uri, INDEX)
+        columns = ["key", "shard", "image_offset", "image_size", "label_offset", "label_size"]
+        try:
+            with storage.open_uri(place) as file:
+                # As a dictionary, a shard's name is kept once, not once a sample.
+                table = pq.read_table(file, columns=columns, filters=[("split", "=", split)], read_dictionary=["shard"])
+        except (OSError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
+            raise ShardSetError(f"{place} cannot be read ({error}); prepare the shard set again") from error
+        entries = self.manifest.splits[split]
+        index = SplitIndex(
+            table["key"].combine_chunks(),
+            tuple(entry.name for entry in entries),
+            _shard_numbers(place, table["shard"].combine_chunks(), entries),
+            *(table[column].to_numpy() for column in columns[2:]),
+        )
+        _check_fit(place, index, entries)
+        return index
+
+    def read(self, index: SplitIndex, sample: int) -> SampleBytes:
+        """The bytes of sample number `sample`: one read of the range that holds both members."""
+        start = int(index.image_offset[sample])
+        return self._slice(
+            index, sample, start, self._read_range(index, index.shard[sample], start, _end(index, sample))
+        )
+
+    def read_block(self, index: SplitIndex, samples: Sequence[int]) -> dict[int, SampleBytes]:
+        """The bytes of many samples by number: one read a shard, from its first wanted byte to the last."""
+        by_shard: dict[int, list[int]] = {}
+        for sample in sorted(set(samples)):
+            by_shard.setdefault(int(index.shard[sample]), []).append(sample)
+        found: dict[int, SampleBytes] = {}
+        for shard, wanted in by_shard.items():
+            start = min(int(index.image_offset[sample]) for sample in wanted)
+            data = memoryview(self._read_range(index, shard, start, max(_end(index, sample) for sample in wanted)))
+            found.update((sample, self._slice(index, sample, start, data)) for sample in wanted)
+        return found
+
+    def _slice(self, index: SplitIndex, sample: int, start: int, data: bytes | memoryview) -> SampleBytes:
+        image, label = int(index.image_offset[sample]) - start, int(index.label_offset[sample]) - start
+        return SampleBytes(
+            index.key(sample),
+            bytes(data[image : image + int(index.image_size[sample])]),
+            bytes(data[label : label + int(index.label_size[sample])]),
+        )
+
+    def _forget_files(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._filesystem, self._folder = fsspec.core.url_to_fs(self.uri)
+        self._is_local = storage.is_local(self.uri)
+        self._files: OrderedDict[str, IO[bytes]] = OrderedDict()
+
+    def _read_range(self, index: SplitIndex, shard: int, start: int, end: int) -> bytes:
+        name = index.shard_names[shard]
+        if self._process != os.getpid():
+            # Remote file systems hold threads and sockets that do not survive a fork.
+            self._forget_files()
+        try:
+            data = self._read_local(name, start, end) if self._is_local else self._read_remote(name, start, end)
+        except FileNotFoundError as error:
+            place = storage.join(self.uri, name)
+            raise ShardSetError(f"shard {place} is missing; prepare the shard set again") from error
+        if len(data) != end - start:
+            raise ShardSetError(f"{storage.join(self.uri, name)} ends before byte {end}; prepare it again")
+        return data
+
+    def _read_remote(self, name: str, start: int, end: int) -> bytes:
+        return bytes(self._filesystem.cat_file(f"{self._folder}/{name}", start=start, end=end))
+
+    def _read_local(self, name: str, start: int, end: int) -> bytes:
+        # Held while reading: another thread may close the file to make room for one of its own.
+        with self._lock:
+            file = self._files.get(name)
+            if file is None:
+                file = self._files[name] = storage.open_uri(storage.join(self.uri, name))
+                if len(self._files) > MAX_OPEN_SHARDS:
+                    self._files.popitem(last=False)[1].close()
+            return os.pread(file.fileno(), end - start, start)
+
+
+def open_shard_set(shard_set: ShardSet | str) -> ShardReader:
+    """Open a shard set by record or URI.
+
+    Raises ShardSetError where it is missing or damaged, or is not what the record stands for any more.
+    """
+    if isinstance(shard_set, str):
+        return ShardReader(shard_set)
+    reader = ShardReader(shard_set.uri)
+    if reader.manifest.digest() != shard_set.digest:
+        raise ShardSetError(
+            f"{shard_set.uri} holds another shard set now (digest {reader.manifest.digest()[:12]}, expected "
+            f"{shard_set.digest[:12]}); prepare it again"
+        )
+    return reader
+
+
+def _end(index: SplitIndex, sample: int) -> int:
+    return int(index.label_offset[sample] + index.label_size[sample])
+
+
+def _shard_numbers(place: str, names: pa.Array, entries: Sequence[ShardEntry]) -> NDArray[np.int32]:
+    """Each sample's shard as its place in the manifest, whatever the order of names in the file is."""
+    if not pa.types.is_dictionary(names.type):
+        names = names.dictionary_encode()
+    in_file = names.indices.to_numpy()
+    listed = names.dictionary.to_pylist()
+    numbers = {entry.name: number for number, entry in enumerate(entries)}
+    # The file may name shards of other splits, too.
+    for position in np.unique(in_file).tolist():
+        if listed[position] not in numbers:
+            raise ShardSetError(
+                f"{place} names shard {listed[position]}, which the manifest does not; prepare the shard set again"
+            )
+    shard: NDArray[np.int32] = np.array([numbers.get(name, -1) for name in listed], dtype=np.int32)[in_file]
+    return shard
+
+
+def _check_fit(place: str, index: SplitIndex, entries: Sequence[ShardEntry]) -> None:
+    """Refuse an index of another shard set: other counts, or ranges outside of its shards."""
+    counts = np.bincount(index.shard, minlength=len(entries))
+    for entry, count in zip(entries, counts.tolist(), strict=True):
+        if count != entry.num_samples:
+            raise ShardSetError(
+                f"{place} has {count} samples of {entry.name}, the manifest says {entry.num_samples}; "
+                "prepare the shard set again"
+            )
+    limits = np.array([entry.num_bytes for entry in entries], dtype=np.int64)
+    fits = (
+        (index.image_offset >= 0)
+        & (index.image_size >= 0)
+        & (index.image_offset + index.image_size <= index.label_offset)
+        & (index.label_size >= 0)
+        & (index.label_offset + index.label_size <= limits[index.shard])
+    )
+    if not fits.all():
+        sample = int(np.argmin(fits))
+        name = index.shard_names[index.shard[sample]]
+        raise ShardSetError(f"{place} puts sample {index.key(sample)} outside of {name}; prepare the shard set again")

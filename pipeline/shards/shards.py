@@ -1,0 +1,202 @@
+"""The shard set on storage: WebDataset tars, written byte-for-byte reproducibly; `shard_reader` reads them.
+
+A shard set is one folder: `<split>-00000.tar` and so on, `index.parquet` (a row a sample),
+`quarantine.parquet` (a row a rejected sample) and `manifest.json`, written last, which names everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.records import Record, ShardSet, SplitInfo
+from pipeline.storage.file_stamps import FileStamp, file_stamps
+
+FORMAT_VERSION = 1
+MANIFEST, INDEX, QUARANTINE = "manifest.json", "index.parquet", "quarantine.parquet"
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("split", pa.string()),
+        ("shard", pa.string()),
+        ("image_offset", pa.int64()),  # of the member's data in the tar, bytes
+        ("image_size", pa.int64()),
+        ("label_offset", pa.int64()),
+        ("label_size", pa.int64()),
+        ("height", pa.int32()),  # pixels
+        ("width", pa.int32()),
+        ("class_pixels", pa.list_(pa.int64())),  # by class id; what is missing to height x width is ignored
+    ]
+)
+QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "key", "file", "reason", "remedy")])
+
+
+class ShardSetError(UserError):
+    """A shard set that is missing, damaged, or of a version this code does not read."""
+
+
+class ShardEntry(Record):
+    """One tar file."""
+
+    name: str
+    sha256: str
+    num_bytes: int
+    num_samples: int
+
+
+class Manifest(Record):
+    """What a shard set holds. All but `identity_exempt` makes the content that `digest` stands for.
+
+    Attributes:
+        source_digest: the raw data set's names, sizes and times when the shards were made.
+        plan_digest: that, and all settings that shape the shards.
+    """
+
+    format_version: int = FORMAT_VERSION
+    name: str
+    classes: tuple[str, ...]
+    palette: tuple[tuple[int, int, int], ...]
+    ignore_index: int
+    splits: dict[str, tuple[ShardEntry, ...]]
+    num_quarantined: int
+    source_digest: str
+    plan_digest: str
+    index_sha256: str
+    quarantine_sha256: str
+
+    def digest(self) -> str:
+        """sha256 over the content: shards made from a copy of the data elsewhere have the same digest."""
+        exempt = {"source_digest", "plan_digest", "index_sha256", "quarantine_sha256"}
+        content = self.model_dump(mode="json", exclude=exempt)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_record(self, uri: str) -> ShardSet:
+        """The record that travels between steps; `uri` is the shard set's folder."""
+        splits = {}
+        for split, shards in self.splits.items():
+            sums = hashlib.sha256("".join(f"{shard.sha256}\n" for shard in shards).encode())
+            num_samples = sum(shard.num_samples for shard in shards)
+            splits[split] = SplitInfo(num_samples=num_samples, num_shards=len(shards), digest=sums.hexdigest())
+        return ShardSet(
+            name=self.name,
+            uri=uri,
+            digest=self.digest(),
+            num_classes=len(self.classes),
+            splits=splits,
+            num_quarantined=self.num_quarantined,
+        )
+
+
+class ShardWriter:
+    """Appends samples to a tar whose bytes depend on nothing but the samples and their order."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.num_bytes = 0
+        self.num_samples = 0
+
+    def add(self, key: str, suffix: str, image: bytes, label_png: bytes) -> tuple[int, int]:
+        """Append `<key>.<suffix>` and `<key>.label.png`; offsets of both members' data, in bytes."""
+        self.num_samples += 1
+        return self._append(f"{key}.{suffix}", image), self._append(f"{key}.label.png", label_png)
+
+    def finish(self) -> str:
+        """Write the end of the archive; the sha256 of the whole file."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.num_bytes % tarfile.RECORDSIZE))
+        return self._sha256.hexdigest()
+
+    def _append(self, name: str, data: bytes) -> int:
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        member.mode = 0o644
+        self._write(member.tobuf(tarfile.PAX_FORMAT))
+        offset = self.num_bytes
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self.num_bytes += len(data)
+
+
+def spread(count: int, limit: int | None) -> NDArray[np.int64]:
+    """Positions among `count`, at most `limit` of them (None: all), evenly spaced and rising."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.arange(limit) * count // limit
+
+
+def read_manifest(uri: str) -> Manifest:
+    """The manifest of the shard set at `uri`; raises ShardSetError."""
+    place = storage.join(uri, MANIFEST)
+    try:
+        content = storage.read_json(place)
+    except FileNotFoundError as error:
+        raise ShardSetError(f"no shard set at {uri}: {MANIFEST} is missing; prepare it first") from error
+    except ValueError as error:
+        raise ShardSetError(f"{place} is not JSON; prepare the shard set again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise ShardSetError(f"{place} has format version {version}, this code reads {FORMAT_VERSION}; prepare it again")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()[:3])
+        raise ShardSetError(f"{place} is damaged at {fields}; prepare the shard set again") from error
+
+
+def verify_shard_set(uri: str, deep: bool = False) -> ShardSet:
+    """The record of the shard set at `uri` if it is whole; raises ShardSetError naming the first damage.
+
+    Shallow: manifest and index readable, all shards there with the right size. `deep`: all sha256 sums, too.
+    """
+    manifest = read_manifest(uri)
+    shards = [shard for shards in manifest.splits.values() for shard in shards]
+    check_sizes(uri, manifest, file_stamps(uri))
+    sums = {INDEX: manifest.index_sha256, QUARANTINE: manifest.quarantine_sha256}
+    rows = {INDEX: sum(shard.num_samples for shard in shards), QUARANTINE: manifest.num_quarantined}
+    for name, num_rows in rows.items():
+        if _count_rows(storage.join(uri, name)) != num_rows:
+            raise ShardSetError(f"{storage.join(uri, name)} has not {num_rows} rows; prepare it again")
+    if deep:
+        for name, sha256 in {**sums, **{shard.name: shard.sha256 for shard in shards}}.items():
+            place = storage.join(uri, name)
+            if storage.file_digest(place) != sha256:
+                raise ShardSetError(f"{place} differs from the manifest in its sha256; prepare it again")
+    return manifest.to_record(uri)
+
+
+def check_sizes(uri: str, manifest: Manifest, stamps: dict[str, FileStamp]) -> None:
+    """Raise ShardSetError for a shard that is missing or of another size than the manifest says."""
+    for shards in manifest.splits.values():
+        for shard in shards:
+            place, stamp = storage.join(uri, shard.name), stamps.get(shard.name)
+            if stamp is None:
+                raise ShardSetError(f"shard {place} is missing; prepare the shard set again")
+            if stamp.num_bytes != shard.num_bytes:
+                raise ShardSetError(
+                    f"shard {place} has {stamp.num_bytes} bytes, the manifest says {shard.num_bytes}; prepare it again"
+                )
+
+
+def _count_rows(uri: str) -> int:
+    try:
+        with storage.open_uri(uri) as file:
+            return int(pq.read_metadata(file).num_rows)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ShardSetError(f"{uri} cannot be read ({error}); prepare the shard set again") from error

@@ -1,0 +1,189 @@
+"""One trial of the search: a short training run in a process of its own that continues from its last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.tune
+import torch
+from ray.train import FailureConfig, LoggingConfig
+from ray.train.torch import TorchTrainer
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from pipeline import storage
+from pipeline.causes import one_line
+from pipeline.config import RuntimeConfig, TuneConfig
+from pipeline.training.loop import run_training
+from pipeline.training.train import StopOnUserError, scaling, train_worker
+from pipeline.training.train_checkpoint import HISTORY_FILE, damage_of
+from pipeline.training.train_run import mend_run
+from pipeline.training.trainer import TrainJob, WorkerPlace
+from pipeline.tuning.proposals import METRIC, STEP
+from pipeline.tuning.record import WEIGHTS, SearchTakenOver, TrialPlace, remove_folder, require_owner
+from pipeline.workflow.ray_session import wants_gpu
+
+TRIAL_CPUS = 0.01
+LATEST_FILE = "latest.json"
+NUMBER, CAUSE = "trial", "cause"
+
+
+def in_process(runtime: RuntimeConfig) -> bool:
+    """Whether a trial trains in its own process: one worker needs no second one, which takes 15 s to start."""
+    return runtime.num_workers == 1
+
+
+def trial_resources(runtime: RuntimeConfig) -> dict[str, float]:
+    """What a trial's own process takes of the cluster; with several workers, those take the rest."""
+    if in_process(runtime):
+        return {"CPU": runtime.cpus_per_worker, "GPU": 1 if wants_gpu(runtime) else 0}
+    return {"CPU": TRIAL_CPUS}
+
+
+def trial_label(sampled: dict[str, float]) -> str:
+    """A trial's name for people: its weights."""
+    return "trial " + "/".join(f"{sampled[name]:.3g}" for name in WEIGHTS)
+
+
+def trial_job(job: TrainJob, tune: TuneConfig, sampled: dict[str, float]) -> TrainJob:
+    """`job` shortened to the trial's steps, with the sampled weights and, if it is searched, learning rate."""
+    train = job.train.model_copy(
+        update={
+            "steps": tune.steps,
+            "warmup_steps": min(job.train.warmup_steps, tune.steps // 10),
+            "validate_every_steps": tune.report_every_steps,
+            "checkpoint_every_steps": tune.report_every_steps,
+            "learning_rate": sampled.get("learning_rate", job.train.learning_rate),
+        }
+    )
+    loss = job.loss.model_copy(update={name: sampled[name] for name in WEIGHTS})
+    return job.model_copy(
+        update={
+            "variant": trial_label(sampled),
+            "train": train,
+            "loss": loss,
+            "max_val_samples": tune.max_val_samples,
+        }
+    )
+
+
+def run_trial(sampled: dict[str, float], job: TrainJob, tune: TuneConfig, place: TrialPlace) -> None:
+    """What Ray Tune runs: train with the `sampled` values, from the trial's last checkpoint where it has one.
+
+    A failure of the training is reported as the trial's last result; only the death of the process, or a search
+    that another process has taken over, reaches Ray Tune as an error.
+    """
+    number = int(sampled[NUMBER])
+    short = trial_job(job, tune, sampled)
+    try:
+        if in_process(job.runtime):
+            _train_here(short, place, number)
+        else:
+            _train_on_workers(short, tune, place, number)
+    except SearchTakenOver:
+        raise
+    except Exception as error:
+        ray.tune.report({STEP: 0.0, METRIC: -1.0, CAUSE: one_line(error)})
+
+
+def _train_here(job: TrainJob, place: TrialPlace, number: int) -> None:
+    folder_uri = place.trial_uri(number)
+    with tempfile.TemporaryDirectory(prefix="segvit-trial-") as folder:
+        resume = _fetch_checkpoint(folder_uri, Path(folder) / "resume")
+        if resume is not None:
+            _report_again(str(resume))
+
+        def report(metrics: dict[str, float], checkpoint: Path | None) -> None:
+            if checkpoint is not None:
+                require_owner(place.uri, place.token)
+                _publish_checkpoint(checkpoint, folder_uri)
+                _remove_local(checkpoint)
+            # Told last: what the search has heard of, the trial can continue from.
+            if metrics[METRIC] >= 0:
+                ray.tune.report({STEP: metrics[STEP], METRIC: metrics[METRIC]})
+
+        device = torch.device("cuda", 0) if wants_gpu(job.runtime) else torch.device("cpu")
+        run_training(job, WorkerPlace(0, 1, device), report, resume_from=resume, work_folder=Path(folder) / "work")
+
+
+def _train_on_workers(job: TrainJob, tune: TuneConfig, place: TrialPlace, number: int) -> None:
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    require_owner(place.uri, place.token)
+    run_uri = storage.join(place.train_uri, place.train_name(number))
+    checkpoints = mend_run(run_uri, "last")
+    if checkpoints:
+        _report_again(checkpoints[-1].uri)
+        if checkpoints[-1].step >= tune.steps:
+            return
+    TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job.model_dump(mode="json")},
+        scaling_config=scaling(job.runtime, cpus=_cpus_beside_trial(job.runtime.cpus_per_worker)),
+        # Ray's type stubs know only the former RunConfig.
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]
+            name=place.train_name(number),
+            storage_path=place.train_uri,
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+            failure_config=FailureConfig(max_failures=tune.trial_retries),
+            logging_config=LoggingConfig(log_level="WARNING"),
+            callbacks=[TuneReportCallback(), StopOnUserError()],  # type: ignore[list-item, no-untyped-call]
+        ),
+    ).fit()
+
+
+def _cpus_beside_trial(cpus_per_worker: int) -> float:
+    # The trial itself must hold some CPU, and on a machine of few cores the workers need all that there are.
+    # Ray takes fractions below 1 only.
+    return 1 - TRIAL_CPUS if cpus_per_worker == 1 else cpus_per_worker
+
+
+def _report_again(checkpoint_uri: str) -> None:
+    """Report the scores up to the checkpoint: the search may have died before it heard of the last one."""
+    for step, miou in history_scores(storage.read_bytes(storage.join(checkpoint_uri, HISTORY_FILE)).decode()):
+        ray.tune.report({STEP: float(step), METRIC: miou})
+
+
+def history_scores(history: str) -> Iterator[tuple[int, float]]:
+    """Step and mIoU of every validation in a history's text."""
+    for line in history.splitlines():
+        row: dict[str, Any] = json.loads(line)
+        if row.get(METRIC, -1.0) >= 0:
+            yield int(row[STEP]), float(row[METRIC])
+
+
+def _publish_checkpoint(checkpoint: Path, folder_uri: str) -> None:
+    """Make `checkpoint` the one to continue from; the file that names it comes last, then the former one goes."""
+    storage.publish_folder(checkpoint, storage.join(folder_uri, checkpoint.name))
+    storage.publish_json(storage.join(folder_uri, LATEST_FILE), {"folder": checkpoint.name})
+    for name in storage.list_names(folder_uri):
+        if name not in (LATEST_FILE, checkpoint.name):
+            remove_folder(storage.join(folder_uri, name))
+
+
+def _fetch_checkpoint(folder_uri: str, local: Path) -> Path | None:
+    """The trial's last checkpoint on this machine; None where it has none or a byte of it has changed."""
+    try:
+        name = str(storage.read_json(storage.join(folder_uri, LATEST_FILE))["folder"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"{LATEST_FILE} in {folder_uri} cannot be read ({error}); starting the trial anew", flush=True)
+        return None
+    uri = storage.join(folder_uri, name)
+    damage = damage_of(uri)
+    if damage is not None:
+        print(f"checkpoint {uri} is not used: {damage}; starting the trial anew", flush=True)
+        return None
+    local.mkdir()
+    return storage.fetch_folder(uri, local)
+
+
+def _remove_local(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()

@@ -1,0 +1,1 @@
+"""Backbones of timm: plain ViTs and Swin, cut and returned block by block."""

@@ -1,0 +1,256 @@
+"""The backbone: timm's network, cut, that returns tokens of chosen blocks together with their grid."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers.drop import DropPath
+from torch import Tensor, nn
+
+from segvit.backbones.downsampling import GridDownsampling, halved_grid
+from segvit.backbones.families import PlainViT, num_heads_of
+from segvit.backbones.positions import TokenPositions, downsampled_places, token_positions
+from segvit.backbones.timm_blocks import check_known, query_block, run_block
+from segvit.config import ShrinkQueries
+from segvit.output import at_least_float32
+
+# B batch, L tokens with prefix tokens first, C channels, H W pixels, h w patch grid
+
+
+class FeatureMap(NamedTuple):
+    """Patch tokens of one block or stage and where they lie."""
+
+    tokens: Tensor
+    """(B, h*w, C), row by row, without prefix tokens and without the final norm."""
+    grid: tuple[int, int]
+    """(h, w)."""
+    stride: int
+    """Pixels a token covers on each side."""
+    patch_grid: tuple[int, int]
+    """(h, w) of the backbone's patches, before any downsampling."""
+
+
+class Backbone(nn.Module, ABC):
+    """What decoders know of a backbone, plain or hierarchical: its features' sizes and the images' normalisation."""
+
+    name: str
+    """timm's, without the weights' tag."""
+    vit: Any
+    """timm's network, cut after the last block or stage that is read."""
+    out_layers: tuple[int, ...]
+    widths: tuple[int, ...]
+    """Channels of the returned features, in the order of `out_layers`."""
+    num_heads: int
+    """Of the last block."""
+    patch_size: int
+    """Pixels that a patch covers on each side, before any downsampling."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    num_frozen_blocks: int
+
+    def __init__(self, vit: nn.Module, out_layers: Sequence[int]) -> None:
+        super().__init__()
+        network: Any = vit
+        settings: Mapping[str, Any] = network.pretrained_cfg
+        self.name = settings["architecture"]
+        self.out_layers = tuple(out_layers)
+        self.patch_size = network.patch_embed.patch_size[0]
+        self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
+        self.num_frozen_blocks = 0
+        self.vit = vit
+
+    @abstractmethod
+    def frozen_modules(self) -> Iterator[nn.Module]:
+        """The parts before the first unfrozen block or stage."""
+
+    @abstractmethod
+    def freeze_blocks(self, num_blocks: int) -> None:
+        """Freeze the embeddings and the first blocks; see `SegViT.freeze_blocks`."""
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set the mode of all but the frozen parts, which stay in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen_modules() if self.num_frozen_blocks else ():
+            module.eval()
+        return self
+
+
+class PlainBackbone(Backbone):
+    """A plain ViT of timm, cut after the last block that is read.
+
+    Any height and width: images are padded with zeros on the right and at the bottom to whole patches, and
+    the position embedding is resized to the actual grid (bicubic, align_corners false); rotary positions and
+    relative position bias follow it, see `positions`.
+
+    Args:
+        vit: A model of `create_vit`; taken over and cut.
+        out_layers: 0-based blocks to return, ascending.
+        shrink_at: 0-based block at which query-based downsampling halves the grid, or None.
+        shrink_queries: How that block's queries are made; see `ModelConfig.shrink_queries`.
+        class_token: Whether the class token stays in the sequence. Without it the position embedding's entry for
+            it is unused, as in the published models.
+        drop_path_rate: Stochastic depth of the last block's MLP branch, linear from 0 over all blocks.
+
+    Raises:
+        ValueError: Block index out of range, or blocks of an unknown kind where they must be rewritten.
+    """
+
+    def __init__(
+        self,
+        vit: PlainViT,
+        out_layers: Sequence[int],
+        shrink_at: int | None = None,
+        shrink_queries: ShrinkQueries = "nearest",
+        class_token: bool = True,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(vit, out_layers)
+        check_block_indices(self.name, len(vit.blocks), out_layers, shrink_at)
+        self.shrink_at = shrink_at
+        self.num_heads = num_heads_of(vit.blocks[0])
+        self.widths = (vit.embed_dim,) * len(out_layers)
+        set_drop_path(list(vit.blocks), drop_path_rate)
+        if shrink_at is not None:
+            check_known(vit.blocks[shrink_at])
+            self.downsampling = GridDownsampling(shrink_queries, vit.embed_dim)
+        self.num_unused_tokens = 1 if vit.cls_token is not None and not class_token else 0
+        self.num_prefix_tokens: int = vit.num_prefix_tokens - self.num_unused_tokens
+        self._cut(max(out_layers) + 1)
+        self.freeze_blocks(0)
+
+    def _cut(self, depth: int) -> None:
+        # Parameters that no output depends on would stall distributed training and decay for nothing.
+        self.vit.blocks = self.vit.blocks[:depth]
+        self.vit.norm, self.vit.fc_norm, self.vit.attn_pool = nn.Identity(), nn.Identity(), None
+        rope: Any = getattr(self.vit, "rope", None)
+        if getattr(self.vit, "rope_mixed", False):
+            rope.freqs = nn.Parameter(rope.freqs.detach()[:, :depth].clone())
+            rope.depth = depth
+        for block in self.vit.blocks if rope is not None else ():
+            block.attn.num_prefix_tokens = self.num_prefix_tokens
+
+    def forward(self, images: Tensor) -> list[FeatureMap]:
+        """Features of `out_layers`, in their order, of normalised images (B, 3, H, W)."""
+        # One rule for gradients per block keeps frozen blocks free of autograd's memory and time.
+        trainable = torch.is_grad_enabled() and not self.num_frozen_blocks
+        with torch.set_grad_enabled(trainable):
+            tokens, patch_grid = self.embed(pad_to_multiple(images, self.patch_size))
+            positions = token_positions(self.vit, patch_grid, self.num_prefix_tokens)
+        grid = patch_grid
+        features, stride = [], self.patch_size
+        for index, block in enumerate(self.vit.blocks):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.num_frozen_blocks):
+                if index == self.shrink_at:
+                    tokens, positions = self.downsample(tokens, positions, grid)
+                    grid, stride = halved_grid(grid), 2 * stride
+                else:
+                    tokens = run_block(block, tokens, positions.of_block(index), self.num_prefix_tokens)
+            if index in self.out_layers:
+                features.append(FeatureMap(tokens[:, self.num_prefix_tokens :], grid, stride, patch_grid))
+        return features
+
+    def downsample(
+        self, tokens: Tensor, positions: TokenPositions, grid: tuple[int, int]
+    ) -> tuple[Tensor, TokenPositions]:
+        """Tokens (B, prefix + h*w, C) after the downsampling block, (B, prefix + h/2*w/2, C), and their places."""
+        assert self.shrink_at is not None
+        prefix = self.num_prefix_tokens
+        places = downsampled_places(positions.of_block(self.shrink_at), grid, prefix, self.downsampling)
+        queries = self.downsampling(tokens, grid, prefix)
+        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, places, prefix)
+        return tokens, positions.halved(grid)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Prefix and patch tokens (B, L, C) with learned positions, and the grid (h, w), of whole-patch images."""
+        vit = self.vit
+        cells = vit.patch_embed.proj(images)  # (B, C, h, w)
+        grid = (cells.shape[2], cells.shape[3])
+        tokens = vit.patch_embed.norm(cells.flatten(2).transpose(1, 2))
+        prefix = [vit.cls_token, getattr(vit, "reg_token", None)][self.num_unused_tokens :]
+        prefix = [token.expand(len(tokens), -1, -1) for token in prefix if token is not None]
+        positions = self.position_embedding(grid)
+        if positions is None:
+            tokens = torch.cat((*prefix, tokens), dim=1)
+        elif self.num_embedded_prefix_tokens:
+            tokens = torch.cat((*prefix, tokens), dim=1) + positions[:, self.num_unused_tokens :]
+        else:
+            tokens = torch.cat((*prefix, tokens + positions), dim=1)
+        tokens = vit.pos_drop(tokens)
+        return getattr(vit, "norm_pre", nn.Identity())(tokens), grid
+
+    @property
+    def num_embedded_prefix_tokens(self) -> int:
+        """Prefix tokens that the position embedding has entries for."""
+        return 0 if getattr(self.vit, "no_embed_class", False) else self.vit.num_prefix_tokens
+
+    def position_embedding(self, grid: tuple[int, int]) -> Tensor | None:
+        """The learned position embedding resized to the grid, or None for a model without one."""
+        if self.vit.pos_embed is None:
+            return None
+        return resize_positions(
+            self.vit.pos_embed, self.vit.patch_embed.grid_size, grid, self.num_embedded_prefix_tokens
+        )
+
+    def frozen_modules(self) -> Iterator[nn.Module]:
+        """Patch embedding, norm and positions of all blocks, and the frozen blocks."""
+        for name in ("patch_embed", "pos_drop", "norm_pre", "rope", "rel_pos_bias"):
+            module = getattr(self.vit, name, None)
+            if module is not None:
+                yield module
+        yield from self.vit.blocks[: self.num_frozen_blocks]
+
+    def freeze_blocks(self, num_blocks: int) -> None:
+        """Freeze the embeddings and the first blocks; see `SegViT.freeze_blocks`."""
+        if not 0 <= num_blocks <= len(self.vit.blocks):
+            raise ValueError(f"cannot freeze {num_blocks} blocks of {self.name}; use 0 to {len(self.vit.blocks)}")
+        self.requires_grad_(True)
+        self.num_frozen_blocks = num_blocks
+        tokens = [self.vit.cls_token, getattr(self.vit, "reg_token", None), self.vit.pos_embed]
+        # An unused class token is kept for the file format only: left trainable it would stall distributed training.
+        for parameter in tokens if num_blocks else tokens[: self.num_unused_tokens]:
+            if parameter is not None:
+                parameter.requires_grad_(False)
+        for module in self.frozen_modules() if num_blocks else ():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+
+def check_block_indices(name: str, depth: int, out_layers: Sequence[int], shrink_at: int | None) -> None:
+    """Raise ValueError unless every block index lies in the backbone."""
+    if max(out_layers) >= depth:
+        raise ValueError(f"out_layers {tuple(out_layers)} do not fit {name}; its blocks are 0 to {depth - 1}")
+    if shrink_at is not None and not 1 <= shrink_at < depth:
+        raise ValueError(f"shrink_at {shrink_at} does not fit {name}; use a block from 1 to {depth - 1}")
+
+
+def set_drop_path(blocks: Sequence[nn.Module], rate: float) -> None:
+    """Stochastic depth on the MLP branches only, its rate linear from 0 to `rate` over the blocks."""
+    if not rate:
+        return
+    for index, block in enumerate(blocks):
+        if not hasattr(block, "drop_path2"):
+            raise ValueError(f"{type(block).__name__} has no MLP branch of its own; set drop_path_rate to 0")
+        block.drop_path2 = DropPath(rate * index / max(len(blocks) - 1, 1))
+
+
+def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+    """Position embedding (1, prefix + h*w, C) of the old grid resized bicubically to the new one."""
+    if old == new:
+        return positions
+    prefix, patches = positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:]
+    grid = torch.unflatten(at_least_float32(patches).transpose(1, 2), 2, old)  # (1, C, h, w)
+    resized = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
+    return torch.cat((prefix, resized.flatten(2).transpose(1, 2).to(positions.dtype)), dim=1)
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Images (B, 3, H, W) with zeros added on the right and at the bottom up to the next multiple."""
+    height, width = images.shape[-2:]
+    bottom = math.ceil(height / multiple) * multiple - height
+    right = math.ceil(width / multiple) * multiple - width
+    return F.pad(images, (0, right, 0, bottom)) if bottom or right else images

@@ -1,0 +1,1 @@
+"""Decoders by name: Attention-to-Mask in the structures of the paper, and the linear baseline."""

@@ -1,0 +1,66 @@
+"""The Shrunk decoder (SegViT, arXiv 2210.05844, section 3.3): query-based upsampling, then ATM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from segvit.attention import DecoderLayer, initialize_linear
+from segvit.backbones.plain import FeatureMap, resize_positions
+from segvit.decoders.atm import DecoderOutput, DecoderSizes, InputProjection, SingleATM
+
+# B batch, Q = h*w grid queries at the backbone's first stride, C decoder channels
+
+
+class QueryUpsampling(nn.Module):
+    """Grid queries that read a feature map through standard decoder layers."""
+
+    def __init__(self, input_width: int, sizes: DecoderSizes) -> None:
+        super().__init__()
+        self.input = InputProjection(input_width, sizes.width)
+        self.layers = nn.ModuleList(
+            DecoderLayer(sizes.width, sizes.num_heads, sizes.dropout) for _ in range(sizes.num_layers)
+        )
+
+    def forward(self, queries: Tensor, features: FeatureMap) -> Tensor:
+        """Queries (B, Q, C) after reading the features; (B, Q, C)."""
+        tokens = self.input(features.tokens)
+        for layer in self.layers:
+            queries = layer(queries, tokens)
+        return queries
+
+
+class ShrunkDecoder(nn.Module):
+    """Query-based upsampling layers beside a downsampled backbone, and one ATM block on their result.
+
+    The learned table holds one query a patch of the training crop; other grids resize it bicubically.
+
+    Args:
+        grid: (h, w) of the training crop.
+        patch_size: Pixels a grid query covers on each side.
+        input_widths: Channels of the features, one upsampling layer each, visited in this order.
+        sizes: Of all layers, those of the upsampling and those of ATM.
+    """
+
+    def __init__(
+        self, grid: tuple[int, int], patch_size: int, input_widths: Sequence[int], sizes: DecoderSizes
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.patch_size = patch_size
+        self.grid_queries = nn.Embedding(grid[0] * grid[1], sizes.width)
+        self.upsampling = nn.ModuleList(QueryUpsampling(width, sizes) for width in input_widths)
+        self.apply(initialize_linear)
+        self.atm = SingleATM(None, sizes)
+
+    def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
+        """One prediction an ATM layer, from the features in the backbone's order, at the first stride."""
+        first = features[0]
+        grid = first.patch_grid
+        table = resize_positions(self.grid_queries.weight.unsqueeze(0), self.grid, grid, 0)
+        queries = table.expand(len(first.tokens), -1, -1)
+        for upsampling, feature in zip(self.upsampling, features, strict=True):
+            queries = upsampling(queries, feature)
+        output: DecoderOutput = self.atm([FeatureMap(queries, grid, self.patch_size, grid)])
+        return output

@@ -1,0 +1,1 @@
+"""Weights of others: pretrained backbones and published checkpoints."""

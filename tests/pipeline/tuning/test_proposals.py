@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from pipeline.config import TuneConfig
+from pipeline.tuning.proposals import Rungs, propose, search_space
+from pipeline.tuning.record import TrialRecord, TrialScore
+
+CONFIGURED = {"class_weight": 1.0, "focal_weight": 20.0, "dice_weight": 1.0, "learning_rate": 2e-5}
+TUNE = TuneConfig(num_trials=40, steps=60, report_every_steps=20, learning_rate=(1e-5, 1e-3), seed=3)
+
+
+def searched(count: int, tune: TuneConfig = TUNE) -> list[TrialRecord]:
+    """Trials proposed one after the other, the better the nearer their dice weight is to 2."""
+    trials: list[TrialRecord] = []
+    for number in range(count):
+        values = propose(tune, CONFIGURED, trials, number)
+        miou = 0.5 - 0.2 * abs(math.log(values["dice_weight"] / 2.0))
+        state = ("finished", "stopped", "failed")[0 if number % 5 else 1 if number % 10 else 2]
+        scores = (TrialScore(step=60 if state == "finished" else 20, miou=miou, order=number),)
+        trials.append(TrialRecord(number=number, values=values, state=state, scores=scores))  # type: ignore[arg-type]
+    return trials
+
+
+def test_propose__is_a_function_of_the_recorded_trials_alone() -> None:
+    trials = searched(24)
+    again = [TrialRecord.from_json(trial.to_json()) for trial in trials]
+    random.Random(0).shuffle(again)
+    for number in (1, 9, 10, 23):
+        earlier = [trial for trial in again if trial.number < number]
+        assert propose(TUNE, CONFIGURED, earlier, number) == trials[number].values
+    assert propose(TUNE, CONFIGURED, trials, 24) != propose(TUNE, CONFIGURED, trials[:-1], 24)
+
+
+def test_propose__begins_with_the_configured_values_where_they_are_within_the_ranges() -> None:
+    assert propose(TUNE, CONFIGURED, [], 0) == CONFIGURED
+    outside = propose(TUNE, CONFIGURED | {"dice_weight": 5.0}, [], 0)
+    assert 0.3 <= outside["dice_weight"] <= 3.0
+    assert outside["focal_weight"] != 20.0
+    fixed_rate = TUNE.model_copy(update={"learning_rate": None})
+    assert set(propose(fixed_rate, CONFIGURED, [], 0)) == {"class_weight", "focal_weight", "dice_weight"}
+
+
+def test_propose__stays_within_the_ranges_and_differs_with_number_and_seed() -> None:
+    space = search_space(TUNE)
+    first = [propose(TUNE, CONFIGURED, [], number) for number in range(1, 9)]
+    for values in first:
+        assert list(values) == list(space)
+        assert all(space[name].low <= value <= space[name].high for name, value in values.items())
+    assert len({values["dice_weight"] for values in first}) == 8
+    other = TUNE.model_copy(update={"seed": 4})
+    assert propose(other, CONFIGURED, [], 1) != first[0]
+
+
+def test_propose__learns_from_scores() -> None:
+    far = [abs(math.log(trial.values["dice_weight"] / 2.0)) for trial in searched(40)]
+    # Uniform on the log scale of 0.3 to 3, the distance to 2 is 0.82 on average.
+    assert sum(far[:12]) / 12 > 0.55
+    assert sum(far[-15:]) / 15 < 0.35
+
+
+@pytest.mark.parametrize("cut", [0, 7, 31, 80])
+def test_rungs__rebuilt_from_the_record_decide_as_those_that_lived(cut: int) -> None:
+    tune = TuneConfig(num_trials=20, steps=90, report_every_steps=10, reduction_factor=3)
+    rng = random.Random(cut)
+    scores = [(number, step, rng.random()) for number in range(20) for step in range(10, 100, 10)]
+    # Trials run side by side, each in the order of its steps.
+    order = sorted(range(len(scores)), key=lambda place: scores[place][1] + 35 * rng.random())
+    order.sort(key=lambda place: scores[place][1] // 40)
+    live, stopped = Rungs(tune, []), []
+    trials = {number: TrialRecord(number=number, values={}) for number in range(20)}
+    rebuilt: Rungs | None = None
+    for position, place in enumerate(order):
+        number, step, miou = scores[place]
+        if position == cut:
+            rebuilt = Rungs(tune, [TrialRecord.from_json(trial.to_json()) for trial in trials.values()])
+        decision = live.stops(number, step, miou)
+        if rebuilt is not None:
+            assert rebuilt.stops(number, step, miou) == decision
+        stopped.append(decision)
+        score = TrialScore(step=step, miou=miou, order=position, stopped=decision)
+        trials[number] = trials[number].model_copy(update={"scores": (*trials[number].scores, score)})
+    assert any(stopped)
+    assert not all(stopped)

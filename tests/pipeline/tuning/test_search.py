@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pipeline import storage
+from pipeline.config import LossConfig, RuntimeConfig, TrainConfig, TuneConfig
+from pipeline.errors import UserError
+from pipeline.records import LossWeights
+from pipeline.steps import _verify_trials
+from pipeline.tuning import search as tune
+from pipeline.tuning.record import SearchRecord
+from pipeline.workflow.tracking import Tracking
+
+Search = Callable[..., LossWeights]
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def search(
+    local_ray: None, tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[TuneConfig], LossWeights]:
+    """Start the search; its trials do not train, but act as the file `plan` tells and write to the file `started`."""
+    plan, started = str(tmp_path / "plan.json"), str(tmp_path / "started")
+
+    # Within a function, so that workers get it by value: they cannot import tests.
+    def light_trial(sampled: dict[str, float], job: Any, tune: TuneConfig, place: Any) -> None:
+        import json
+        import os
+        from pathlib import Path
+
+        import ray.tune
+
+        number = int(sampled["trial"])
+        with Path(started).open("a") as file:
+            file.write(f"{number}\n")
+        attempts = Path(started).read_text().split().count(str(number))
+        what = json.loads(Path(plan).read_text()).get(str(number), "")
+        for step in range(1, tune.steps + 1):
+            if step == 2 and (what == "dies" or (what == "dies once" and attempts == 1)):
+                os._exit(1)
+            if step == 2 and what == "fails":
+                ray.tune.report({"step": 0.0, "val_miou": -1.0, "cause": f"trial {number} has no memory"})
+                return
+            miou = 0.05 if what == "is poor" else (10 + 10 * number + step) / 100
+            ray.tune.report({"step": float(step), "val_miou": miou})
+
+    monkeypatch.setattr(tune, "run_trial", light_trial)
+    monkeypatch.setattr(tune, "check_shard_set", lambda *args, **kwargs: None)
+    job: Any = SimpleNamespace(
+        shard_set=None,
+        train=TrainConfig(
+            steps=9, batch_size=1, warmup_steps=0, validate_every_steps=9, checkpoint_every_steps=9, learning_rate=3e-5
+        ),
+        loss=LossConfig(),
+        runtime=RuntimeConfig(trials_at_once=1, use_gpu=False),
+    )
+
+    def start(settings: TuneConfig) -> LossWeights:
+        parent = tracking.client().create_run(tracking.experiment_id()).info.run_id
+        return tune.search_loss_weights(
+            job,
+            settings,
+            run_name="tune-0123",
+            storage_uri=str(tmp_path / "ray"),
+            target_uri=str(tmp_path / "search"),
+            tracking=tracking,
+            parent_run_id=parent,
+        )
+
+    return start
+
+
+def started(tmp_path: Path) -> list[int]:
+    return [int(line) for line in (tmp_path / "started").read_text().split()]
+
+
+def statuses(tracking: Tracking) -> list[tuple[str, str]]:
+    runs = list(tracking.runs("tags.`segvit.kind` = 'trial'"))
+    return sorted((run.data.tags["segvit.trial"], run.info.status) for run in runs)
+
+
+def test_search__deaths_are_retried_once_failures_reported_and_the_rest_chosen_from(
+    search: Search, tracking: Tracking, tmp_path: Path
+) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"0": "dies", "1": "dies once", "2": "is poor"}))
+    settings = TuneConfig(num_trials=3, steps=3, report_every_steps=1, reduction_factor=3, max_failed_fraction=0.3)
+    weights = search(settings)
+    assert started(tmp_path) == [0, 0, 1, 1, 2]
+    rows = json.loads(Path(str(weights.trials_uri)).read_text())
+    assert [(row["state"], row["attempts"], row["steps"]) for row in rows] == [
+        ("failed", 2, 1),
+        ("finished", 2, 3),
+        ("stopped", 1, 1),
+    ]
+    assert rows[0]["cause"].startswith("its process died 2 times (The actor died")
+    assert [score["step"] for score in rows[1]["history"]] == [1, 2, 3]
+    assert rows[1]["learning_rate"] == 3e-5
+    assert (weights.miou, weights.num_trials, weights.learning_rate) == (0.23, 3, None)
+    assert weights.focal_weight == rows[1]["focal_weight"]
+    assert statuses(tracking) == [("0", "FAILED"), ("1", "FINISHED"), ("2", "FINISHED")]
+    assert not (tmp_path / "ray" / "tune-0123").exists()
+    # The same step again, after its end was not recorded: nothing runs, the same comes out.
+    assert search(settings) == weights
+    assert started(tmp_path) == [0, 0, 1, 1, 2]
+    assert len(statuses(tracking)) == 3
+    assert _verify_trials(weights, tracking) is None
+    content = bytearray(storage.read_bytes(str(weights.trials_uri)))
+    content[10] ^= 1
+    Path(str(weights.trials_uri)).write_bytes(content)
+    assert _verify_trials(weights, tracking) == f"{weights.trials_uri} has changed"
+    assert search(settings) == weights
+    assert _verify_trials(weights, tracking) is None
+
+
+def test_search__over_the_limit_ends_with_the_first_cause_and_the_next_start_tries_again(
+    search: Search, tracking: Tracking, tmp_path: Path
+) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"1": "fails"}))
+    settings = TuneConfig(num_trials=4, steps=2, report_every_steps=1, reduction_factor=9, max_failed_fraction=0.0)
+    message = (
+        r"^1 of 4 search trials failed, tune.max_failed_fraction 0 allows 0; "
+        r"the first one: trial 1, trial 1 has no memory$"
+    )
+    with pytest.raises(UserError, match=message):
+        search(settings)
+    assert started(tmp_path) == [0, 1]
+    assert not (tmp_path / "search" / "trials.json").exists()
+    assert statuses(tracking) == [("0", "FINISHED"), ("1", "FAILED")]
+    (tmp_path / "plan.json").write_text("{}")
+    weights = search(settings)
+    assert started(tmp_path) == [0, 1, 1, 2, 3]
+    assert weights.miou == 0.42
+    trials = SearchRecord.load(str(tmp_path / "search" / "trials")).trials
+    assert [(trial.state, trial.attempts, trial.cause) for trial in trials.values()] == [
+        ("finished", 1, None),
+        ("finished", 2, None),
+        ("finished", 1, None),
+        ("finished", 1, None),
+    ]
+    assert statuses(tracking) == [(str(number), "FINISHED") for number in range(4)]

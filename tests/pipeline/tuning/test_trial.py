@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.tune
+
+from pipeline.config import RuntimeConfig, TuneConfig
+from pipeline.training.trainer import TrainJob
+from pipeline.tuning import trial as search_trial
+from pipeline.tuning.record import SearchRecord, SearchSettings, SearchTakenOver, TrialPlace
+from pipeline.tuning.trial import history_scores, in_process, run_trial, trial_job, trial_resources
+
+MakeJob = Callable[..., TrainJob]
+SAMPLED = {"trial": 2, "class_weight": 2.0, "focal_weight": 10.0, "dice_weight": 1.5}
+TUNE = TuneConfig(num_trials=4, steps=5, report_every_steps=2, max_val_samples=2)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> TrialPlace:
+    record = SearchRecord.take_over(str(tmp_path / "trials"), SearchSettings(tune=TUNE, learning_rate=1e-4))
+    return TrialPlace(uri=record.uri, token=record.token, train_uri=str(tmp_path / "ray"))
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What trials of this process report."""
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray.tune, "report", rows.append)
+    monkeypatch.setattr(search_trial, "wants_gpu", lambda runtime: False)
+    return rows
+
+
+def test_trial_job__is_short_and_has_the_sampled_values(make_job: MakeJob) -> None:
+    job = trial_job(make_job(warmup_steps=3), TUNE, SAMPLED | {"learning_rate": 5e-4})
+    assert (job.loss.class_weight, job.loss.focal_weight, job.loss.dice_weight) == (2.0, 10.0, 1.5)
+    assert (job.train.steps, job.train.warmup_steps, job.train.learning_rate) == (5, 0, 5e-4)
+    assert (job.train.validate_every_steps, job.train.checkpoint_every_steps) == (2, 2)
+    assert (job.max_val_samples, job.save_checkpoints, job.variant) == (2, True, "trial 2/10/1.5")
+    assert trial_job(make_job(), TUNE, SAMPLED).train.learning_rate == 1e-4
+
+
+def test_trial_resources__one_worker_runs_in_the_trials_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_trial, "wants_gpu", lambda runtime: True)
+    assert trial_resources(RuntimeConfig(cpus_per_worker=3)) == {"CPU": 3, "GPU": 1}
+    assert trial_resources(RuntimeConfig(num_workers=2)) == {"CPU": 0.01}
+    assert not in_process(RuntimeConfig(num_workers=(1, 2)))
+
+
+def test_run_trial__killed_goes_on_behind_its_checkpoint_to_the_same_scores(
+    make_job: MakeJob,
+    place: TrialPlace,
+    told: list[dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    job = make_job()
+    whole = TrialPlace(uri=str(tmp_path / "whole"), token=place.token, train_uri=place.train_uri)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "owner.json").write_bytes((tmp_path / "trials" / "owner.json").read_bytes())
+    run_trial(SAMPLED, job, TUNE, whole)
+    expected = list(told)
+    assert [row["step"] for row in expected] == [2, 4, 5]
+    told.clear()
+    capsys.readouterr()
+
+    def die_at_four(row: dict[str, Any]) -> None:
+        # Behind the checkpoint, before anybody hears of the score.
+        if row["step"] == 4:
+            raise Killed
+        told.append(row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray.tune, "report", die_at_four)
+        with pytest.raises(Killed):
+            run_trial(SAMPLED, job, TUNE, place)
+    folder = Path(place.trial_uri(2))
+    assert sorted(path.name for path in folder.iterdir()) == ["latest.json", "step-00000004"]
+    (folder / "step-00000005.0a1b2c3d.partial").mkdir()
+    told.clear()
+    capsys.readouterr()
+    run_trial(SAMPLED, job, TUNE, place)
+    assert told == expected
+    trained = [line for line in capsys.readouterr().out.splitlines() if "  loss " in line]
+    assert len(trained) == 1
+    assert "step 5/5" in trained[0]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest.json", "step-00000005"]
+    place.discard(2)
+    assert not folder.exists()
+
+
+def test_run_trial__damaged_checkpoint_is_not_used(
+    make_job: MakeJob, place: TrialPlace, told: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tune = TUNE.model_copy(update={"steps": 2})
+    run_trial(SAMPLED, make_job(), tune, place)
+    first = list(told)
+    weights = Path(place.trial_uri(2)) / "step-00000002" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    told.clear()
+    run_trial(SAMPLED, make_job(), tune, place)
+    assert told == first
+    assert "model.safetensors has another sha256 than when it was written; starting the trial anew" in (
+        capsys.readouterr().out
+    )
+    (Path(place.trial_uri(2)) / "latest.json").write_text("{")
+    told.clear()
+    run_trial(SAMPLED, make_job(), tune, place)
+    assert told == first
+
+
+def test_run_trial__failure_is_told_in_one_line_and_a_lost_search_ends_it(
+    make_job: MakeJob, place: TrialPlace, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no such\n thing")
+
+    run_trial(SAMPLED | {"learning_rate": 1e30}, make_job(), TUNE, place)
+    assert [(row["step"], row["val_miou"]) for row in told] == [(0.0, -1.0)]
+    assert re.match(
+        r"the (loss|gradient's norm) is (nan|inf) at step [12]\b.*Lower train\.learning_rate", told[0]["cause"]
+    )
+    assert "\n" not in told[0]["cause"]
+    told.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(search_trial, "run_training", fail)
+        run_trial(SAMPLED, make_job(), TUNE, place)
+    assert told == [{"step": 0.0, "val_miou": -1.0, "cause": "ValueError: no such thing"}]
+    SearchRecord.take_over(place.uri, SearchSettings(tune=TUNE, learning_rate=1e-4))
+    with pytest.raises(SearchTakenOver):
+        run_trial(SAMPLED, make_job(), TUNE, place)
+    assert len(told) == 1
+    assert not Path(place.trial_uri(2)).exists()
+
+
+def test_history_scores__are_the_validations() -> None:
+    history = '{"step": 1, "total": 2.5}\n{"step": 2, "val_miou": 0.25}\n{"step": 4, "total": 1.0, "val_miou": 0.5}\n'
+    assert list(history_scores(history + '{"step": 5, "val_miou": -1.0}\n')) == [(2, 0.25), (4, 0.5)]

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import ray
+
+from pipeline.errors import UserError
+from pipeline.workflow import ray_session
+
+
+def test_default_options__local_dashboard_on_loopback_else_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    local = ray_session.default_options()
+    assert (local["include_dashboard"], local["dashboard_host"]) == (True, "127.0.0.1")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert ray_session.default_options() == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("GCS"), r"the Ray cluster at 10\.0\.0\.1:6379 does not answer or refuses this user's token"),
+        (Exception("timed out\n during startup"), r"Ray could not start on this machine: timed out during startup"),
+    ],
+)
+def test_start__failure_is_one_clear_message(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    def init(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match=message):
+        ray_session.start(lambda: {"address": "10.0.0.1:6379"})
+
+
+@pytest.mark.parametrize(("address", "timeout"), [("", "15"), ("10.0.0.1:6379", None)])
+def test_start__only_a_local_ray_gives_up_a_dead_control_service_soon(
+    monkeypatch: pytest.MonkeyPatch, address: str, timeout: str | None
+) -> None:
+    setting = "RAY_gcs_rpc_server_reconnect_timeout_s"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv(setting, "of another test")  # put back in the end
+    monkeypatch.delenv(setting)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    assert ray_session.start(dict)
+    assert os.environ.get(setting) == timeout
+
+
+def test_start__mistaken_options_are_not_taken_for_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(TypeError):
+        ray_session.start(lambda: {1: 2})  # type: ignore[dict-item]
+
+
+def test_cancel__nothing_to_cancel_needs_no_ray() -> None:
+    ray_session.cancel([None, None])

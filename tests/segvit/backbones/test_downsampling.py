@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from timm.models.eva import EvaBlock
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from segvit.backbones.downsampling import GridDownsampling, halve_mean, halve_nearest
+from segvit.backbones.families import create_vit
+from segvit.backbones.plain import PlainBackbone
+from segvit.backbones.positions import TokenPositions, downsampled_places, token_positions
+from segvit.backbones.timm_blocks import Places, check_known, query_block, run_block
+from segvit.config import SHRINK_QUERIES, ShrinkQueries
+
+FAMILIES = [
+    ("vit_tiny_patch16_224", 1),
+    ("vit_small_patch14_dinov2", 1),
+    ("beit_base_patch16_224", 1),
+    ("eva02_tiny_patch14_224", 1),
+    ("eva02_base_patch16_clip_224", 1),
+    ("vit_small_patch16_dinov3", 5),
+    ("vit_small_patch16_rope_mixed_224", 1),
+]
+NOWHERE = Places(None, None, None)
+
+
+def random_vit(name: str, grid: tuple[int, int]) -> Any:
+    side = 14 if "patch14" in name else 16
+    options = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    vit = create_vit(name, (grid[0] * side, grid[1] * side), options).eval()
+    for parameter in vit.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return vit
+
+
+@pytest.mark.parametrize(("grid", "kept"), [((2, 4), [0, 2]), ((3, 3), [0, 2, 6, 8]), ((1, 1), [0])])
+def test_halve_nearest__keeps_prefix_and_top_left_of_each_2x2(grid: tuple[int, int], kept: list[int]) -> None:
+    tokens = torch.arange(-2, grid[0] * grid[1]).view(1, -1, 1)  # two prefix tokens, -2 and -1
+    assert halve_nearest(tokens, grid, 2).flatten().tolist() == [-2, -1, *kept]
+
+
+def test_halve_mean__a_lone_row_or_column_stands_for_itself() -> None:
+    tokens = torch.tensor([9.0, 0, 1, 2, 3, 4, 5, 6, 7, 8]).view(1, 10, 1)  # a prefix token and 3 x 3 patches
+    assert halve_mean(tokens, (3, 3), 1).flatten().tolist() == [9, 2, 3.5, 6.5, 8]
+
+
+@pytest.mark.parametrize("grid", [(2, 4), (3, 5)])
+def test_convolution__starts_as_the_mean_and_learns(grid: tuple[int, int]) -> None:
+    tokens = torch.randn(2, 3 + grid[0] * grid[1], 6)
+    mean, learned = GridDownsampling("average", 6), GridDownsampling("convolution", 6)
+    torch.testing.assert_close(learned(tokens, grid, 3), mean(tokens, grid, 3))
+    learned(tokens, grid, 3)[:, 3:].square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in learned.parameters())
+    assert list(mean.parameters()) == []
+
+
+@pytest.mark.parametrize(("name", "prefix"), FAMILIES)
+@pytest.mark.parametrize("grid", [(4, 6), (3, 5)])
+@torch.no_grad()
+def test_nearest__equals_the_whole_block_at_the_kept_tokens(name: str, prefix: int, grid: tuple[int, int]) -> None:
+    """Queries attend independently, so a kept token comes out as if all tokens had been queries."""
+    vit = random_vit(name, grid)
+    backbone = PlainBackbone(vit, (1,), shrink_at=1).eval()
+    positions = token_positions(vit, grid, prefix)
+    tokens = torch.randn(2, prefix + grid[0] * grid[1], 48)
+    whole = run_block(vit.blocks[1], tokens, positions.of_block(1), prefix)
+    shrunk, _ = backbone.downsample(tokens, positions, grid)
+    torch.testing.assert_close(shrunk, halve_nearest(whole, grid, prefix), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_query_block__norms_and_gate() -> None:
+    plain = Block(dim=24, num_heads=3, qkv_bias=False, qk_norm=True, scale_attn_norm=True).eval()
+    gated = EvaBlock(dim=24, num_heads=3, gated_attn=True, scale_attn_inner=True, init_values=0.5).eval()
+    for block in (plain, gated):
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        tokens = torch.randn(2, 12, 24)
+        output = query_block(block, tokens[:, ::3], tokens, NOWHERE, 0)
+        torch.testing.assert_close(output, block(tokens)[:, ::3])
+
+
+@pytest.mark.parametrize(
+    "name", ["eva02_tiny_patch14_224", "vit_small_patch16_rope_mixed_224", "beit_base_patch16_224"]
+)
+@torch.no_grad()
+def test_average__positions_add_the_mean_over_the_pooled_patches(name: str) -> None:
+    """With one pooled content, similarities are the mean of those at its four patches."""
+    grid = (4, 4)
+    vit = random_vit(name, grid)
+    positions = token_positions(vit, grid, 1)
+    places = positions.of_block(0)
+    pooled = downsampled_places(places, grid, 1, GridDownsampling("average", 48))
+
+    def similarities(query: Places, patch: int) -> Tensor:
+        """(heads, L) of one query content standing at the patch."""
+        content, keys = torch.ones(1, 3, 1, 16), torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
+        if query.query_rotary is None:
+            assert query.bias is not None
+            return query.bias[:, 1 + patch, 1:]
+        assert query.key_rotary is not None
+        half = vit.blocks[0].attn.rotate_half
+        turned = rotate_rows(content, query.query_rotary[..., patch : patch + 1, :], half)
+        return (turned @ rotate_rows(keys, query.key_rotary, half).transpose(-1, -2))[0, :, 0]
+
+    expected = torch.stack([similarities(places, patch) for patch in (2, 3, 6, 7)]).mean(0)
+    torch.testing.assert_close(similarities(pooled, 1), expected)
+
+
+def rotate_rows(heads: Tensor, rotary: Tensor, rotate_half: bool) -> Tensor:
+    """Rotation written out: pairs of channels, adjacent or half the width apart, turn by the table's angle."""
+    sine, cosine = rotary.chunk(2, dim=-1)
+    if rotate_half:
+        first, second = heads.chunk(2, dim=-1)
+        return heads * cosine + torch.cat((-second, first), dim=-1) * sine
+    turned = torch.stack((-heads[..., 1::2], heads[..., ::2]), dim=-1).flatten(-2)
+    return heads * cosine + turned * sine
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
+@torch.no_grad()
+def test_later_blocks__halved_rotary_distances_are_those_of_the_smaller_grid(name: str) -> None:
+    """Families that scale positions by the grid's extent give patches the same distances either way."""
+    block = (vit := random_vit(name, (4, 8))).blocks[1]
+    block.attn.num_prefix_tokens = 0
+    tokens = torch.randn(1, 8, 48)
+    halved = token_positions(vit, (4, 8), 0).halved((4, 8))
+    own = token_positions(vit, (2, 4), 0)
+    outputs = [run_block(block, tokens, one.of_block(1), 0) for one in (halved, own)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    assert (outputs[0] - run_block(block, tokens, NOWHERE, 0)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_later_blocks__halved_bias_is_that_of_the_kept_patches() -> None:
+    vit = random_vit("beit_base_patch16_224", (4, 6))
+    positions = token_positions(vit, (3, 5), 1)  # of a resized table
+    full, halved = positions.of_block(1).bias, positions.halved((3, 5)).of_block(1).bias
+    assert full is not None
+    assert halved is not None
+    kept = [0, *(1 + row * 5 + column for row in (0, 2) for column in (0, 2, 4))]
+    assert torch.equal(halved, full[:, kept][:, :, kept])
+
+
+@pytest.mark.parametrize(("name", "prefix"), FAMILIES)
+@pytest.mark.parametrize("kind", SHRINK_QUERIES)
+def test_downsampling__gradients_reach_every_parameter(name: str, prefix: int, kind: ShrinkQueries) -> None:
+    backbone = PlainBackbone(random_vit(name, (3, 4)), (1,), shrink_at=1, shrink_queries=kind)
+    side = backbone.patch_size
+    [feature] = backbone(torch.randn(1, 3, 5 * side, 3 * side))
+    assert (feature.grid, feature.stride, feature.patch_grid) == ((3, 2), 2 * side, (5, 3))
+    assert backbone.num_prefix_tokens == prefix
+    feature.tokens.square().sum().backward()
+    assert [key for key, one in backbone.named_parameters() if one.grad is None or not one.grad.any()] == []
+
+
+@pytest.mark.parametrize("kind", SHRINK_QUERIES)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "vit_small_patch16_dinov3"])
+def test_downsampling__gradient_check_in_float64(name: str, kind: ShrinkQueries) -> None:
+    backbone = PlainBackbone(random_vit(name, (2, 2)), (1,), shrink_at=1, shrink_queries=kind).double().eval()
+    prefix = backbone.num_prefix_tokens
+
+    def shrunk(tokens: Tensor) -> Tensor:
+        return backbone.downsample(tokens, token_positions(backbone.vit, (3, 2), prefix), (3, 2))[0][..., :4]
+
+    tokens = torch.randn(1, prefix + 6, 48, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(shrunk, tokens, fast_mode=True)
+
+
+def test_check_known__unknown_attention_is_refused() -> None:
+    class Gated(Block):
+        pass
+
+    for block in (Gated(dim=24, num_heads=3), nn.Identity()):
+        with pytest.raises(ValueError, match="query-based downsampling does not know"):
+            check_known(block)
+    with pytest.raises(ValueError, match="does not know EvaBlockPostNorm with EvaAttention"):
+        PlainBackbone(random_vit("eva02_enormous_patch14_clip_224", (2, 2)), (1,), shrink_at=1)
+
+
+def test_positions__plain_vit_has_none() -> None:
+    vit = random_vit("vit_tiny_patch16_224", (2, 2))
+    positions = token_positions(vit, (2, 2), 1)
+    assert positions == TokenPositions(vit, 1, None, None, None)
+    assert downsampled_places(positions.of_block(0), (2, 2), 1, GridDownsampling("average", 48)) == NOWHERE

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from segvit.inference.predict import semantic_scores
+from segvit.losses.cross_entropy import PixelNormalizer, SemanticCrossEntropy
+from segvit.model import SegViT
+
+MakeModel = Callable[..., SegViT]
+
+
+def some_labels(*shape: int) -> torch.Tensor:
+    labels = torch.randint(0, 4, shape)
+    labels[0, :5] = 255
+    return labels
+
+
+def test_cross_entropy__linear_head_equals_torch(make_model: MakeModel) -> None:
+    output = make_model("linear", out_layers=(3,))(torch.randn(2, 3, 40, 64))
+    labels = some_labels(2, 40, 64)
+    logits = F.interpolate(output.mask_logits, size=(48, 64), mode="bilinear")[:, :, :40]
+    terms = SemanticCrossEntropy(4)(output, labels)
+    assert terms["total"].item() == pytest.approx(F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5)
+    assert set(terms) == {"cross_entropy", "total"}
+
+
+def test_cross_entropy__of_semantic_scores(make_model: MakeModel) -> None:
+    output = make_model("single", out_layers=None)(torch.randn(1, 3, 48, 64))
+    labels = some_labels(1, 48, 64)
+    terms = SemanticCrossEntropy(4)(output, labels)
+    for name, prediction in {"": output, "auxiliary.0.": output.auxiliary[0]}.items():
+        expected = F.cross_entropy(semantic_scores(prediction, (48, 64)), labels, ignore_index=255)
+        torch.testing.assert_close(terms[f"{name}cross_entropy"], expected)
+    torch.testing.assert_close(terms["total"], terms["cross_entropy"] + terms["auxiliary.0.cross_entropy"])
+
+
+def test_normalizer__mean_of_shares_is_the_whole_batch(make_model: MakeModel) -> None:
+    model, loss = make_model("linear", out_layers=(3,)), SemanticCrossEntropy(4)
+    images, labels = torch.randn(2, 3, 32, 32), some_labels(2, 32, 32)
+    whole = loss(model(images), labels)["total"]
+    shared = PixelNormalizer(loss.normalizer(labels).num_pixels / 2)
+    parts = [loss(model(images[i : i + 1]), labels[i : i + 1], shared)["total"] for i in range(2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+    assert loss.normalizer(labels).num_pixels.item() == 2 * 32 * 32 - 5 * 32
+
+
+def test_cross_entropy__no_labelled_pixel_is_zero(make_model: MakeModel) -> None:
+    output = make_model("linear", out_layers=(3,))(torch.randn(1, 3, 32, 32))
+    assert SemanticCrossEntropy(4)(output, torch.full((1, 32, 32), 255))["total"].item() == 0.0
