@@ -200,11 +200,9 @@ class VariantConfig(Section):
 
 
 class LossConfig(Section):
-    """Weights of the loss terms (SegViT section 5) where no search chooses them."""
+    """Weights of the loss terms where no search chooses them."""
 
-    class_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    focal_weight: Annotated[float, Field(ge=0.0)] = 20.0
-    dice_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    weights: dict[str, Annotated[float, Field(ge=0.0)]] = {"class": 1.0, "focal": 20.0, "dice": 1.0}
     count_ignored_as_background: bool = True
 
 
@@ -249,26 +247,61 @@ class TrainConfig(Section):
         return self
 
 
-class TuneConfig(Section):
-    """Search of the loss weights. `num_trials` 0 leaves it out and the weights of `loss` are used.
+class SearchRange(Section):
+    """What one setting is searched in: exactly one of the four."""
 
-    `max_failed_fraction`: more failed trials than this share of all, rounded up, end the search with an error.
-    `trial_retries`: how often a trial whose process died goes on from its last checkpoint.
-    """
+    log_uniform: tuple[float, float] | None = None
+    uniform: tuple[float, float] | None = None
+    int_uniform: tuple[int, int] | None = None
+    choice: list[Any] | None = None
+
+
+class TuneConfig(Section):
+    """A search over any settings."""
 
     num_trials: Annotated[int, Field(ge=0)] = 0
     variant: str = "full"
     steps: Positive = 60
     report_every_steps: Positive = 20
     max_val_samples: Positive | None = None
-    class_weight: Range = (0.3, 3.0)
-    focal_weight: Range = (5.0, 80.0)
-    dice_weight: Range = (0.3, 3.0)
-    learning_rate: Range | None = None
+    space: dict[str, SearchRange] = {}
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
     max_failed_fraction: Fraction = 0.3
     trial_retries: Annotated[int, Field(ge=0)] = 1
     seed: int = 0
+
+
+class VariantSettings(Section):
+    """How one variant trains."""
+
+    model: dict[str, Any]
+    loss: LossConfig
+    train: TrainConfig
+    localize_upsampling: bool = False
+    own: tuple[str, ...] = ()
+
+    def value(self, path: str) -> Any:
+        """The setting at a dotted path."""
+        value: Any = self.model_dump(mode="python")
+        value["loss"] |= value["loss"].pop("weights")
+        for part in path.split("."):
+            value = value[part]
+        return value
+
+    def with_values(self, values: Any) -> VariantSettings:
+        """The settings with others at dotted paths."""
+        content = self.model_dump(mode="python")
+        for path, value in values.items():
+            *parents, last = path.split(".")
+            target = content
+            for part in parents:
+                target = target[part]
+            if parents == ["loss"]:
+                target = target["weights"]
+            if parents == ["model"] and last not in target:
+                raise ValueError(f"{path}: unknown")
+            target[last] = value
+        return VariantSettings.model_validate(content)
 
 
 class InferenceConfig(Section):

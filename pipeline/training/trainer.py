@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import segvit
 from pipeline import storage
-from pipeline.config import LossConfig, LossKind, RuntimeConfig, TrainConfig
+from pipeline.config import RuntimeConfig, TrainConfig, VariantSettings
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import BackboneRecord, Record, ShardSet
 from pipeline.shards.loader import Batch, EvalLoader, TrainLoader
@@ -41,16 +41,24 @@ class TrainJob(Record):
     """
 
     variant: str
-    model: dict[str, Any]
-    loss_kind: LossKind = "mask"
-    localize_upsampling: bool
+    settings: VariantSettings
     shard_set: ShardSet
     backbone: BackboneRecord
-    loss: LossConfig
-    train: TrainConfig
     runtime: RuntimeConfig
     max_val_samples: int | None = None
     save_checkpoints: bool = True
+
+    @property
+    def train(self) -> TrainConfig:
+        return self.settings.train
+
+    @property
+    def model(self) -> dict[str, Any]:
+        return self.settings.model
+
+    @property
+    def localize_upsampling(self) -> bool:
+        return self.settings.localize_upsampling
 
 
 class WorkerPlace(NamedTuple):
@@ -207,14 +215,12 @@ class Trainer:
 
 def build_loss(job: TrainJob) -> segvit.SegmentationLoss | segvit.SemanticCrossEntropy:
     """The loss that the job's variant is trained with."""
-    if job.loss_kind == "cross_entropy":
-        return segvit.SemanticCrossEntropy(job.shard_set.num_classes)
     return segvit.SegmentationLoss(
         num_classes=job.shard_set.num_classes,
-        class_weight=job.loss.class_weight,
-        focal_weight=job.loss.focal_weight,
-        dice_weight=job.loss.dice_weight,
-        count_ignored_as_background=job.loss.count_ignored_as_background,
+        class_weight=job.settings.loss.weights["class"],
+        focal_weight=job.settings.loss.weights["focal"],
+        dice_weight=job.settings.loss.weights["dice"],
+        count_ignored_as_background=job.settings.loss.count_ignored_as_background,
     )
 
 
