@@ -37,15 +37,15 @@ def values_against_miou(search: SearchSummary) -> Figure:
     """A panel a searched setting against the trials' last mIoU; grey: not to the last step; a ring: the chosen one."""
     with _optuna_plots():
         study, chosen = _study(search)
-        axes: list[Axes] = list(np.ravel(plot_slice(study, target_name=_SCORE)))
+        axes: list[Axes] = list(np.atleast_1d(np.asarray(plot_slice(study, target_name=_SCORE), dtype=object)))
         figure = _finish(axes, (max(WIDTH_IN, 2.2 * len(search.space)), 3.2))
         for axis in axes if study.trials else []:
             name = axis.get_xlabel()
             is_choice = isinstance(study.trials[0].distributions[name], CategoricalDistribution)
             if chosen is not None:
-                value = chosen.params[name]
-                ring = {"s": 190, "facecolors": "none", "edgecolors": TEXT, "linewidths": 1.6, "zorder": 4}
-                axis.scatter([repr(value) if is_choice else value], [chosen.value], **ring)
+                value = repr(chosen.params[name]) if is_choice else chosen.params[name]
+                ring = axis.scatter([value], np.array([chosen.value]), s=190, linewidths=1.6, zorder=4)
+                ring.set(facecolors="none", edgecolors=TEXT)
             if is_choice:
                 axis.margins(x=0.2)
                 axis.autoscale(axis="x")
@@ -96,7 +96,7 @@ def _optuna_plots() -> Iterator[None]:
     # Optuna draws by pyplot, which opens windows where it can, and asks for this style by name.
     plt.switch_backend("agg")
     theirs = matplotlib.style.library["ggplot"]
-    matplotlib.style.library["ggplot"] = STYLE
+    matplotlib.style.library["ggplot"] = matplotlib.RcParams(STYLE)
     try:
         with plot_style(), warnings.catch_warnings():
             # These plots are experimental to Optuna; an axis with one value on it has equal limits.

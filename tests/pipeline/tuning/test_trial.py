@@ -15,7 +15,7 @@ from pipeline.tuning.record import SearchRecord, SearchTakenOver, TrialPlace
 from pipeline.tuning.trial import history_scores, in_process, run_trial, trial_job, trial_resources
 
 MakeJob = Callable[..., TrainJob]
-SAMPLED = {"trial": 2, "values": {"loss.class": 2.0, "loss.focal": 10.0, "loss.dice": 1.5}}
+SAMPLED: dict[str, Any] = {"trial": 2, "values": {"loss.class": 2.0, "loss.focal": 10.0, "loss.dice": 1.5}}
 TUNE = TuneConfig(num_trials=4, steps=5, report_every_steps=2, max_val_samples=2)
 
 
