@@ -94,7 +94,7 @@ def test_search_view__says_all_of_it(facts: SearchFacts) -> None:
 @pytest.mark.parametrize("searched_rate", [False, True])
 def test_write_search_report__three_plots_and_a_page_of_its_own(tmp_path: Path, searched_rate: bool) -> None:
     write_search(tmp_path / "search", searched_rate=searched_rate)
-    facts = load_facts(str(tmp_path / "search"), "0123", "camvid", step(RunState.RUN))
+    facts = load_facts(str(tmp_path / "search"), "0123", "camvid", step(RunState.DONE))
     files = write_search_report(facts, tmp_path / "out")
     assert [file.name for file in files] == ["weights.png", "parallel.png", "rungs.png", "index.html"]
     for file in files[:3]:
