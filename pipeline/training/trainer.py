@@ -25,7 +25,8 @@ from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
 from segvit.decoders.localize import localize_upsampling
 from segvit.metrics import segmentation_metrics
-from segvit.optim import parameter_groups, poly_lambda
+from segvit.optim import parameter_groups
+from segvit.schedules import build_schedule
 from segvit.weights.pretrained import load_backbone_state, read_file
 
 LOCALIZE_IMAGES = 48
@@ -87,7 +88,7 @@ class Trainer:
             ),
             betas=(0.9, 0.999),
         )
-        self.rate_factor = poly_lambda(job.train.warmup_steps, job.train.steps, job.train.poly_power)
+        self.rate_factor = build_schedule("poly", job.train.steps, job.train.warmup_steps, power=job.train.poly_power)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         if job.localize_upsampling and resume_from is None:
             self._localize_upsampling()
@@ -205,15 +206,13 @@ class Trainer:
         save_training(folder, self.model, self.optimizer, self.state, rng, metadata)
 
 
-def build_loss(job: TrainJob) -> segvit.SegmentationLoss | segvit.SemanticCrossEntropy:
+def build_loss(job: TrainJob) -> segvit.SegmentationLoss:
     """The loss that the job's variant is trained with."""
     if job.loss_kind == "cross_entropy":
-        return segvit.SemanticCrossEntropy(job.shard_set.num_classes)
+        return segvit.SegmentationLoss(job.shard_set.num_classes, {"cross_entropy": 1.0})
     return segvit.SegmentationLoss(
         num_classes=job.shard_set.num_classes,
-        class_weight=job.loss.class_weight,
-        focal_weight=job.loss.focal_weight,
-        dice_weight=job.loss.dice_weight,
+        weights={"class": job.loss.class_weight, "focal": job.loss.focal_weight, "dice": job.loss.dice_weight},
         count_ignored_as_background=job.loss.count_ignored_as_background,
     )
 
