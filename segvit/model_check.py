@@ -74,6 +74,11 @@ def fit_problems(
         downsampling = config.decoder.downsampling(depth)
         shrink_at = downsampling.index if downsampling else None
         problems = block_problems(name, outline, out_layers, shrink_at, config.drop_path_rate)
+        if shrink_at is not None and max(out_layers) < shrink_at < depth:
+            problems.append(
+                f"shrink_at {shrink_at} lies after the last of out_layers {out_layers}, so that nothing would be "
+                f"downsampled; read block {shrink_at} or a later one"
+            )
         widths, heads = (outline.embed_dim,) * len(out_layers), num_heads_of(outline.blocks[0])
     spec = decoder_spec(config, num_classes, widths, heads, outline.patch_embed.patch_size[0])
     problems += config.decoder.spec_problems(spec)
