@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig
+from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig, VariantSettings
 from pipeline.records import BackboneRecord, ShardSet
 from pipeline.training.trainer import TrainJob
 
@@ -57,14 +57,11 @@ def make_job(digits_shards: ShardSet) -> MakeJob:
         }
         return TrainJob(
             variant="full",
-            model=model,
-            localize_upsampling=False,
+            settings=VariantSettings(model=model, loss=LossConfig(), train=TrainConfig(**settings | train)),
             shard_set=digits_shards,
             backbone=BackboneRecord(
                 backbone="vit_tiny_patch16_224", uri=None, digest="random", source="random", message=""
             ),
-            loss=LossConfig(),
-            train=TrainConfig(**settings | train),
             runtime=RuntimeConfig(log_every_steps=1),
         )
 

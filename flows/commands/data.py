@@ -23,15 +23,15 @@ def data(
 ) -> None:
     """Show what a shard set holds: images and pixels of every class in every split."""
     from flows.present import runs as present
-    from pipeline.reports.data_page import load_facts, write_data_report
+    from pipeline.reports.data_page import summarize_shard_set, write_data_report
 
-    facts = load_facts(shard_set)
+    summary = summarize_shard_set(shard_set)
     with facts_output(as_json) as (console, give):
-        console.print(present.data_view(facts))
-        files = write_data_report(facts, out, overwrite) if out is not None else []
+        console.print(present.data_view(summary))
+        files = write_data_report(summary, out, overwrite) if out is not None else []
         for file in files:
             console.print(str(file), markup=False, soft_wrap=True)
-        give({**facts.model_dump(mode="json"), "files": [str(file) for file in files]})
+        give({**summary.model_dump(mode="json"), "files": [str(file) for file in files]})
 
 
 def flops(

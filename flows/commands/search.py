@@ -14,7 +14,7 @@ def search(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, its beginning, or 'latest'.")],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Write plots of weights, parallel coordinates and rungs, and a page there."),
+        typer.Option(metavar="DIR", help="Write plots of the trials and a page that shows them there."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     workspace: Workspace = WORKSPACE,
@@ -27,10 +27,10 @@ def search(
     from pipeline.tuning.view import load_search
     from pipeline.workflow.tracking import Tracking
 
-    facts = load_search(Tracking.for_workspace(workspace, tracking_uri), run_id)
+    summary = load_search(Tracking.for_workspace(workspace, tracking_uri), run_id)
     with facts_output(as_json) as (console, give):
-        console.print(search_view(facts))
-        files = write_search_report(facts, out, overwrite) if out is not None else []
+        console.print(search_view(summary))
+        files = write_search_report(summary, out, overwrite) if out is not None else []
         for file in files:
             console.print(str(file), markup=False, soft_wrap=True)
-        give({**facts.model_dump(mode="json"), "files": [str(file) for file in files]})
+        give({**summary.model_dump(mode="json"), "files": [str(file) for file in files]})

@@ -18,7 +18,7 @@ from pipeline.workflow.runs import PlannedStep, RunSummary, RunTree, StepSummary
 from pipeline.workflow.tracking import RunState
 
 if TYPE_CHECKING:
-    from pipeline.reports.data_page import DataFacts, SplitFacts
+    from pipeline.reports.data_page import DataSummary, SplitSummary
     from segvit.flops import PresetCost
 
 BAR_WIDTH = 24  # characters
@@ -144,7 +144,7 @@ def costs_view(costs: Sequence[PresetCost]) -> Group:
     return Group(totals, parts, COUNTED, ACTIVATIONS)
 
 
-def data_view(facts: DataFacts) -> Group:
+def data_view(facts: DataSummary) -> Group:
     """A shard set's splits, and a table of classes for each, with bars of their share of the labelled pixels."""
     splits = Table(title=f"{facts.name}  {facts.digest[:12]}", title_justify="left")
     splits.add_column("split")
@@ -163,7 +163,7 @@ def data_view(facts: DataFacts) -> Group:
     return Group(splits, *tables, f"{facts.num_quarantined} samples quarantined")
 
 
-def _classes_table(split: SplitFacts, palette: Sequence[tuple[int, int, int]]) -> Table:
+def _classes_table(split: SplitSummary, palette: Sequence[tuple[int, int, int]]) -> Table:
     table = Table(title=f"{split.name}: classes", title_justify="left")
     table.add_column("class", overflow="fold")
     for heading in ("images", "of images", "pixels", "of pixels"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import ValidationError
 
-from pipeline import storage
 from pipeline.decode import IGNORE_INDEX, DecodeError, decode_image, decode_label
 from pipeline.errors import UserError
 from pipeline.records import ModelVersion, ShardSet
 from pipeline.registry import store
 from pipeline.registry.compare import Comparison, ImageDifference
 from pipeline.registry.models import checkpoint_folder
-from pipeline.reports.pages import picture_uri, render_page
+from pipeline.reports.pages import data_uri, image_png, refuse_existing, render_page, write_files
 from pipeline.shards.shard_reader import SampleBytes, open_shard_set
 from pipeline.workflow.tracking import Tracking
 
@@ -56,24 +54,20 @@ def write_comparison(tracking: Tracking, comparison: Comparison, folder: Path, o
     is not given.
     """
     chosen = {
-        f"{kind}-{place}.png": image
+        f"{kind}-{rank}.png": image
         for kind, images in (("gain", comparison.gains), ("drop", comparison.drops))
-        for place, image in enumerate(images, start=1)
+        for rank, image in enumerate(images, start=1)
     }
-    for name in (PAGE, *chosen):
-        if (folder / name).exists() and not overwrite:
-            raise UserError(f"{folder / name} exists; choose another folder or use --overwrite")
+    refuse_existing(folder, (PAGE, *chosen), overwrite)
     note: str | None = None
     pictures: list[_Picture] = []
     try:
         pictures = _draw(tracking, comparison, chosen)
     except UserError as error:
         note = f"no pictures: {error}"
-    page = _page(comparison, pictures, note)
-    for picture in pictures:
-        storage.publish_bytes(str(folder / picture.name), picture.png)
-    storage.publish_bytes(str(folder / PAGE), page.encode())
-    return Written([folder / PAGE, *(folder / picture.name for picture in pictures)], note)
+    contents = {picture.name: picture.png for picture in pictures}
+    *files, page = write_files(folder, contents | {PAGE: _page(comparison, pictures, note).encode()})
+    return Written([page, *files], note)
 
 
 def _draw(tracking: Tracking, comparison: Comparison, chosen: dict[str, ImageDifference]) -> list[_Picture]:
@@ -85,7 +79,7 @@ def _draw(tracking: Tracking, comparison: Comparison, chosen: dict[str, ImageDif
         with tempfile.TemporaryDirectory(prefix="segvit-compare-") as cache:
             loaded.append(segvit.load_checkpoint(checkpoint_folder(tracking, version.model_uri, cache)))
     return [
-        _Picture(name, image, _png(_side_by_side(samples[image.key], image, comparison, loaded)))
+        _Picture(name, image, image_png(_side_by_side(samples[image.key], image, comparison, loaded)))
         for name, image in chosen.items()
     ]
 
@@ -93,11 +87,11 @@ def _draw(tracking: Tracking, comparison: Comparison, chosen: dict[str, ImageDif
 def _read_samples(tracking: Tracking, comparison: Comparison, keys: Sequence[str]) -> dict[str, SampleBytes]:
     reader = open_shard_set(_shard_set(tracking, comparison.second))
     index = reader.index(comparison.second.evaluation.split)
-    places = {key: place for place, key in enumerate(index.keys.to_pylist())}
-    unknown = [key for key in keys if key not in places]
+    positions = {key: position for position, key in enumerate(index.keys.to_pylist())}
+    unknown = [key for key in keys if key not in positions]
     if unknown:
         raise UserError(f"{reader.uri} holds no sample {unknown[0]}")
-    return {key: reader.read(index, places[key]) for key in keys}
+    return {key: reader.read(index, positions[key]) for key in keys}
 
 
 def _shard_set(tracking: Tracking, version: ModelVersion) -> ShardSet:
@@ -146,8 +140,8 @@ def _row(panels: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> NDArra
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     sheet = Image.new("RGB", (len(panels) * (size[0] + GAP_PX) - GAP_PX, size[1] + CAPTION_PX), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for place, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
-        left = place * (size[0] + GAP_PX)
+    for column, (panel, caption) in enumerate(zip(panels, captions, strict=True)):
+        left = column * (size[0] + GAP_PX)
         while font.getlength(caption) > size[0] and len(caption) > 4:
             caption = f"{caption.rstrip('.')[:-1]}..."
         draw.text((left, CAPTION_PX // 2), caption, fill="black", font=font, anchor="lm")
@@ -155,16 +149,10 @@ def _row(panels: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> NDArra
     return np.asarray(sheet)
 
 
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _page(comparison: Comparison, pictures: Sequence[_Picture], note: str | None) -> str:
     known = [row for row in comparison.classes if row.difference is not None]
     shown = {
-        heading: [(picture.image, picture_uri(picture.png)) for picture in pictures if picture.name.startswith(kind)]
+        heading: [(picture.image, data_uri(picture.png)) for picture in pictures if picture.name.startswith(kind)]
         for kind, heading in _KINDS.items()
     }
     return render_page(

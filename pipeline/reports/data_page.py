@@ -5,7 +5,6 @@ K classes, H W pixels.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 import segvit
-from pipeline import storage
 from pipeline.decode import IGNORE_INDEX, DecodeError, decode_label, open_image
-from pipeline.errors import UserError
 from pipeline.records import Record
-from pipeline.reports.pages import picture_uri, render_page
+from pipeline.reports.pages import data_uri, image_png, refuse_existing, render_page, write_files
 from pipeline.shards.balance import count_classes
 from pipeline.shards.shard_reader import ShardReader, open_shard_set
 from pipeline.shards.shards import ShardSetError, spread
@@ -33,7 +30,7 @@ PAGE, BARS = "index.html", "classes.png"
 _TEMPLATE = "data_page.html.j2"
 
 
-class ClassFacts(Record):
+class ClassSummary(Record):
     """One class in one split; shares are of all labelled pixels and of all images, 0 to 1."""
 
     name: str
@@ -43,7 +40,7 @@ class ClassFacts(Record):
     image_share: float
 
 
-class SplitFacts(Record):
+class SplitSummary(Record):
     """One split."""
 
     name: str
@@ -52,10 +49,10 @@ class SplitFacts(Record):
     num_bytes: int
     num_pixels: int
     ignored_share: float
-    classes: tuple[ClassFacts, ...]
+    classes: tuple[ClassSummary, ...]
 
 
-class DataFacts(Record):
+class DataSummary(Record):
     """A shard set; `palette` has the classes' colours, in their order."""
 
     name: str
@@ -63,24 +60,24 @@ class DataFacts(Record):
     digest: str
     num_quarantined: int
     palette: tuple[tuple[int, int, int], ...]
-    splits: tuple[SplitFacts, ...]
+    splits: tuple[SplitSummary, ...]
 
 
-def load_facts(uri: str) -> DataFacts:
+def summarize_shard_set(uri: str) -> DataSummary:
     """Count what the index of the shard set at `uri` says; raises ShardSetError where it is missing or damaged."""
     reader = open_shard_set(uri)
     manifest = reader.manifest
-    return DataFacts(
+    return DataSummary(
         name=manifest.name,
         uri=uri,
         digest=manifest.digest(),
         num_quarantined=manifest.num_quarantined,
         palette=manifest.palette,
-        splits=tuple(_split_facts(reader, split) for split in manifest.splits),
+        splits=tuple(_summarize_split(reader, split) for split in manifest.splits),
     )
 
 
-def _split_facts(reader: ShardReader, split: str) -> SplitFacts:
+def _summarize_split(reader: ShardReader, split: str) -> SplitSummary:
     counts, shards = count_classes(reader, split), reader.manifest.splits[split]
     num_expected = sum(shard.num_samples for shard in shards)
     if counts.num_images != num_expected:
@@ -89,7 +86,7 @@ def _split_facts(reader: ShardReader, split: str) -> SplitFacts:
             f"{num_expected}; prepare the shard set again"
         )
     labelled = int(counts.pixels.sum())
-    return SplitFacts(
+    return SplitSummary(
         name=split,
         num_images=counts.num_images,
         num_shards=len(shards),
@@ -97,7 +94,7 @@ def _split_facts(reader: ShardReader, split: str) -> SplitFacts:
         num_pixels=counts.num_pixels,
         ignored_share=counts.ignored_pixels / max(counts.num_pixels, 1),
         classes=tuple(
-            ClassFacts(
+            ClassSummary(
                 name=name,
                 pixels=int(pixels),
                 pixel_share=int(pixels) / max(labelled, 1),
@@ -109,31 +106,25 @@ def _split_facts(reader: ShardReader, split: str) -> SplitFacts:
     )
 
 
-def write_data_report(facts: DataFacts, folder: Path, overwrite: bool = False) -> list[Path]:
+def write_data_report(summary: DataSummary, folder: Path, overwrite: bool = False) -> list[Path]:
     """Write class bars, a contact sheet a split, and a page that shows both to `folder`; the files written.
 
     Raises UserError where files would be replaced and `overwrite` is not given, ShardSetError for a sample that
     cannot be decoded.
     """
-    sheets = {split.name: f"samples-{split.name}.png" for split in facts.splits if split.num_images}
-    names = [BARS, *sheets.values(), PAGE]
-    there = [name for name in names if (folder / name).exists()]
-    if there and not overwrite:
-        raise UserError(f"{folder / there[0]} exists; choose another folder or use --overwrite")
+    sheets = {split.name: f"samples-{split.name}.png" for split in summary.splits if split.num_images}
+    refuse_existing(folder, [BARS, *sheets.values(), PAGE], overwrite)
     from pipeline.reports.data_plots import class_bars
 
-    reader = open_shard_set(facts.uri)
-    contents = {BARS: class_bars(facts)}
+    reader = open_shard_set(summary.uri)
+    contents = {BARS: class_bars(summary)}
     for split, name in sheets.items():
-        contents[name] = _png(contact_sheet(reader, split))
+        contents[name] = image_png(contact_sheet(reader, split))
     # Inside the page, so that it can be sent on as one file.
-    pictures = {name: picture_uri(png) for name, png in contents.items()}
+    pictures = {name: data_uri(png) for name, png in contents.items()}
     shown = {split: pictures[name] for split, name in sheets.items()}
-    page = render_page(_TEMPLATE, facts=facts, bars=pictures[BARS], sheets=shown)
-    contents[PAGE] = page.encode()
-    for name, content in contents.items():
-        storage.publish_bytes(str(folder / name), content)
-    return [folder / name for name in names]
+    contents[PAGE] = render_page(_TEMPLATE, summary=summary, bars=pictures[BARS], sheets=shown).encode()
+    return write_files(folder, contents)
 
 
 def contact_sheet(reader: ShardReader, split: str, num_samples: int = SHEET_SAMPLES) -> Image.Image:
@@ -146,7 +137,7 @@ def contact_sheet(reader: ShardReader, split: str, num_samples: int = SHEET_SAMP
     sheet = Image.new("RGB", (columns * (cell[0] + 2 * GAP), rows * (cell[1] + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     seen: set[int] = set()
-    for place, number in enumerate(chosen.tolist()):
+    for position, number in enumerate(chosen.tolist()):
         sample = reader.read(index, number)
         try:
             image, label = open_image(sample.image)[0], decode_label(sample.label)
@@ -154,7 +145,7 @@ def contact_sheet(reader: ShardReader, split: str, num_samples: int = SHEET_SAMP
             raise ShardSetError(f"sample {sample.key} of {reader.uri} {error}; prepare the shard set again") from error
         pixels, small = _shrink(image, label)
         seen.update(np.unique(small).tolist())
-        left, top = place % columns * (cell[0] + 2 * GAP) + GAP, place // columns * (cell[1] + GAP)
+        left, top = position % columns * (cell[0] + 2 * GAP) + GAP, position // columns * (cell[1] + GAP)
         draw.text((left, top + CAPTION // 2), sample.key, fill="black", font=font, anchor="lm")
         sheet.paste(Image.fromarray(pixels), (left, top + CAPTION))
         marked = segvit.overlay(pixels, small, manifest.palette, OVERLAY_ALPHA)
@@ -173,9 +164,3 @@ def _shrink(image: Image.Image, label: NDArray[np.integer]) -> tuple[NDArray[np.
     columns = ((np.arange(size[0]) + 0.5) * width / size[0]).astype(np.intp)
     # Nearest for the label: class ids do not average.
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR)), label[rows][:, columns]
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()

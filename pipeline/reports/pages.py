@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from pipeline import storage
+from pipeline.errors import UserError
 
 
 def render_page(template: str, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
@@ -23,6 +28,27 @@ def render_page(template: str, filters: Mapping[str, Callable[..., str]] | None 
     return environment.get_template(template).render(**values)
 
 
-def picture_uri(png: bytes) -> str:
-    """A PNG file's content as the URI of an image in a page."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def data_uri(content: bytes, mime: str = "image/png") -> str:
+    """A file's content as the URI of an image in a page."""
+    return f"data:{mime};base64,{base64.b64encode(content).decode()}"
+
+
+def image_png(image: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def refuse_existing(folder: Path, names: Iterable[str], overwrite: bool) -> None:
+    """Raise UserError where files of these names would be replaced and `overwrite` is not given."""
+    for name in names:
+        if (folder / name).exists() and not overwrite:
+            raise UserError(f"{folder / name} exists; choose another folder or use --overwrite")
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Publish the files to `folder`; where they are, in their order."""
+    for name, content in contents.items():
+        storage.publish_bytes(str(folder / name), content)
+    return [folder / name for name in contents]

@@ -6,7 +6,6 @@ content policy forbids the rest. The same input gives the same page.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,9 @@ from markupsafe import Markup
 from pipeline.records import ModelVersion, PromotionDecision
 from pipeline.reports.pages import render_page
 from pipeline.reports.run_page_input import ReportInput, VariantReport, load_report_input
-from pipeline.tuning.record import TrialSummary
+from pipeline.reports.style import colours_of, finite, svg
+from pipeline.tuning.space import short_names, value_text
+from pipeline.tuning.view import SearchSummary
 
 __all__ = ["ReportInput", "build_report", "load_report_input"]
 
@@ -27,36 +28,33 @@ _NUM_CONFUSIONS = 10
 
 def build_report(report: ReportInput) -> str:
     """The HTML page."""
-    from pipeline.reports import run_plots as report_plots  # matplotlib is not needed to load the input
+    from pipeline.reports import run_plots
 
     variants = {variant.name: variant for variant in report.variants}
     evaluations = {name: variant.evaluation for name, variant in variants.items()}
-    curves = report_plots.training_curves({name: variant.history for name, variant in variants.items()})
+    curves = run_plots.training_curves({name: variant.history for name, variant in variants.items()})
     return render_page(
         _TEMPLATE,
-        {"number": _number, "percent": _percent},
+        {"number": _number, "percent": _percent, "value": value_text},
         report=report,
         variants=report.variants,
-        colours=report_plots.variant_colours(list(variants)),
+        colours=colours_of(variants),
         result_rows=_result_rows(report),
         legend=list(zip(report.class_names, (_hex(colour) for colour in report.palette), strict=True)),
         curves=Markup(curves) if curves else None,
         class_iou=Markup(
-            report_plots.class_iou_bars(
+            run_plots.class_iou_bars(
                 report.class_names, {name: item.per_class_iou for name, item in evaluations.items()}
             )
         ),
-        image_miou=Markup(
-            report_plots.image_miou_histogram({name: item.image_mious for name, item in variants.items()})
-        ),
+        image_miou=Markup(run_plots.image_miou_histogram({name: item.image_mious for name, item in variants.items()})),
         confusion={
-            name: Markup(report_plots.confusion_heat_map(item.confusion, report.class_names, f"confusion-{index}"))
+            name: Markup(run_plots.confusion_heat_map(item.confusion, report.class_names, f"confusion-{index}"))
             for index, (name, item) in enumerate(variants.items())
         },
         confusions={name: _strongest_confusions(item) for name, item in variants.items()},
-        trials=sorted(report.trials, key=lambda trial: -(_finite(trial.miou) or -1.0)),
-        chosen=_chosen_trial(report),
-        search=_search_plot(report),
+        names=short_names(report.search.space) if report.search else {},
+        search_plot=_search_plot(report.search) if report.search and report.search.chosen else None,
     )
 
 
@@ -77,7 +75,7 @@ def _result_rows(report: ReportInput) -> list[ResultRow]:
     def measured(
         label: str, values: Sequence[float | None], text: Callable[[float | None], str], higher: bool
     ) -> ResultRow:
-        known = [value for value in map(_finite, values) if value is not None]
+        known = [value for value in map(finite, values) if value is not None]
         target = (max(known) if higher else min(known)) if len(known) > 1 and len(set(known)) > 1 else None
         best = tuple(target is not None and value == target for value in values)
         return ResultRow(label, tuple(text(value) for value in values), best)
@@ -128,51 +126,24 @@ def _strongest_confusions(variant: VariantReport) -> list[Confusion]:
     wrong = variant.confusion * (1 - np.eye(len(variant.confusion), dtype=np.int64))
     names, totals = variant.evaluation.class_names, variant.confusion.sum(axis=1)
     found = []
-    for place in np.argsort(-wrong, axis=None, kind="stable")[:_NUM_CONFUSIONS]:
-        true, predicted = divmod(int(place), len(names))
+    for cell in np.argsort(-wrong, axis=None, kind="stable")[:_NUM_CONFUSIONS]:
+        true, predicted = divmod(int(cell), len(names))
         if pixels := int(wrong[true, predicted]):
             found.append(Confusion(names[true], names[predicted], pixels, pixels / int(totals[true])))
     return found
 
 
-def _chosen_trial(report: ReportInput) -> TrialSummary | None:
-    """The trial whose weights were used, else the best one; None where no trial has a score."""
-    used = report.loss_weights
-    scored = [trial for trial in report.trials if _finite(trial.miou) is not None]
-    wanted = (used.class_weight, used.focal_weight, used.dice_weight)
-    for trial in scored:
-        weights = (trial.class_weight, trial.focal_weight, trial.dice_weight)
-        if all(map(math.isclose, weights, wanted)):
-            return trial
-    return max(scored, key=lambda trial: trial.miou or 0.0, default=None)
+def _search_plot(search: SearchSummary) -> Markup:
+    from pipeline.reports.search_plots import values_against_miou
 
-
-def _search_plot(report: ReportInput) -> Markup | None:
-    from pipeline.reports import run_plots as report_plots
-
-    chosen = _chosen_trial(report)
-    if chosen is None:
-        return None
-    scored = [(trial, miou) for trial in report.trials if (miou := _finite(trial.miou)) is not None]
-    values = {
-        "class weight": [trial.class_weight for trial, _ in scored],
-        "focal weight": [trial.focal_weight for trial, _ in scored],
-        "dice weight": [trial.dice_weight for trial, _ in scored],
-    }
-    rates = [trial.learning_rate for trial, _ in scored if trial.learning_rate is not None]
-    if len(rates) == len(scored):
-        values["learning rate"] = rates
-    states, steps = [trial.state for trial, _ in scored], [trial.steps for trial, _ in scored]
-    place = [trial for trial, _ in scored].index(chosen)
-    return Markup(report_plots.weight_search(values, [miou for _, miou in scored], states, steps, place))
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    names = ", ".join(short_names(search.space).values())
+    return Markup(
+        svg(values_against_miou(search), "search", f"val mIoU of {len(search.trials)} trials against {names}")
+    )
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    known = _finite(value)
+    known = finite(value)
     return _MISSING if known is None else f"{known:.{digits}f}"
 
 
@@ -181,17 +152,17 @@ def _tenths(value: float | None) -> str:
 
 
 def _percent(value: float | None) -> str:
-    known = _finite(value)
+    known = finite(value)
     return _MISSING if known is None else f"{100 * known:.1f} %"
 
 
 def _millions(value: float | None) -> str:
-    known = _finite(value)
+    known = finite(value)
     return _MISSING if known is None else f"{known / 1e6:.2f} M"
 
 
 def _milliseconds(value: float | None) -> str:
-    known = _finite(value)
+    known = finite(value)
     return _MISSING if known is None else f"{known:.1f} ms"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,15 @@ from pipeline.records import (
     BackboneRecord,
     Checkpoint,
     Evaluation,
-    LossWeights,
     ModelVersion,
     PromotionDecision,
+    SearchResult,
     ShardSet,
 )
+from pipeline.reports.pages import data_uri
 from pipeline.storage import join, read_bytes, read_json
-from pipeline.tuning.record import TrialSummary
+from pipeline.tuning.view import SearchSummary, read_search
+from pipeline.workflow.tracking import RunState
 
 _MIME = {".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".png": "image/png"}
 
@@ -66,7 +67,12 @@ class VariantReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ReportInput:
-    """Everything on the page; `palette` holds one (red, green, blue) of 0-255 a class."""
+    """Everything on the page.
+
+    Attributes:
+        palette: one (red, green, blue) of 0-255 a class.
+        found: what the search chose, and `search` all its trials; None where there was no search.
+    """
 
     experiment: str
     run_id: str
@@ -76,8 +82,8 @@ class ReportInput:
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
     backbone: BackboneRecord
-    loss_weights: LossWeights
-    trials: tuple[TrialSummary, ...]
+    found: SearchResult | None
+    search: SearchSummary | None
     variants: tuple[VariantReport, ...]
     decision: PromotionDecision | None
 
@@ -90,7 +96,7 @@ def load_report_input(
     config_yaml: str,
     shard_set: ShardSet,
     backbone: BackboneRecord,
-    loss_weights: LossWeights,
+    found: SearchResult | None,
     checkpoints: Sequence[Checkpoint],
     evaluations: Sequence[Evaluation],
     versions: Sequence[ModelVersion] = (),
@@ -109,7 +115,9 @@ def load_report_input(
         if checkpoint is None or checkpoint.digest != evaluation.checkpoint_digest:
             raise ValueError(f"evaluation of variant {evaluation.variant!r} has no matching checkpoint; pass both")
         variants.append(_load_variant(checkpoint, evaluation, registered.get(evaluation.variant)))
-    trials = read_json(loss_weights.trials_uri) if loss_weights.trials_uri else []
+    search = None
+    if found is not None and found.trials_uri is not None:
+        search = read_search(found.trials_uri.rpartition("/")[0], run_id, experiment, RunState.FINISHED)
     return ReportInput(
         experiment=experiment,
         run_id=run_id,
@@ -119,8 +127,8 @@ def load_report_input(
         class_names=tuple(manifest["classes"]),
         palette=tuple((red, green, blue) for red, green, blue in manifest["palette"]),
         backbone=backbone,
-        loss_weights=loss_weights,
-        trials=tuple(TrialSummary.model_validate(trial) for trial in trials),
+        found=found,
+        search=search,
         variants=tuple(variants),
         decision=decision,
     )
@@ -134,7 +142,7 @@ def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: Model
             key=row["key"],
             kind=row["kind"],
             miou=row["miou"],
-            **{part: _data_uri(join(folder, row[part])) for part in ("image", "truth", "prediction")},
+            **{part: _picture(join(folder, row[part])) for part in ("image", "truth", "prediction")},
         )
         for row in read_json(join(folder, "examples.json"))
     ]
@@ -150,6 +158,5 @@ def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: Model
     )
 
 
-def _data_uri(uri: str) -> str:
-    mime = _MIME[Path(uri).suffix.lower()]
-    return f"data:{mime};base64,{base64.b64encode(read_bytes(uri)).decode()}"
+def _picture(uri: str) -> str:
+    return data_uri(read_bytes(uri), _MIME[Path(uri).suffix.lower()])

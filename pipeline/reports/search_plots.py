@@ -1,219 +1,164 @@
-"""Plots of a search: each searched value against mIoU, parallel coordinates, and what the rungs saw."""
+"""Plots of a search, on any mix of ranges, by Optuna: values against mIoU, parallel coordinates, scores over steps.
+
+A trial that was stopped or has not ended cannot be compared with one that ran to the last step. Optuna has that
+distinction as constraints, which trials meet or not: it greys or dots those that do not.
+"""
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import optuna
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
+from matplotlib.axis import Axis
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, create_trial
+from optuna.visualization.matplotlib import plot_intermediate_values, plot_parallel_coordinate, plot_slice
 
-from pipeline.tuning.record import TrialSummary
-from pipeline.tuning.view import SearchFacts
+from pipeline.reports.style import STYLE, TEXT, WIDTH_IN, finite, plot_style
+from pipeline.tuning.space import distributions, short_names, to_params
+from pipeline.tuning.view import SearchSummary
 
-# Mid tones with at least 3:1 contrast on white.
-STATE_COLOURS = {
-    "finished": "#2f7fc9",
-    "stopped": "#d9702b",
-    "running": "#2f9e77",
-    "unfinished": "#8f8420",
-    "failed": "#c8505c",
-}
-STATE_MARKERS = {"finished": "o", "stopped": "s", "running": "D", "unfinished": "^", "failed": "X"}
-NAMES = {
-    "class_weight": "class weight",
-    "focal_weight": "focal weight",
-    "dice_weight": "dice weight",
-    "learning_rate": "learning rate",
-}
-_STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 10.0,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.linewidth": 0.5,
-    "grid.alpha": 0.4,
-    "legend.frameon": False,
-}
-_WIDTH_IN = 11.0
+_SCORE = "val mIoU"
+_UNENDED = "#8a949d"
+# Optuna's own shades end in white.
+_SHADES = LinearSegmentedColormap.from_list("shades", ["#8f8420", "#2f9e77", "#2f7fc9"])
 
 
-def weights_against_miou(facts: SearchFacts) -> bytes:
-    """A panel a searched value, on a log scale, against the trials' last mIoU; a ring marks the chosen trial."""
-    scored = _scored(facts)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, 3.6), dpi=100, layout="constrained")
-        panels = figure.subplots(1, len(facts.searched), sharey=True)
-        for axis, name in zip(panels, facts.searched, strict=True):
-            axis.set_xscale("log")
-            for state, trials in _by_state(scored).items():
-                axis.scatter(
-                    [getattr(trial, name) for trial in trials],
-                    [trial.miou for trial in trials],
-                    s=[24 + 60 * trial.steps / facts.steps for trial in trials],
-                    color=STATE_COLOURS[state],
-                    marker=STATE_MARKERS[state],
-                    alpha=0.75,
-                    linewidths=0,
-                    label=state,
-                )
-            for trial in scored:
-                if trial.trial_id == facts.chosen:
-                    x, y = getattr(trial, name), trial.miou
-                    axis.scatter([x], [y], s=230, facecolors="none", edgecolors="black", linewidths=1.6, label="chosen")
-            _log_ticks(axis, [getattr(trial, name) for trial in scored])
-            axis.set_xlabel(NAMES[name])
-            axis.margins(x=0.1, y=0.12)
-        panels[0].set_ylabel("val mIoU at the trial's last step")
-        _legend(figure, panels[0])
-        _say_if_empty(panels[0], scored)
-        return _png(figure)
+def values_against_miou(search: SearchSummary) -> Figure:
+    """A panel a searched setting against the trials' last mIoU; grey: not to the last step; a ring: the chosen one."""
+    with _optuna_plots():
+        study, chosen = _study(search)
+        axes: list[Axes] = list(np.atleast_1d(np.asarray(plot_slice(study, target_name=_SCORE), dtype=object)))
+        figure = _finish(axes, (max(WIDTH_IN, 2.2 * len(search.space)), 3.2))
+        for axis in axes if study.trials else []:
+            name = axis.get_xlabel()
+            is_choice = isinstance(study.trials[0].distributions[name], CategoricalDistribution)
+            if chosen is not None:
+                value = repr(chosen.params[name]) if is_choice else chosen.params[name]
+                ring = axis.scatter([value], np.array([chosen.value]), s=190, linewidths=1.6, zorder=4)
+                ring.set(facecolors="none", edgecolors=TEXT)
+            if is_choice:
+                axis.margins(x=0.2)
+                axis.autoscale(axis="x")
+                texts = axis.xaxis.get_major_formatter().format_ticks(list(axis.get_xticks()))
+                axis.set_xticks(axis.get_xticks(), [text.strip("'") for text in texts], rotation=20, ha="right")
+            else:
+                _readable_ticks(axis.xaxis)
+        return figure
 
 
-def parallel_coordinates(facts: SearchFacts) -> bytes:
-    """One line a trial through its values, each on a log axis of its own, to its mIoU; colour: mIoU."""
-    scored = sorted(_scored(facts), key=lambda trial: trial.miou or 0.0)
-    columns = [*facts.searched, "miou"]
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(_WIDTH_IN, 4.6), dpi=100, layout="constrained")
-        axis = figure.subplots()
-        axis.set_xlim(-0.15, len(columns) - 0.85)
-        axis.set_ylim(-0.06, 1.06)
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-        axis.set_xticks(range(len(columns)), [NAMES.get(name, "val mIoU") for name in columns])
-        axis.tick_params(axis="x", length=0, pad=8, labelsize=10)
-        bounds = {name: _bounds([getattr(trial, name) for trial in scored], log=name != "miou") for name in columns}
-        best, worst = bounds["miou"][1], bounds["miou"][0]
-        colours = Normalize(worst, best)
-        map_ = matplotlib.colormaps["viridis_r"]
-        for trial in scored:
-            heights = [_height(getattr(trial, name), *bounds[name], log=name != "miou") for name in columns]
-            chosen = trial.trial_id == facts.chosen
-            axis.plot(
-                range(len(columns)),
-                heights,
-                color=map_(0.1 + 0.9 * float(colours(trial.miou or 0.0))),
-                linewidth=2.8 if chosen else 1.3,
-                linestyle="-" if trial.steps >= facts.steps else (0, (4, 2)),
-                alpha=1.0 if chosen else 0.8,
-                marker="o",
-                markersize=5 if chosen else 3,
-                zorder=3 if chosen else 2,
+def parallel_coordinates(search: SearchSummary) -> Figure:
+    """One line a trial from its mIoU through its values; dotted: not to the last step."""
+    with _optuna_plots():
+        study, _ = _study(search)
+        axis = plot_parallel_coordinate(study, target_name=_SCORE)
+        figure = _finish([axis], (max(WIDTH_IN, 1.6 * len(search.space)), 4.2))
+        axis.tick_params(axis="x", labelrotation=0)
+        for other in figure.axes if study.trials else []:
+            other.grid(visible=False)
+            other.spines["right"].set_visible(other is not axis)
+            if not isinstance(other.yaxis.get_major_locator(), FixedLocator):
+                _readable_ticks(other.yaxis)
+            for text in other.get_yticklabels() if other is not axis else []:
+                text.set_bbox({"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6})
+        return figure
+
+
+def scores_over_steps(search: SearchSummary) -> Figure:
+    """mIoU over steps, one line a trial; vertical lines: where trials are compared; heavy: the chosen one."""
+    with _optuna_plots():
+        study, chosen = _study(search)
+        axis = plot_intermediate_values(study)
+        figure = _finish([axis], (WIDTH_IN, 4.2))
+        for trial, line in zip(study.trials, axis.get_lines(), strict=False):
+            to_the_end = trial.last_step == search.steps
+            line.set_color(_SHADES(trial.number / max(len(study.trials) - 1, 1)) if to_the_end else _UNENDED)
+            if trial == chosen:
+                line.set(color=TEXT, linewidth=2.4, alpha=1.0, zorder=4)
+        for step in search.rungs:
+            axis.axvline(step, color=TEXT, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
+        axis.set(xlim=(0, search.steps * 1.03), xlabel="optimizer step", ylabel=_SCORE)
+        _readable_ticks(axis.xaxis)
+        return figure
+
+
+@contextmanager
+def _optuna_plots() -> Iterator[None]:
+    # Optuna draws by pyplot, which opens windows where it can, and asks for this style by name.
+    plt.switch_backend("agg")
+    theirs = matplotlib.style.library["ggplot"]
+    matplotlib.style.library["ggplot"] = matplotlib.RcParams(STYLE)
+    try:
+        with plot_style(), warnings.catch_warnings():
+            # These plots are experimental to Optuna; an axis with one value on it has equal limits.
+            warnings.simplefilter("ignore")
+            optuna.logging.set_verbosity(optuna.logging.ERROR)
+            yield
+    finally:
+        matplotlib.style.library["ggplot"] = theirs
+
+
+def _study(search: SearchSummary) -> tuple[optuna.Study, FrozenTrial | None]:
+    """The trials with a score as a study whose parameters have short names, and the chosen one there."""
+    names = short_names(search.space)
+    space = {names[path]: one for path, one in search.space.items()}
+    scored = [trial for trial in search.trials if finite(trial.miou) is not None]
+    scored.sort(key=lambda trial: trial.trial_id)
+    study = optuna.create_study(direction="maximize")
+    for trial in scored:
+        study.add_trial(
+            create_trial(
+                value=trial.miou,
+                params=to_params({names[path]: value for path, value in trial.values.items()}, space),
+                distributions=distributions(space),
+                intermediate_values={score.step: score.miou for score in trial.history},
+                constraints={"steps left": float(search.steps - trial.steps)},
             )
-        for place, name in enumerate(columns):
-            axis.axvline(place, color="#555555", linewidth=0.9, zorder=1)
-            for value in _round_values(*bounds[name], log=name != "miou") if scored else ():
-                axis.annotate(
-                    _number(value),
-                    (place, _height(value, *bounds[name], log=name != "miou")),
-                    xytext=(5, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8,
-                    bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.6},
-                    zorder=4,
-                )
-        axis.set_title("solid: ran to the last step; dashed: stopped before; bold: chosen", loc="left", fontsize=9)
-        _say_if_empty(axis, scored)
-        return _png(figure)
+        )
+    numbers = [number for number, trial in enumerate(scored) if trial.trial_id == search.chosen]
+    return study, study.trials[numbers[0]] if numbers else None
 
 
-def rungs(facts: SearchFacts) -> bytes:
-    """mIoU over steps, one line a trial; vertical lines: the steps at which trials are compared; cross: stopped."""
-    scored = _scored(facts)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH_IN, 4.4), dpi=100, layout="constrained")
-        axis = figure.subplots()
-        for step in facts.rungs:
-            axis.axvline(step, color="#555555", linewidth=0.9, linestyle=(0, (2, 2)), zorder=1)
-        for state, trials in _by_state(scored).items():
-            for index, trial in enumerate(trials):
-                steps, mious = [score.step for score in trial.history], [score.miou for score in trial.history]
-                label = state if index == 0 else None
-                axis.plot(steps, mious, "o-", color=STATE_COLOURS[state], linewidth=1.2, markersize=3, label=label)
-                if trial.trial_id == facts.chosen:
-                    axis.plot(steps, mious, "o-", color="black", linewidth=2.4, markersize=4, zorder=3, label="chosen")
-        stops = [(score.step, score.miou) for trial in scored for score in trial.history if score.stopped]
-        if stops:
-            steps, mious = [step for step, _ in stops], [miou for _, miou in stops]
-            axis.scatter(steps, mious, marker="x", s=60, color="black", zorder=4, label="stopped here")
-        axis.set_xlim(0, facts.steps * 1.03)
-        axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axis.set_xlabel("optimizer step; dotted: where trials are compared")
-        axis.set_ylabel("val mIoU")
-        _legend(figure, axis)
-        _say_if_empty(axis, scored)
-        return _png(figure)
+def _finish(axes: Sequence[Axes], size: tuple[float, float]) -> Figure:
+    """The figure of these axes in inches, without Optuna's titles and legends, in colours that read on any ground."""
+    figure = axes[0].get_figure(root=True)
+    assert figure is not None, "Optuna draws on figures"
+    figure.set_size_inches(size)
+    figure.set_layout_engine("constrained")
+    figure.suptitle("")
+    for axis in axes:
+        axis.set_title("")
+        if (legend := axis.get_legend()) is not None:
+            legend.remove()
+        for collection in axis.collections:
+            collection.set_cmap(_SHADES)
+            if collection.get_array() is None:
+                collection.set_color(_UNENDED)
+    if not axes[0].has_data():
+        axes[0].text(0.5, 0.5, "no trial has a score yet", transform=axes[0].transAxes, ha="center", va="center")
+    plt.close(figure)
+    return figure
 
 
-def _scored(facts: SearchFacts) -> list[TrialSummary]:
-    return [trial for trial in facts.trials if trial.miou is not None and math.isfinite(trial.miou)]
+def _readable_ticks(axis: Axis) -> None:
+    """Few round numbers, also on a logarithmic axis."""
+    low, high = axis.get_view_interval()
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 12 * low else (1, 3) if high < 200 * low else (1,)))
+    else:
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick_text(value)))
+    axis.set_minor_locator(NullLocator())
 
 
-def _by_state(trials: Sequence[TrialSummary]) -> Mapping[str, list[TrialSummary]]:
-    grouped = {state: [trial for trial in trials if trial.state == state] for state in STATE_COLOURS}
-    return {state: members for state, members in grouped.items() if members}
-
-
-def _bounds(values: Sequence[float], log: bool) -> tuple[float, float]:
-    if not values:
-        return (1.0, 10.0) if log else (0.0, 1.0)
-    low, high = min(values), max(values)
-    if low < high:
-        return low, high
-    return (low / 1.1, high * 1.1) if log else (low - 0.01, high + 0.01)
-
-
-def _height(value: float, low: float, high: float, log: bool) -> float:
-    if log:
-        value, low, high = math.log(value), math.log(low), math.log(high)
-    return (value - low) / (high - low)
-
-
-def _round_values(low: float, high: float, log: bool) -> list[float]:
-    """Round numbers within [low, high], seven at most: on a log scale 1, 2, 5 times a power of ten."""
-    if not log:
-        return [float(value) for value in MaxNLocator(6).tick_values(low, high) if low <= value <= high]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ladder = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
-    values = [value for value in ladder if low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9)]
-    return values[:: math.ceil(len(values) / 7)] if values else [low, high]
-
-
-def _number(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-") if value < 1e-3 else f"{value:.3g}"
-
-
-def _log_ticks(axis: Axes, values: Sequence[float]) -> None:
-    low, high = _bounds(values, log=True)
-    ticks = _round_values(low / 1.6, high * 1.6, log=True)
-    axis.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 5)]))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), markerscale=0.9)
-
-
-def _say_if_empty(axis: Axes, scored: Sequence[TrialSummary]) -> None:
-    if not scored:
-        axis.text(0.5, 0.5, "no trial has a score yet", transform=axis.transAxes, ha="center", va="center")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # No date and no version, so that the same search gives the same bytes.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+def _tick_text(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-") if 0 < abs(value) < 1e-3 else f"{value:g}"

@@ -1,1 +1,1 @@
-"""The search for loss weights on Ray Tune, durable by its own record."""
+"""The search for settings on Ray Tune, durable by its own record."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.config import TuneConfig
 from pipeline.tuning.proposals import METRIC, STEP, Rungs, propose
 from pipeline.tuning.record import SearchRecord, TrialRecord, TrialScore, TrialState, max_failed
 from pipeline.tuning.tracking import TrialRuns
-from pipeline.tuning.trial import CAUSE, NUMBER
+from pipeline.tuning.trial import CAUSE, NUMBER, VALUES
 from pipeline.workflow.tracking import MAX_TAG_LENGTH
 
 PROCESS_DIED = "its process died"
@@ -32,8 +32,8 @@ class SearchDriver:
     """Proposes, judges and records trials; whatever it decides is on storage before Ray Tune hears of it.
 
     Args:
-        tune: ranges and budget.
-        configured: the values to beat.
+        tune: space and budget.
+        configured: the values to beat, of every path of the space.
         record: what is known so far, with the right to save.
         runs: the trials' MLflow runs.
         ended: called with the number of each trial that has ended.
@@ -42,7 +42,7 @@ class SearchDriver:
     def __init__(
         self,
         tune: TuneConfig,
-        configured: dict[str, float],
+        configured: Mapping[str, Any],
         record: SearchRecord,
         runs: TrialRuns,
         ended: Callable[[int], None],
@@ -132,7 +132,7 @@ class RecordedSearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """The next trial's number and values."""
         trial = self.driver.next_trial()
-        return Searcher.FINISHED if trial is None else {NUMBER: trial.number, **trial.values}
+        return Searcher.FINISHED if trial is None else {NUMBER: trial.number, VALUES: trial.values}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing: the scheduler has recorded it."""
@@ -195,7 +195,7 @@ class TooManyFailed(Stopper):
 def death_cause(error_file: Path) -> str:
     """What Ray says of a dead process, in one line, from the file in which Ray Tune collects a trial's failures."""
     lines = error_file.read_text().splitlines() if error_file.is_file() else []
-    heads = [place for place, line in enumerate(lines) if line.startswith("Failure #")]
+    heads = [index for index, line in enumerate(lines) if line.startswith("Failure #")]
     said = next((line.strip() for line in lines[heads[-1] + 1 :] if line.strip()), "") if heads else ""
     times = f" {len(heads)} times" if len(heads) > 1 else ""
     return f"{PROCESS_DIED}{times} ({said})" if said else f"{PROCESS_DIED}{times}"

@@ -2,56 +2,47 @@
 
 Optuna and ASHA keep their state in memory. Here both are rebuilt from the record whenever they are needed, so a search
 that was killed goes on as the undisturbed one would have, as far as its trials run one at a time; with several at once
-the order in which they end decides, as it does undisturbed.
+the order in which they end decides, as it does undisturbed. One with more trials goes on in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from pipeline.config import TuneConfig
-from pipeline.tuning.record import LEARNING_RATE, WEIGHTS, TrialRecord
+from pipeline.tuning.record import TrialRecord
+from pipeline.tuning.space import Space, distributions, from_params, to_params, within
 
 METRIC, STEP = "val_miou", "step"
 
 
-def search_space(tune: TuneConfig) -> dict[str, FloatDistribution]:
-    """The ranges, all on a log scale."""
-    ranges = {name: getattr(tune, name) for name in WEIGHTS}
-    if tune.learning_rate is not None:
-        ranges[LEARNING_RATE] = tune.learning_rate
-    return {name: FloatDistribution(low, high, log=True) for name, (low, high) in ranges.items()}
-
-
 def propose(
-    tune: TuneConfig, configured: dict[str, float], trials: Sequence[TrialRecord], number: int
-) -> dict[str, float]:
+    tune: TuneConfig, configured: Mapping[str, Any], trials: Sequence[TrialRecord], number: int
+) -> dict[str, Any]:
     """The values of trial `number`, given the `trials` so far; the same arguments give the same values.
 
-    The `configured` values are the trial to beat: number 0, where they lie within the ranges.
+    The `configured` values are the trial to beat: number 0 has those of them that lie within the ranges.
     """
-    space = search_space(tune)
-    if number == 0 and all(space[name].low <= configured[name] <= space[name].high for name in space):
-        return {name: configured[name] for name in space}
     # A sampler of its own for each proposal: the state of one that had made the earlier ones cannot be kept.
     seed = int(np.random.SeedSequence([tune.seed, number]).generate_state(1)[0])
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     others = sorted((trial for trial in trials if trial.number != number), key=lambda trial: trial.number)
-    study.add_trials([_frozen(trial, space) for trial in others])
-    params = study.ask(dict(space)).params
-    return {name: float(params[name]) for name in space}
+    study.add_trials([_frozen(trial, tune.space) for trial in others])
+    if number == 0:
+        fixed = {path: configured[path] for path, one in tune.space.items() if within(configured[path], one)}
+        study.enqueue_trial(to_params(fixed, tune.space))
+    return from_params(study.ask(distributions(tune.space)).params, tune.space)
 
 
-def _frozen(trial: TrialRecord, space: dict[str, FloatDistribution]) -> FrozenTrial:
+def _frozen(trial: TrialRecord, space: Space) -> FrozenTrial:
     states = {
         "running": TrialState.RUNNING,
         "finished": TrialState.COMPLETE,
@@ -62,8 +53,8 @@ def _frozen(trial: TrialRecord, space: dict[str, FloatDistribution]) -> FrozenTr
     return create_trial(
         state=state,
         value=trial.miou if state == TrialState.COMPLETE else None,
-        params=dict(trial.values),
-        distributions=dict(space),
+        params=to_params(trial.values, space),
+        distributions=distributions(space),
         intermediate_values={score.step: score.miou for score in trial.scores},
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -21,8 +21,6 @@ from pipeline.config import TuneConfig
 from pipeline.errors import UserError
 from pipeline.records import Record
 
-WEIGHTS = ("class_weight", "focal_weight", "dice_weight")
-LEARNING_RATE = "learning_rate"
 OWNER_FILE = "owner.json"
 SETTINGS_FILE = "search.json"
 TRIALS_FILE = "trials.json"
@@ -36,7 +34,7 @@ class TrialScore(Record):
 
     Attributes:
         miou: val mIoU, 0 to 1.
-        order: place among all scores of the search, from 0; the rungs are rebuilt in this order.
+        order: index among all scores of the search, from 0; the rungs are rebuilt in this order.
         stopped: whether the trial was stopped for this score.
     """
 
@@ -50,15 +48,15 @@ class TrialRecord(Record):
     """What is known of one trial.
 
     Attributes:
-        number: place among the proposals, from 0.
-        values: the sampled loss weights and, where it is searched, learning rate.
+        number: index among the proposals, from 0.
+        values: what is tried, by dotted path of the settings.
         cause: why it failed, in one line.
         seconds: wall-clock time spent on it, what killed processes lost not counted.
         attempts: how often it was started.
     """
 
     number: int
-    values: dict[str, float]
+    values: dict[str, Any]
     state: TrialState = "running"
     scores: tuple[TrialScore, ...] = ()
     cause: str | None = None
@@ -81,13 +79,10 @@ class TrialRecord(Record):
 
 
 class TrialSummary(Record):
-    """One row of trials.json; `learning_rate` is the one used, searched or not."""
+    """One row of trials.json; `values` by dotted path of the settings."""
 
     trial_id: str
-    class_weight: float
-    focal_weight: float
-    dice_weight: float
-    learning_rate: float | None = None
+    values: dict[str, Any]
     miou: float | None = None
     steps: int
     state: str
@@ -95,13 +90,6 @@ class TrialSummary(Record):
     seconds: float = 0.0
     attempts: int = 1
     history: tuple[TrialScore, ...] = ()
-
-
-class SearchSettings(Record):
-    """The search as it was asked for; `learning_rate` is that of trials which sample none."""
-
-    tune: TuneConfig
-    learning_rate: float
 
 
 class SearchTakenOver(UserError):  # noqa: N818 - reads as what happened
@@ -131,8 +119,8 @@ class SearchRecord:
         return record
 
     @classmethod
-    def take_over(cls, uri: str, settings: SearchSettings) -> SearchRecord:
-        """`load` it, with the right to save."""
+    def take_over(cls, uri: str, settings: TuneConfig) -> SearchRecord:
+        """`load` it, with the right to save; `settings` is the search as it is asked for, with its whole space."""
         token = uuid.uuid4().hex
         # What killed processes left half written.
         storage.remove_files(uri, [name for name in storage.list_names(uri) if name.endswith(storage.PARTIAL)])
@@ -224,13 +212,12 @@ def best_trial(trials: Iterable[TrialRecord]) -> TrialRecord | None:
     return max(scored, key=lambda trial: (trial.steps, trial.miou or 0.0, -trial.number), default=None)
 
 
-def summaries(trials: Sequence[TrialRecord], learning_rate: float) -> list[TrialSummary]:
-    """The rows of trials.json; `learning_rate` is that of trials which sampled none."""
+def summaries(trials: Iterable[TrialRecord]) -> list[TrialSummary]:
+    """The rows of trials.json."""
     return [
         TrialSummary(
             trial_id=trial_name(trial.number),
-            **{name: trial.values[name] for name in WEIGHTS},
-            learning_rate=trial.values.get(LEARNING_RATE, learning_rate),
+            values=trial.values,
             miou=trial.miou,
             steps=trial.steps,
             state=trial.state,

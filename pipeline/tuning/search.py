@@ -1,4 +1,4 @@
-"""The loss-weight search on Ray Tune: Optuna proposes, ASHA stops the hopeless, a trial is a short training run.
+"""The search for settings on Ray Tune: Optuna proposes, ASHA stops the hopeless, a trial is a short training run.
 
 A search that was killed, at any instant and wherever it ran, goes on from its record: ended trials are kept, unfinished
 ones continue from their last checkpoints, and what is proposed next is what would have been.
@@ -15,17 +15,14 @@ import ray.tune
 from pipeline import storage
 from pipeline.config import TuneConfig
 from pipeline.errors import UserError
-from pipeline.records import LossWeights
+from pipeline.records import SearchResult
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.training.trainer import TrainJob
 from pipeline.tuning.driver import SearchDriver, run_trials
 from pipeline.tuning.record import (
-    LEARNING_RATE,
     RECORD_FOLDER,
     TRIALS_FILE,
-    WEIGHTS,
     SearchRecord,
-    SearchSettings,
     TrialPlace,
     TrialRecord,
     best_trial,
@@ -33,12 +30,13 @@ from pipeline.tuning.record import (
     remove_folder,
     summaries,
 )
+from pipeline.tuning.space import default_space
 from pipeline.tuning.tracking import TrialRuns
 from pipeline.tuning.trial import run_trial, trial_resources
 from pipeline.workflow.tracking import Tracking
 
 
-def search_loss_weights(
+def search_settings(
     job: TrainJob,
     tune: TuneConfig,
     *,
@@ -47,12 +45,12 @@ def search_loss_weights(
     target_uri: str,
     tracking: Tracking,
     parent_run_id: str,
-) -> LossWeights:
-    """Search the loss weights (and the learning rate where `tune` gives a range) for the highest val mIoU.
+) -> SearchResult:
+    """Search the settings of `tune.space`, by default the loss weights, for the highest val mIoU.
 
     Args:
-        job: the training run whose loss weights are searched.
-        tune: ranges and budget.
+        job: the training run whose settings are searched; what is not searched stays as it is there.
+        tune: space and budget.
         run_name: the search's name; it and `target_uri` are those of any earlier start of the same search.
         storage_uri: where Ray keeps its own state while it runs.
         target_uri: folder of the search's record; it receives trials.json.
@@ -64,17 +62,17 @@ def search_loss_weights(
             start tries the failed ones again.
     """
     check_shard_set(job.shard_set, ["train", "val"], say=print)
-    settings = SearchSettings(tune=tune, learning_rate=job.train.learning_rate)
-    record = SearchRecord.take_over(storage.join(target_uri, RECORD_FOLDER), settings)
+    tune = tune.model_copy(update={"space": tune.space or default_space(job.settings)})
+    record = SearchRecord.take_over(storage.join(target_uri, RECORD_FOLDER), tune)
     retry_failed(record, tune)
     ray_uri = storage.join(storage_uri, run_name)
     place = TrialPlace(uri=record.uri, token=record.token, train_uri=ray_uri)
     runs = TrialRuns(tracking, parent_run_id, run_name)
     runs.settle(record.trials.values())
-    configured = {name: getattr(job.loss, name) for name in WEIGHTS} | {LEARNING_RATE: job.train.learning_rate}
+    configured = {path: job.settings.value(path) for path in tune.space}
     driver = SearchDriver(tune, configured, record, runs, ended=place.discard)
     if driver.num_waiting:
-        _say_restored(record)
+        _print_restored(record)
         # Ray Tune's own progress table repeats what the trials print.
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
         _remove_sessions(ray_uri)
@@ -90,13 +88,13 @@ def search_loss_weights(
     require_success(tune, trials)
     # A store that was away while trials ended has another chance.
     runs.settle(trials)
-    weights = publish_trials(record, target_uri, settings)
+    result = publish_trials(record, target_uri, job.variant)
     for trial in trials:
         # The last start may have died between a trial's end and this.
         place.discard(trial.number)
     with suppress(OSError):
         remove_folder(ray_uri)
-    return weights
+    return result
 
 
 def retry_failed(record: SearchRecord, tune: TuneConfig) -> None:
@@ -122,17 +120,17 @@ def require_success(tune: TuneConfig, trials: Sequence[TrialRecord]) -> None:
         raise UserError(f"all {len(failed)} search trials failed; {first}")
 
 
-def publish_trials(record: SearchRecord, target_uri: str, settings: SearchSettings) -> LossWeights:
+def publish_trials(record: SearchRecord, target_uri: str, variant: str) -> SearchResult:
     """Write trials.json, all of it or none, and name the best trial's values."""
     trials = record.in_state("finished", "stopped", "failed")
     best = best_trial(trials)
     assert best is not None, "a search without a scored trial has failed"
-    rows = [row.model_dump(mode="json") for row in summaries(trials, settings.learning_rate)]
+    rows = [row.model_dump(mode="json") for row in summaries(trials)]
     trials_uri = storage.join(target_uri, TRIALS_FILE)
     storage.publish_json(trials_uri, rows)
-    return LossWeights(
-        **{name: best.values[name] for name in WEIGHTS},
-        learning_rate=best.values.get(LEARNING_RATE),
+    return SearchResult(
+        variant=variant,
+        values=best.values,
         miou=best.miou,
         num_trials=len(trials),
         trials_uri=trials_uri,
@@ -140,7 +138,7 @@ def publish_trials(record: SearchRecord, target_uri: str, settings: SearchSettin
     )
 
 
-def _say_restored(record: SearchRecord) -> None:
+def _print_restored(record: SearchRecord) -> None:
     ended, unfinished = record.in_state("finished", "stopped", "failed"), record.in_state("running")
     if ended or unfinished:
         print(f"search: {len(ended)} trials are kept, {len(unfinished)} continue", flush=True)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pipeline.tuning.record import TrialRecord, TrialScore, trial_name
-from pipeline.tuning.trial import trial_label
+from pipeline.tuning.space import values_text
 from pipeline.workflow.tracking import RunState, Tag, Tracking
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 SEARCH_TAG = "segvit.search"
 TRIAL_TAG = "segvit.trial"
 KIND = "trial"
+MAX_NAME_LENGTH = 120
 
 
 class TrialRuns:
@@ -101,7 +102,7 @@ class TrialRuns:
             self._ids = {number: str(run.info.run_id) for number, run in self._find().items()}
         if trial.number not in self._ids:
             tags = self._tags(trial) | {Tag.STATE: RunState.RUNNING.value}
-            name = f"{trial_name(trial.number)} {trial_label(trial.values)}"
+            name = f"trial {trial_name(trial.number)}: {values_text(trial.values)}"[:MAX_NAME_LENGTH]
             run = self.tracking.client().create_run(self.tracking.experiment_id(), run_name=name, tags=tags)
             self._ids[trial.number] = str(run.info.run_id)
             self.tracking.log_params(self._ids[trial.number], trial.values)

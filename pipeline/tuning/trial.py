@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,20 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.config import RuntimeConfig, TuneConfig
+from pipeline.errors import UserError
 from pipeline.training.loop import run_training
 from pipeline.training.train import StopOnUserError, scaling, train_worker
 from pipeline.training.train_checkpoint import HISTORY_FILE, damage_of
 from pipeline.training.train_run import repair_run
 from pipeline.training.trainer import TrainJob, WorkerPlace
 from pipeline.tuning.proposals import METRIC, STEP
-from pipeline.tuning.record import WEIGHTS, SearchTakenOver, TrialPlace, remove_folder, require_owner
+from pipeline.tuning.record import SearchTakenOver, TrialPlace, remove_folder, require_owner, trial_name
+from pipeline.tuning.space import values_text
 from pipeline.workflow.ray_session import wants_gpu
 
 TRIAL_CPUS = 0.01
 LATEST_FILE = "latest.json"
-NUMBER, CAUSE = "trial", "cause"
+NUMBER, VALUES, CAUSE = "trial", "values", "cause"
 
 
 def in_process(runtime: RuntimeConfig) -> bool:
@@ -45,42 +47,37 @@ def trial_resources(runtime: RuntimeConfig) -> dict[str, float]:
     return {"CPU": TRIAL_CPUS}
 
 
-def trial_label(sampled: dict[str, float]) -> str:
-    """A trial's name for people: its weights."""
-    return "trial " + "/".join(f"{sampled[name]:.3g}" for name in WEIGHTS)
-
-
-def trial_job(job: TrainJob, tune: TuneConfig, sampled: dict[str, float]) -> TrainJob:
-    """`job` shortened to the trial's steps, with the sampled weights and, if it is searched, learning rate."""
-    train = job.train.model_copy(
-        update={
-            "steps": tune.steps,
-            "warmup_steps": min(job.train.warmup_steps, tune.steps // 10),
-            "validate_every_steps": tune.report_every_steps,
-            "checkpoint_every_steps": tune.report_every_steps,
-            "learning_rate": sampled.get("learning_rate", job.train.learning_rate),
-        }
-    )
-    loss = job.loss.model_copy(update={name: sampled[name] for name in WEIGHTS})
+def trial_job(job: TrainJob, tune: TuneConfig, number: int, values: Mapping[str, Any]) -> TrainJob:
+    """`job` shortened to the trial's steps, with the sampled values; raises UserError where they do not fit."""
+    train = job.settings.train
+    shortened = {
+        "train.steps": tune.steps,
+        "train.warmup_steps": min(train.warmup_steps, tune.steps // 10),
+        "train.validate_every_steps": tune.report_every_steps,
+        "train.checkpoint_every_steps": tune.report_every_steps,
+    }
+    try:
+        settings = job.settings.with_values(shortened | dict(values))
+    except ValueError as error:
+        raise UserError(f"its values ({values_text(values)}) do not fit the variant: {error}") from error
     return job.model_copy(
         update={
-            "variant": trial_label(sampled),
-            "train": train,
-            "loss": loss,
+            "variant": f"trial {trial_name(number)}",
+            "settings": settings,
             "max_val_samples": tune.max_val_samples,
         }
     )
 
 
-def run_trial(sampled: dict[str, float], job: TrainJob, tune: TuneConfig, place: TrialPlace) -> None:
-    """What Ray Tune runs: train with the `sampled` values, from the trial's last checkpoint where it has one.
+def run_trial(sampled: dict[str, Any], job: TrainJob, tune: TuneConfig, place: TrialPlace) -> None:
+    """What Ray Tune runs: train with the values of `sampled`, from the trial's last checkpoint where it has one.
 
     A failure of the training is reported as the trial's last result; only the death of the process, or a search
     that another process has taken over, reaches Ray Tune as an error.
     """
     number = int(sampled[NUMBER])
-    short = trial_job(job, tune, sampled)
     try:
+        short = trial_job(job, tune, number, sampled[VALUES])
         if in_process(job.runtime):
             _train_here(short, place, number)
         else:

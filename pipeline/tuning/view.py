@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import json
 
+from pydantic import ValidationError
+
 from pipeline import storage
+from pipeline.config import SearchRange, TuneConfig
 from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.tuning.record import (
-    LEARNING_RATE,
     RECORD_FOLDER,
     SETTINGS_FILE,
-    WEIGHTS,
     SearchRecord,
-    SearchSettings,
     TrialSummary,
     best_trial,
     rung_steps,
     summaries,
     trial_name,
 )
-from pipeline.workflow.runs import StepSummary, run_tree
+from pipeline.workflow.runs import run_tree
 from pipeline.workflow.tracking import RunState, Tracking
 
 STEP_NAME = "tune"
 UNFINISHED = "unfinished"
 
 
-class SearchFacts(Record):
+class SearchSummary(Record):
     """A search.
 
     Attributes:
         run_id: the flow's run.
         state: of the step that searches.
         uri: the folder of the search.
-        searched: names of what is searched, as in the experiment file.
+        space: the range of each setting that is searched, by dotted path.
         num_trials: how many trials there will be.
         steps: the length of a trial that is not stopped.
         rungs: the steps at which trials are compared, ascending.
@@ -46,7 +46,7 @@ class SearchFacts(Record):
     flow: str
     state: RunState
     uri: str
-    searched: tuple[str, ...]
+    space: dict[str, SearchRange]
     num_trials: int
     steps: int
     rungs: tuple[float, ...]
@@ -54,7 +54,7 @@ class SearchFacts(Record):
     trials: tuple[TrialSummary, ...]
 
 
-def load_search(tracking: Tracking, run_id: str) -> SearchFacts:
+def load_search(tracking: Tracking, run_id: str) -> SearchSummary:
     """The search of the run that `find_run` finds; raises UserError where it has none or it has not begun."""
     tree = run_tree(tracking, run_id)
     step = next((step for step in tree.steps if step.step == STEP_NAME), None)
@@ -63,34 +63,32 @@ def load_search(tracking: Tracking, run_id: str) -> SearchFacts:
     if step.fingerprint is None:
         raise UserError(f"the search of run {tree.run.run_id[:12]} has not begun: its step is {step.state.value}")
     uri = storage.join(tree.run.workspace, STEP_NAME, step.fingerprint[:16])
-    return load_facts(uri, tree.run.run_id, tree.run.flow, step)
+    return read_search(uri, tree.run.run_id, tree.run.flow, step.state)
 
 
-def load_facts(uri: str, run_id: str, flow: str, step: StepSummary) -> SearchFacts:
+def read_search(uri: str, run_id: str, flow: str, state: RunState) -> SearchSummary:
     """Read the search in the folder `uri`; raises UserError where nothing is there."""
     folder = storage.join(uri, RECORD_FOLDER)
     try:
-        settings = SearchSettings.model_validate(storage.read_json(storage.join(folder, SETTINGS_FILE)))
-    except FileNotFoundError as error:
+        tune = TuneConfig.model_validate(storage.read_json(storage.join(folder, SETTINGS_FILE)))
+    except (FileNotFoundError, ValidationError) as error:
         raise UserError(
-            f"nothing of the search of run {run_id[:12]} lies at {uri}: it has not begun, or it is of an older version"
+            f"no search of run {run_id[:12]} can be read at {uri}: it has not begun, or it is of an older version"
         ) from error
     except json.JSONDecodeError as error:
         raise UserError(f"{SETTINGS_FILE} in {folder} is damaged; run the experiment again") from error
-    record = SearchRecord.load(folder)
-    known = list(record.in_state("running", "finished", "stopped", "failed"))
+    known = SearchRecord.load(folder).in_state("running", "finished", "stopped", "failed")
     best = best_trial(known)
-    rows = summaries(known, settings.learning_rate)
-    if step.state != RunState.RUNNING:
+    rows = summaries(known)
+    if state != RunState.RUNNING:
         rows = [row.model_copy(update={"state": UNFINISHED}) if row.state == "running" else row for row in rows]
     chosen = trial_name(best.number) if best is not None else None
-    tune = settings.tune
-    return SearchFacts(
+    return SearchSummary(
         run_id=run_id,
         flow=flow,
-        state=step.state,
+        state=state,
         uri=uri,
-        searched=(*WEIGHTS, LEARNING_RATE) if tune.learning_rate is not None else WEIGHTS,
+        space=tune.space,
         num_trials=tune.num_trials,
         steps=tune.steps,
         rungs=tuple(rung_steps(tune)),

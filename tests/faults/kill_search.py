@@ -29,7 +29,7 @@ from typing import Any
 import psutil
 
 from pipeline.tuning.record import SearchRecord, trial_name
-from pipeline.tuning.trial import LATEST_FILE, trial_label
+from pipeline.tuning.trial import LATEST_FILE
 from pipeline.workflow.tracking import Tracking
 from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
 
@@ -40,22 +40,33 @@ LIMIT_S = 900
 CHILD = f"""
 import json, sys
 from pipeline import steps
-from pipeline.config import DataConfig, DigitsConfig, LossConfig, ModelSettings, RuntimeConfig, TrainConfig, TuneConfig
-from pipeline.config import VariantConfig
+from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig, TuneConfig
+from pipeline.config import VariantSettings
 from pipeline.workflow.tracking import Tracking
 from pipeline.workflow.flow import Flow
+from segvit.config import ModelConfig
 
 workspace, num_trials = sys.argv[1], int(sys.argv[2])
 digits = DigitsConfig(num_train=12, num_val=6, image_size=96)
-model = ModelSettings(
-    backbone="vit_tiny_patch16_224", weights="random", crop=(48, 64), decoder_layers=1, dropout=0.1
+model = ModelConfig(
+    backbone="vit_tiny_patch16_224", image_size=(48, 64), structure="cascade", out_layers=(1, 3), decoder_layers=1
 )
-variant = VariantConfig(structure="cascade", out_layers=(1, 3))
 train = TrainConfig(
     steps=9, batch_size=4, learning_rate=1e-3, warmup_steps=0, validate_every_steps=9, checkpoint_every_steps=9
 )
+settings = VariantSettings(model=model.to_dict(), loss=LossConfig(), train=train)
 search = TuneConfig(
-    num_trials=num_trials, steps={NUM_STEPS}, report_every_steps=1, max_val_samples=2, reduction_factor=2
+    num_trials=num_trials,
+    steps={NUM_STEPS},
+    report_every_steps=1,
+    max_val_samples=2,
+    reduction_factor=2,
+    space={{
+        "loss.dice": {{"log_uniform": [0.3, 3.0]}},
+        "train.learning_rate": {{"log_uniform": [1e-4, 1e-2]}},
+        "model.decoder_layers": {{"int_uniform": [1, 2]}},
+        "train.augmentation.scale_range": {{"choice": [[0.5, 2.0], [0.9, 1.1]]}},
+    }},
 )
 flow = Flow(
     workspace,
@@ -66,12 +77,12 @@ flow = Flow(
 )
 with flow:
     shards = flow.step(steps.prepare, DataConfig(dataset="digits", samples_per_shard=6, digits=digits), "source")
-    backbone = flow.step(steps.fetch_backbone, model.backbone, model.weights, {{}})
-    weights = flow.step(steps.tune, shards, backbone, model, variant, LossConfig(), train, search)
-    print("CHOSEN", flow.result(weights).model_dump_json(), flush=True)
+    backbone = flow.step(steps.fetch_backbone, model.backbone, "random", {{}})
+    found = flow.step(steps.tune, shards, backbone, "full", settings, search)
+    print("CHOSEN", flow.result(found).model_dump_json(), flush=True)
 """
 TRIAL_PID = re.compile(r"\(run_trial pid=(\d+)\)")
-STEP_LINE = re.compile(r"(?P<label>trial [\d./e+-]+)  step (?P<step>\d+)/\d+  loss")
+STEP_LINE = re.compile(r"(?P<label>trial \d+)  step (?P<step>\d+)/\d+  loss")
 
 
 class Search:
@@ -164,7 +175,7 @@ class Progress:
         self.behind: dict[str, int] = {}
         for folder in workspace.glob("tune/*/trials"):
             for trial in SearchRecord.load(str(folder)).trials.values():
-                label = trial_label(trial.values)
+                label = f"trial {trial_name(trial.number)}"
                 if trial.state != "running":
                     self.ended.add(label)
                 elif (latest := folder / trial_name(trial.number) / LATEST_FILE).is_file():
@@ -192,7 +203,7 @@ def outcome(workspace: Path, chosen: dict[str, Any]) -> dict[str, Any]:
     left = [path.name for path in folder.iterdir() if path.is_dir()] + [str(path) for path in workspace.glob("ray/*")]
     if left:
         raise SystemExit(f"a finished search leaves {left}")
-    choice = {name: chosen[name] for name in ("class_weight", "focal_weight", "dice_weight", "miou", "num_trials")}
+    choice = {name: chosen[name] for name in ("variant", "values", "miou", "num_trials")}
     return {"trials": trials, "runs": scores, "choice": choice}
 
 

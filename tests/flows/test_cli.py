@@ -9,7 +9,7 @@ import typer
 from flows.cli import app, main
 from flows.present.runs import BAR_WIDTH, bar
 from pipeline.config import DataConfig, DigitsConfig
-from pipeline.reports.data_page import load_facts
+from pipeline.reports.data_page import summarize_shard_set
 from pipeline.shards.prepare import prepare_shards
 
 CONFIG = str(Path(__file__).parents[2] / "flows" / "configs" / "quickstart.yaml")
@@ -173,7 +173,7 @@ def test_data__counts_for_people_and_programs(tmp_path: Path, capfd: pytest.Capt
     prepare_shards(DataConfig(dataset="digits", digits=digits), uri, progress=lambda _: None)
     assert run("data", uri) == 0
     printed = capfd.readouterr().out
-    facts = load_facts(uri)
+    facts = summarize_shard_set(uri)
     for split in facts.splits:
         assert f"{split.name}: classes" in printed
         for one in split.classes:

@@ -12,7 +12,7 @@ import segvit
 from pipeline.config import DataConfig, DigitsConfig
 from pipeline.datasets.digits import Digits
 from pipeline.errors import UserError
-from pipeline.reports.data_page import CAPTION, CELL, GAP, contact_sheet, load_facts, write_data_report
+from pipeline.reports.data_page import CAPTION, CELL, GAP, contact_sheet, summarize_shard_set, write_data_report
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.shard_reader import ShardReader
 from pipeline.shards.shards import ShardSetError
@@ -26,10 +26,10 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return prepare_shards(config, str(tmp_path_factory.mktemp("set")), progress=lambda _: None).uri
 
 
-def test_facts__counts_and_shares(uri: str) -> None:
-    facts = load_facts(uri)
-    assert (facts.name, facts.num_quarantined, len(facts.palette)) == ("digits", 0, 11)
-    train, val = facts.splits
+def test_summary__counts_and_shares(uri: str) -> None:
+    summary = summarize_shard_set(uri)
+    assert (summary.name, summary.num_quarantined, len(summary.palette)) == ("digits", 0, 11)
+    train, val = summary.splits
     assert (train.name, train.num_images, train.num_shards) == ("train", 7, 2)
     assert (val.name, val.num_images, val.num_shards) == ("val", 3, 1)
     labels = [Digits(SCENES, seed=0).scene("train", number)[1] for number in range(7)]
@@ -45,9 +45,9 @@ def test_facts__counts_and_shares(uri: str) -> None:
 
 def test_sheet__shows_images_and_overlays(uri: str) -> None:
     sheet = np.asarray(contact_sheet(ShardReader(uri), "val", num_samples=2))
-    for place, number in enumerate((0, 1)):
+    for position, number in enumerate((0, 1)):
         image, label = Digits(SCENES, seed=0).scene("val", number)
-        left, top = place * (2 * CELL[0] + 3 * GAP) + GAP, CAPTION
+        left, top = position * (2 * CELL[0] + 3 * GAP) + GAP, CAPTION
         np.testing.assert_array_equal(sheet[top : top + 112, left : left + 112], image)
         left += CELL[0] + GAP
         expected = segvit.overlay(image, label, Digits(SCENES, seed=0).palette, 0.6)
@@ -64,8 +64,8 @@ def test_sheet__large_images_shrink_into_their_cells(uri: str, monkeypatch: pyte
 
 
 def test_report__files_open_and_name_the_classes(uri: str, tmp_path: Path) -> None:
-    facts = load_facts(uri)
-    files = write_data_report(facts, tmp_path / "out")
+    summary = summarize_shard_set(uri)
+    files = write_data_report(summary, tmp_path / "out")
     assert [file.name for file in files] == ["classes.png", "samples-train.png", "samples-val.png", "index.html"]
     for file in files[:-1]:
         with Image.open(io.BytesIO(file.read_bytes())) as picture:
@@ -74,21 +74,21 @@ def test_report__files_open_and_name_the_classes(uri: str, tmp_path: Path) -> No
     for file in files[:-1]:
         assert f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" in page
     assert "://" not in page
-    for expected in (facts.digest, f"{facts.splits[0].classes[10].pixels:,}", "rgb(64, 64, 64)"):
+    for expected in (summary.digest, f"{summary.splits[0].classes[10].pixels:,}", "rgb(64, 64, 64)"):
         assert expected in page
     before = [file.read_bytes() for file in files]
     with pytest.raises(UserError, match=r"classes\.png exists; choose another folder or use --overwrite"):
-        write_data_report(facts, tmp_path / "out")
-    assert [file.read_bytes() for file in write_data_report(facts, tmp_path / "out", overwrite=True)] == before
+        write_data_report(summary, tmp_path / "out")
+    assert [file.read_bytes() for file in write_data_report(summary, tmp_path / "out", overwrite=True)] == before
 
 
 def test_report__escapes_names(uri: str, tmp_path: Path) -> None:
-    facts = load_facts(uri).model_copy(update={"name": "<b>$x$"})
-    page = write_data_report(facts, tmp_path)[-1].read_text()
+    summary = summarize_shard_set(uri).model_copy(update={"name": "<b>$x$"})
+    page = write_data_report(summary, tmp_path)[-1].read_text()
     assert "&lt;b&gt;$x$" in page
     assert "<b>$x$" not in page
 
 
-def test_facts__errors(uri: str, tmp_path: Path) -> None:
+def test_summary__errors(uri: str, tmp_path: Path) -> None:
     with pytest.raises(ShardSetError, match=r"no shard set at .*: manifest\.json is missing; prepare it first"):
-        load_facts(str(tmp_path))
+        summarize_shard_set(str(tmp_path))

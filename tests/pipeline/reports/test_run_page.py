@@ -15,19 +15,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config import SearchRange, TuneConfig
 from pipeline.records import (
     BackboneRecord,
     Check,
     Checkpoint,
     Evaluation,
-    LossWeights,
     ModelVersion,
     PromotionDecision,
+    SearchResult,
     ShardSet,
     SplitInfo,
 )
 from pipeline.reports.run_page import ReportInput, build_report, load_report_input
+from pipeline.reports.style import LINE, TEXT
 from pipeline.storage import publish_bytes, publish_json
+from pipeline.tuning.record import SearchRecord, TrialRecord, TrialScore, best_trial
 
 CREATED_AT = datetime(2031, 4, 5, 6, 7, tzinfo=UTC)
 DASH = "\N{EN DASH}"
@@ -82,9 +85,6 @@ def write_run(
                 run_id="f" * 32,
             )
         )
-    trials_uri = f"{folder}/trials.json" if num_trials else None
-    if trials_uri:
-        publish_json(trials_uri, _trials(rng, num_trials))
     return {
         "experiment": "scenes",
         "run_id": "0123456789abcdef",
@@ -107,9 +107,7 @@ def write_run(
             source="local file",
             message="read from weights.safetensors",
         ),
-        "loss_weights": LossWeights(
-            class_weight=1.0, focal_weight=20.0, dice_weight=1.0, num_trials=num_trials, trials_uri=trials_uri
-        ),
+        "found": _write_search(f"{folder}/search", rng, num_trials) if num_trials else None,
         "checkpoints": checkpoints,
         "evaluations": evaluations,
         "versions": versions,
@@ -131,7 +129,7 @@ def _history(rng: np.random.Generator, num_steps: int, index: int) -> str:
         decay = math.exp(-3 * step / num_steps) + 0.1
         terms = {
             name: scale * decay * (1 + 0.15 * rng.standard_normal()) * (1 + 0.2 * index)
-            for name, scale in (("class", 1.2), ("focal", 0.8), ("dice", 1.0), ("auxiliary", 3.0))
+            for name, scale in (("class", 1.2), ("focal", 0.8), ("boundary", 1.0), ("auxiliary", 3.0))
         }
         rows.append(
             {
@@ -210,24 +208,33 @@ def _jpeg(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def _trials(rng: np.random.Generator, count: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _write_search(uri: str, rng: np.random.Generator, count: int) -> SearchResult:
+    space = {
+        "loss.focal": SearchRange(log_uniform=(5.0, 80.0)),
+        "model.decoder_layers": SearchRange(choice=[1, 2, 3]),
+        "train.augmentation.scale_range": SearchRange(choice=[[0.5, 2.0], [0.8, 1.2]]),
+    }
+    record = SearchRecord.take_over(f"{uri}/trials", TuneConfig(num_trials=count, space=space))
     for number in range(count):
         focal = float(np.exp(rng.uniform(np.log(5), np.log(80))))
-        failed = number == count - 1
-        rows.append(
-            {
-                "trial_id": f"t{number:05d}",
-                "class_weight": float(np.exp(rng.uniform(np.log(0.3), np.log(3)))),
-                "focal_weight": focal,
-                "dice_weight": float(np.exp(rng.uniform(np.log(0.3), np.log(3)))),
-                "learning_rate": None,
-                "miou": None if failed else 0.5 - 0.08 * abs(math.log(focal / 20)),
-                "steps": 60 if number % 3 == 0 else 20,
-                "state": "failed" if failed else "finished" if number % 3 == 0 else "stopped early",
-            }
+        failed, last = number == count - 1, 60 if number % 3 == 0 else 20
+        score = TrialScore(step=last, miou=0.5 - 0.08 * abs(math.log(focal / 20)), order=number)
+        record.save(
+            TrialRecord(
+                number=number,
+                values={
+                    "loss.focal": focal,
+                    "model.decoder_layers": 1 + number % 3,
+                    "train.augmentation.scale_range": [0.8, 1.2],
+                },
+                scores=() if failed else (score,),
+                state="failed" if failed else "finished" if last == 60 else "stopped",
+                cause="out of <memory>" if failed else None,
+            )
         )
-    return rows
+    best = best_trial(record.trials.values())
+    values = best.values if best is not None else {}
+    return SearchResult(variant="full", values=values, num_trials=count, trials_uri=f"{uri}/trials.json")
 
 
 class Page(HTMLParser):
@@ -301,7 +308,8 @@ def test_load_report_input__files_of_both_variants_are_read(loaded: ReportInput)
     assert full.history[0]["step"] == 1
     assert full.version is not None
     assert full.version.version == 1
-    assert [trial.miou is None for trial in loaded.trials] == [False] * 4 + [True]
+    assert loaded.search is not None
+    assert [trial.miou is None for trial in loaded.search.trials] == [False] * 4 + [True]
     assert loaded.class_names == ("road", "<sky> & $cloud$", "tree")
 
 
@@ -388,20 +396,31 @@ def test_build_report__strongest_confusion_comes_first(loaded: ReportInput, page
     assert page.rows[header + 1] == [names[true], names[predicted], f"{pixels:,}", share]
 
 
-def test_build_report__trial_whose_weights_are_used_is_marked(loaded: ReportInput, page: Page) -> None:
-    best = max(loaded.trials, key=lambda trial: trial.miou or 0.0)
-    second = next(trial for trial in loaded.trials if trial.miou and trial != best)
-    used = loaded.loss_weights.model_copy(
-        update=second.model_dump(include={"class_weight", "focal_weight", "dice_weight"})
+def test_build_report__trial_whose_values_are_used_is_marked(loaded: ReportInput, html: str, page: Page) -> None:
+    assert loaded.search is not None
+    assert loaded.found is not None
+    chosen = loaded.search.trials[0]
+    assert (chosen.steps, chosen.values) == (60, loaded.found.values)
+    row = html[html.index(f"<code>{chosen.trial_id}</code>") :]
+    assert row.index('<td class="best">') < row.index("</tr>")
+    assert len(re.findall(r"<code>\d{4}</code>.*class=.best.", html)) == 1
+    header = next(index for index, row in enumerate(page.rows) if row[0] == "trial")
+    assert page.rows[header][1:4] == ["focal", "decoder_layers", "scale_range"]
+    focal = f"{chosen.values['loss.focal']:.3g}"
+    layers = str(chosen.values["model.decoder_layers"])
+    assert page.rows[header + 1][:4] == [chosen.trial_id, focal, layers, "[0.8, 1.2]"]
+    assert page.rows[-1][0] == "0004"  # the trial without a score comes last
+    used = f"training used: focal {focal}, decoder_layers {layers}, scale_range [0.8, 1.2]."
+    assert used in " ".join(" ".join(page.text["p"]).split())
+
+
+def test_build_report__curves_of_all_loss_terms_that_there_are(page: Page) -> None:
+    curves = next(attrs["aria-label"] for tag, attrs in page.tags if tag == "svg")
+    assert curves == (
+        "Training curves of full, shrunk: "
+        "val_miou, total, class, focal, boundary, auxiliary, learning_rate, images_per_s over steps"
     )
-    for report, chosen in ((loaded, best), (replace(loaded, loss_weights=used), second)):
-        html = build_report(report)
-        row = html[html.index(f"<code>{chosen.trial_id}</code>") :]
-        assert row.index('<td class="best">') < row.index("</tr>")
-        assert len(re.findall(r"<code>t\d+</code>.*class=.best.", html)) == 1
-    header = next(place for place, row in enumerate(page.rows) if row[0] == "trial")
-    assert page.rows[header + 1][0] == best.trial_id
-    assert page.rows[-1][0] == "t00004"  # the trial without a score comes last
+    assert "loss, boundary term" in [text.strip() for text in page.text["text"]]
 
 
 def test_build_report__text_of_others_is_escaped(html: str, page: Page) -> None:
@@ -416,15 +435,14 @@ def test_build_report__plots_take_the_pages_colours(html: str) -> None:
     svg = html[html.index("<svg") : html.rindex("</svg>")]
     assert "currentColor" in svg
     assert "var(--line)" in svg
-    assert "#0a0b0c" not in svg
-    assert "#0d0e0f" not in svg
+    assert not {TEXT, LINE} & set(re.findall("#[0-9a-f]{6}", svg))
 
 
 def test_build_report__one_variant_no_search_no_decision(tmp_path: Path) -> None:
     arguments = write_run(tmp_path, variants=("full",), num_trials=0, num_examples=0)
     page = Page(build_report(load_report_input(**{**arguments, "versions": [], "decision": None})))
     text = " ".join(page.text["p"])
-    assert "no search was run" in text
+    assert "No search was run" in text
     assert "No promotion decision was made" in text
     assert "No examples were kept" in text
     assert page.row("registered version") == ["not registered"]
@@ -451,18 +469,14 @@ def test_build_report__not_a_number_is_a_dash(loaded: ReportInput) -> None:
     )
     history = ({"step": 1, "total": math.nan}, {"step": 2, "val_miou": None})
     variants = (replace(first, evaluation=evaluation, history=history),)
-    page = Page(build_report(replace(loaded, variants=variants, trials=loaded.trials[-1:])))
+    assert loaded.search is not None
+    search = loaded.search.model_copy(update={"trials": loaded.search.trials[-1:], "chosen": None})
+    page = Page(build_report(replace(loaded, variants=variants, search=search)))
     assert page.row("boundary IoU") == [DASH]
     assert page.row("val mIoU") == [DASH]
     assert page.row("road")[0] == DASH
     assert "No training history was recorded." in " ".join(page.text["p"])
-    assert page.row("t00004") == [
-        f"{loaded.trials[-1].class_weight:.3g}",
-        *page.row("t00004")[1:4],
-        DASH,
-        "20",
-        "failed",
-    ]
+    assert page.row("0004")[1:] == ["2", "[0.8, 1.2]", DASH, "0", "0.0 s", "0", "failed", "out of <memory>"]
 
 
 def test_build_report__150_classes_fit_a_scrolled_matrix(tmp_path: Path) -> None:

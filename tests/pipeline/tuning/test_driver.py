@@ -6,14 +6,19 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import TuneConfig
+from pipeline.config import SearchRange, TuneConfig
 from pipeline.errors import UserError
 from pipeline.tuning.driver import RecordedScheduler, RecordedSearcher, SearchDriver, TooManyFailed, death_cause
-from pipeline.tuning.record import SearchRecord, SearchSettings, TrialRecord
+from pipeline.tuning.record import SearchRecord, TrialRecord
 from pipeline.tuning.search import require_success, retry_failed
 
-CONFIGURED = {"class_weight": 1.0, "focal_weight": 20.0, "dice_weight": 1.0, "learning_rate": 2e-5}
-TUNE = TuneConfig(num_trials=14, steps=6, report_every_steps=1, reduction_factor=2, seed=5)
+CONFIGURED = {"loss.class": 1.0, "loss.focal": 20.0, "loss.dice": 1.0}
+SPACE = {
+    "loss.class": SearchRange(log_uniform=(0.3, 3.0)),
+    "loss.focal": SearchRange(log_uniform=(5.0, 80.0)),
+    "loss.dice": SearchRange(log_uniform=(0.3, 3.0)),
+}
+TUNE = TuneConfig(num_trials=14, steps=6, report_every_steps=1, reduction_factor=2, seed=5, space=SPACE)
 
 
 class Runs:
@@ -35,12 +40,12 @@ class Killed(BaseException):
 
 
 def open_driver(folder: Path, tune: TuneConfig = TUNE) -> SearchDriver:
-    record = SearchRecord.take_over(str(folder), SearchSettings(tune=tune, learning_rate=2e-5))
+    record = SearchRecord.take_over(str(folder), tune)
     return SearchDriver(tune, CONFIGURED, record, Runs(), ended=lambda number: None)  # type: ignore[arg-type]
 
 
 def miou(values: dict[str, float], step: int) -> float:
-    return (0.6 - 0.1 * abs(math.log(values["dice_weight"] / 2))) * (1 - math.exp(-step / 3))
+    return (0.6 - 0.1 * abs(math.log(values["loss.dice"] / 2))) * (1 - math.exp(-step / 3))
 
 
 def search(driver: SearchDriver, trained: dict[int, int], executed: list[tuple[int, int]]) -> None:
@@ -96,6 +101,17 @@ def test_search__killed_at_any_write_goes_on_as_the_undisturbed_one(
     assert outcome(tmp_path / "killed") == expected
     # Nothing was computed twice.
     assert executed == whole
+
+
+def test_search__more_trials_go_on_with_those_that_there_are(tmp_path: Path) -> None:
+    whole: list[tuple[int, int]] = []
+    search(open_driver(tmp_path / "whole"), {}, whole)
+    executed: list[tuple[int, int]] = []
+    for num_trials in (5, 14):
+        search(open_driver(tmp_path / "more", TUNE.model_copy(update={"num_trials": num_trials})), {}, executed)
+        assert len(outcome(tmp_path / "more")) == num_trials
+    assert executed == whole
+    assert outcome(tmp_path / "more") == outcome(tmp_path / "whole")
 
 
 def test_driver__scores_told_again_are_neither_recorded_nor_judged_again(tmp_path: Path) -> None:

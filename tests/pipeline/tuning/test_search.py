@@ -11,15 +11,19 @@ from typing import Any
 import pytest
 
 from pipeline import storage
-from pipeline.config import LossConfig, RuntimeConfig, TrainConfig, TuneConfig
+from pipeline.config import LossConfig, RuntimeConfig, SearchRange, TrainConfig, TuneConfig, VariantSettings
 from pipeline.errors import UserError
-from pipeline.records import LossWeights
-from pipeline.steps import _verify_trials
+from pipeline.records import SearchResult
 from pipeline.tuning import search as tune
 from pipeline.tuning.record import SearchRecord
 from pipeline.workflow.tracking import Tracking
 
-Search = Callable[..., LossWeights]
+SPACE = {
+    "loss.dice": SearchRange(log_uniform=(0.3, 3.0)),
+    "model.decoder_layers": SearchRange(int_uniform=(1, 3)),
+    "train.augmentation.scale_range": SearchRange(choice=[[0.5, 2.0], [0.8, 1.2]]),
+}
+Search = Callable[..., SearchResult]
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +39,12 @@ def local_ray() -> Iterator[None]:
 @pytest.fixture
 def search(
     local_ray: None, tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[TuneConfig], LossWeights]:
+) -> Callable[[TuneConfig], SearchResult]:
     """Start the search; its trials do not train, but act as the file `plan` tells and write to the file `started`."""
     plan, started = str(tmp_path / "plan.json"), str(tmp_path / "started")
 
     # Within a function, so that workers get it by value: they cannot import tests.
-    def light_trial(sampled: dict[str, float], job: Any, tune: TuneConfig, place: Any) -> None:
+    def light_trial(sampled: dict[str, Any], job: Any, tune: TuneConfig, place: Any) -> None:
         import json
         import os
         from pathlib import Path
@@ -65,16 +69,18 @@ def search(
     monkeypatch.setattr(tune, "check_shard_set", lambda *args, **kwargs: None)
     job: Any = SimpleNamespace(
         shard_set=None,
-        train=TrainConfig(
-            steps=9, batch_size=1, warmup_steps=0, validate_every_steps=9, checkpoint_every_steps=9, learning_rate=3e-5
+        variant="full",
+        settings=VariantSettings(
+            model={"decoder_layers": 3},
+            loss=LossConfig(),
+            train=TrainConfig(steps=9, batch_size=1, warmup_steps=0, validate_every_steps=9, checkpoint_every_steps=9),
         ),
-        loss=LossConfig(),
         runtime=RuntimeConfig(trials_at_once=1, use_gpu=False),
     )
 
-    def start(settings: TuneConfig) -> LossWeights:
+    def start(settings: TuneConfig) -> SearchResult:
         parent = tracking.client().create_run(tracking.experiment_id()).info.run_id
-        return tune.search_loss_weights(
+        return tune.search_settings(
             job,
             settings,
             run_name="tune-0123",
@@ -100,10 +106,12 @@ def test_search__deaths_are_retried_once_failures_reported_and_the_rest_chosen_f
     search: Search, tracking: Tracking, tmp_path: Path
 ) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"0": "dies", "1": "dies once", "2": "is poor"}))
-    settings = TuneConfig(num_trials=3, steps=3, report_every_steps=1, reduction_factor=3, max_failed_fraction=0.3)
-    weights = search(settings)
+    settings = TuneConfig(
+        num_trials=3, steps=3, report_every_steps=1, reduction_factor=3, max_failed_fraction=0.3, space=SPACE
+    )
+    result = search(settings)
     assert started(tmp_path) == [0, 0, 1, 1, 2]
-    rows = json.loads(Path(str(weights.trials_uri)).read_text())
+    rows = json.loads(Path(str(result.trials_uri)).read_text())
     assert [(row["state"], row["attempts"], row["steps"]) for row in rows] == [
         ("failed", 2, 1),
         ("finished", 2, 3),
@@ -111,29 +119,37 @@ def test_search__deaths_are_retried_once_failures_reported_and_the_rest_chosen_f
     ]
     assert rows[0]["cause"].startswith("its process died 2 times (The actor died")
     assert [score["step"] for score in rows[1]["history"]] == [1, 2, 3]
-    assert rows[1]["learning_rate"] == 3e-5
-    assert (weights.miou, weights.num_trials, weights.learning_rate) == (0.23, 3, None)
-    assert weights.focal_weight == rows[1]["focal_weight"]
+    assert rows[0]["values"] == {
+        "loss.dice": 1.0,
+        "model.decoder_layers": 3,
+        "train.augmentation.scale_range": [0.5, 2.0],
+    }
+    assert (result.miou, result.num_trials, result.variant) == (0.23, 3, "full")
+    assert result.values == rows[1]["values"]
     assert statuses(tracking) == [("0", "FAILED"), ("1", "FINISHED"), ("2", "FINISHED")]
     assert not (tmp_path / "ray" / "tune-0123").exists()
     # The same step again, after its end was not recorded: nothing runs, the same comes out.
-    assert search(settings) == weights
+    assert search(settings) == result
     assert started(tmp_path) == [0, 0, 1, 1, 2]
     assert len(statuses(tracking)) == 3
-    assert _verify_trials(weights, tracking) is None
-    content = bytearray(storage.read_bytes(str(weights.trials_uri)))
+    content = bytearray(storage.read_bytes(str(result.trials_uri)))
     content[10] ^= 1
-    Path(str(weights.trials_uri)).write_bytes(content)
-    assert _verify_trials(weights, tracking) == f"{weights.trials_uri} has changed"
-    assert search(settings) == weights
-    assert _verify_trials(weights, tracking) is None
+    Path(str(result.trials_uri)).write_bytes(content)
+    assert search(settings) == result
+    assert storage.file_digest(str(result.trials_uri)) == result.trials_digest
+    # More trials go on with these.
+    more = search(settings.model_copy(update={"num_trials": 4}))
+    assert started(tmp_path) == [0, 0, 1, 1, 2, 3]
+    assert (more.miou, more.num_trials) == (0.43, 4)
 
 
 def test_search__over_the_limit_ends_with_the_first_cause_and_the_next_start_tries_again(
     search: Search, tracking: Tracking, tmp_path: Path
 ) -> None:
     (tmp_path / "plan.json").write_text(json.dumps({"1": "fails"}))
-    settings = TuneConfig(num_trials=4, steps=2, report_every_steps=1, reduction_factor=9, max_failed_fraction=0.0)
+    settings = TuneConfig(
+        num_trials=4, steps=2, report_every_steps=1, reduction_factor=9, max_failed_fraction=0.0, space=SPACE
+    )
     message = (
         r"^1 of 4 search trials failed, tune.max_failed_fraction 0 allows 0; "
         r"the first one: trial 1, trial 1 has no memory$"
@@ -144,9 +160,9 @@ def test_search__over_the_limit_ends_with_the_first_cause_and_the_next_start_tri
     assert not (tmp_path / "search" / "trials.json").exists()
     assert statuses(tracking) == [("0", "FINISHED"), ("1", "FAILED")]
     (tmp_path / "plan.json").write_text("{}")
-    weights = search(settings)
+    result = search(settings)
     assert started(tmp_path) == [0, 1, 1, 2, 3]
-    assert weights.miou == 0.42
+    assert result.miou == 0.42
     trials = SearchRecord.load(str(tmp_path / "search" / "trials")).trials
     assert [(trial.state, trial.attempts, trial.cause) for trial in trials.values()] == [
         ("finished", 1, None),

@@ -9,7 +9,7 @@ from pipeline.tuning.tracking import TrialRuns
 from pipeline.workflow import runs
 from pipeline.workflow.tracking import RunState, Tracking
 
-VALUES = {"class_weight": 1.5, "focal_weight": 20.0, "dice_weight": 0.5}
+VALUES = {"loss.dice": 0.5, "model.decoder_layers": 2, "train.augmentation.scale_range": [0.5, 2.0]}
 
 
 def step_run(tracking: Tracking) -> str:

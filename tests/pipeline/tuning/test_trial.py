@@ -11,11 +11,11 @@ import ray.tune
 from pipeline.config import RuntimeConfig, TuneConfig
 from pipeline.training.trainer import TrainJob
 from pipeline.tuning import trial as search_trial
-from pipeline.tuning.record import SearchRecord, SearchSettings, SearchTakenOver, TrialPlace
+from pipeline.tuning.record import SearchRecord, SearchTakenOver, TrialPlace
 from pipeline.tuning.trial import history_scores, in_process, run_trial, trial_job, trial_resources
 
 MakeJob = Callable[..., TrainJob]
-SAMPLED = {"trial": 2, "class_weight": 2.0, "focal_weight": 10.0, "dice_weight": 1.5}
+SAMPLED: dict[str, Any] = {"trial": 2, "values": {"loss.class": 2.0, "loss.focal": 10.0, "loss.dice": 1.5}}
 TUNE = TuneConfig(num_trials=4, steps=5, report_every_steps=2, max_val_samples=2)
 
 
@@ -25,7 +25,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def place(tmp_path: Path) -> TrialPlace:
-    record = SearchRecord.take_over(str(tmp_path / "trials"), SearchSettings(tune=TUNE, learning_rate=1e-4))
+    record = SearchRecord.take_over(str(tmp_path / "trials"), TUNE)
     return TrialPlace(uri=record.uri, token=record.token, train_uri=str(tmp_path / "ray"))
 
 
@@ -39,12 +39,33 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_trial_job__is_short_and_has_the_sampled_values(make_job: MakeJob) -> None:
-    job = trial_job(make_job(warmup_steps=3), TUNE, SAMPLED | {"learning_rate": 5e-4})
-    assert (job.loss.class_weight, job.loss.focal_weight, job.loss.dice_weight) == (2.0, 10.0, 1.5)
-    assert (job.train.steps, job.train.warmup_steps, job.train.learning_rate) == (5, 0, 5e-4)
-    assert (job.train.validate_every_steps, job.train.checkpoint_every_steps) == (2, 2)
-    assert (job.max_val_samples, job.save_checkpoints, job.variant) == (2, True, "trial 2/10/1.5")
-    assert trial_job(make_job(), TUNE, SAMPLED).train.learning_rate == 1e-4
+    values = SAMPLED["values"] | {
+        "train.learning_rate": 5e-4,
+        "model.decoder_layers": 2,
+        "train.augmentation.scale_range": [0.8, 1.2],
+    }
+    job = trial_job(make_job(warmup_steps=3), TUNE, 2, values)
+    assert job.settings.loss.weights == {"class": 2.0, "focal": 10.0, "dice": 1.5}
+    train = job.settings.train
+    assert (train.steps, train.warmup_steps, train.learning_rate) == (5, 0, 5e-4)
+    assert (train.validate_every_steps, train.checkpoint_every_steps) == (2, 2)
+    assert train.augmentation.scale_range == (0.8, 1.2)
+    assert job.settings.model["decoder_layers"] == 2
+    assert (job.max_val_samples, job.save_checkpoints, job.variant) == (2, True, "trial 0002")
+    # What is not searched is the variant's own.
+    assert trial_job(make_job(), TUNE, 2, SAMPLED["values"]).settings.train.learning_rate == 1e-4
+
+
+def test_run_trial__values_that_do_not_fit_are_a_failed_trial(
+    make_job: MakeJob, place: TrialPlace, told: list[dict[str, Any]]
+) -> None:
+    run_trial({"trial": 2, "values": {"train.warmup_steps": 7}}, make_job(), TUNE, place)
+    assert [(row["step"], row["val_miou"]) for row in told] == [(0.0, -1.0)]
+    assert told[0]["cause"].startswith("its values (warmup_steps 7) do not fit the variant: ")
+    assert "warmup_steps 7 must be below steps 5" in told[0]["cause"]
+    told.clear()
+    run_trial({"trial": 2, "values": {"model.decoder_heads": 5}}, make_job(), TUNE, place)
+    assert re.search(r"heads|divi", told[0]["cause"])
 
 
 def test_trial_resources__one_worker_runs_in_the_trials_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +146,7 @@ def test_run_trial__failure_is_told_in_one_line_and_a_lost_search_ends_it(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ValueError("no such\n thing")
 
-    run_trial(SAMPLED | {"learning_rate": 1e30}, make_job(), TUNE, place)
+    run_trial({"trial": 2, "values": {"train.learning_rate": 1e30}}, make_job(), TUNE, place)
     assert [(row["step"], row["val_miou"]) for row in told] == [(0.0, -1.0)]
     assert re.match(
         r"the (loss|gradient's norm) is (nan|inf) at step [12]\b.*Lower train\.learning_rate", told[0]["cause"]
@@ -136,7 +157,7 @@ def test_run_trial__failure_is_told_in_one_line_and_a_lost_search_ends_it(
         patch.setattr(search_trial, "run_training", fail)
         run_trial(SAMPLED, make_job(), TUNE, place)
     assert told == [{"step": 0.0, "val_miou": -1.0, "cause": "ValueError: no such thing"}]
-    SearchRecord.take_over(place.uri, SearchSettings(tune=TUNE, learning_rate=1e-4))
+    SearchRecord.take_over(place.uri, TUNE)
     with pytest.raises(SearchTakenOver):
         run_trial(SAMPLED, make_job(), TUNE, place)
     assert len(told) == 1
