@@ -12,7 +12,7 @@ from pipeline.shards.loader import Batch, TrainLoader
 from pipeline.training.log import Reporter, TrainingLog
 from pipeline.training.non_finite import stop_training
 from pipeline.training.train_checkpoint import TrainState
-from pipeline.training.trainer import Trainer, TrainJob, DistributedContext
+from pipeline.training.trainer import DistributedContext, Trainer, TrainJob
 
 
 def run_training(

@@ -37,7 +37,7 @@ from pipeline.training.train_run import (
     repair_run,
     usable_checkpoints,
 )
-from pipeline.training.trainer import TrainJob, DistributedContext
+from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.workflow.ray_session import wants_gpu
 from pipeline.workflow.tracking import MetricLog
 
