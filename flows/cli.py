@@ -10,7 +10,7 @@ import typer
 from flows.commands.data import data, flops
 from flows.commands.experiment import plan, run, submit
 from flows.commands.model import compare, models, predict, promote, rollback
-from flows.commands.run import cancel, runs, show
+from flows.commands.runs import cancel, runs, show
 from flows.commands.search import search
 from pipeline.errors import UserError
 

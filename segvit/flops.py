@@ -15,8 +15,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from segvit.config import ModelConfig
-from segvit.decoders.atm import ATMStage
-from segvit.decoders.shrunk import QueryUpsampling
 from segvit.inference.scores import semantic_scores
 from segvit.model import SegViT, assemble, build_model
 from segvit.presets import find_preset
@@ -47,8 +45,9 @@ class ModelCost:
     """10^9 multiply-adds from the image to its full-resolution class scores."""
     parameters: int
     parts: dict[str, float]
-    """`gflops` by part: ``patch_embedding``, ``blocks`` (the rest of the backbone), ``upsampling_1``, ... and
-    ``atm_stage_1``, ... in the order they run, ``heads`` (the rest of the decoder), ``scores``."""
+    """`gflops` by part: ``patch_embedding``, ``blocks`` (the rest of the backbone), the decoder's
+    `Decoder.parts` in the order they run (``upsampling_1``, ..., ``atm_stage_1``, ...), ``heads`` (the rest of the
+    decoder), ``scores``."""
     activation_bytes: int
     """What autograd keeps for the backward pass, see `activation_bytes`."""
 
@@ -104,7 +103,7 @@ def count_parts(model: SegViT, size: tuple[int, int]) -> dict[str, float]:
     names = [name for name, _ in model.backbone.named_modules()]
     embedding = backbone.of(name for name in names if name.endswith(("patch_embed.proj", "patch_embed.norm")))
     parts = {"patch_embedding": embedding, "blocks": backbone.total - embedding}
-    for label, kind in (("upsampling", QueryUpsampling), ("atm_stage", ATMStage)):
+    for label, kind in model.config.decoder.parts.items():
         names = [name for name, module in model.decoder.named_modules() if isinstance(module, kind)]
         parts |= {f"{label}_{number}": decoder.of([name]) for number, name in enumerate(names, start=1)}
     heads = decoder.total - sum(list(parts.values())[2:])

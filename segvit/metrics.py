@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from segvit.labels import check_ignore_index, check_labels
+
 Labels = Tensor | NDArray[np.generic]
 BOUNDARY_FRACTION = 0.02  # of the image diagonal, as in Boundary IoU (Cheng et al. 2021)
 
@@ -37,9 +39,13 @@ class ConfusionMatrix:
     Args:
         num_classes: Number of classes N.
         ignore_index: Label of pixels that do not count.
+
+    Raises:
+        ValueError: The ignore index is one of the classes.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        check_ignore_index(num_classes, ignore_index)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.matrix: NDArray[np.int64] = np.zeros((num_classes, num_classes), dtype=np.int64)
@@ -51,9 +57,9 @@ class ConfusionMatrix:
             ValueError: Shapes differ, or an id lies outside the classes.
         """
         predicted, labels = matching_tensors(predicted, labels)
+        check_labels(labels, self.num_classes, self.ignore_index)
         counted = labels != self.ignore_index
-        pairs = labels[counted] * self.num_classes + check_ids(predicted[counted], self.num_classes, "predicted")
-        check_ids(labels[counted], self.num_classes, "label")
+        pairs = labels[counted] * self.num_classes + check_ids(predicted[counted], self.num_classes)
         counts = torch.bincount(pairs, minlength=self.num_classes**2)
         self.matrix += counts.view(self.num_classes, self.num_classes).cpu().numpy()
 
@@ -76,9 +82,13 @@ class BoundaryIoU:
     Args:
         num_classes: Number of classes N.
         ignore_index: Label of pixels that do not count.
+
+    Raises:
+        ValueError: The ignore index is one of the classes.
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        check_ignore_index(num_classes, ignore_index)
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.intersection: NDArray[np.int64] = np.zeros(num_classes, dtype=np.int64)
@@ -93,9 +103,9 @@ class BoundaryIoU:
         predicted, labels = matching_tensors(predicted, labels)
         if labels.ndim != 2:
             raise ValueError(f"BoundaryIoU takes one (H, W) label map at a time, got shape {tuple(labels.shape)}")
+        check_labels(labels, self.num_classes, self.ignore_index)
         counted = labels != self.ignore_index
-        check_ids(predicted[counted], self.num_classes, "predicted")
-        check_ids(labels[counted], self.num_classes, "label")
+        check_ids(predicted[counted], self.num_classes)
         # One id past the classes stands for ignored pixels on both sides.
         true = torch.where(counted, labels, self.num_classes)
         guess = torch.where(counted, predicted, self.num_classes)
@@ -161,13 +171,14 @@ def matching_tensors(predicted: Labels, labels: Labels) -> tuple[Tensor, Tensor]
     return first, second
 
 
-def check_ids(ids: Tensor, num_classes: int, name: str) -> Tensor:
-    """The ids, or ValueError if one lies outside the classes."""
-    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_classes:
+def check_ids(predicted: Tensor, num_classes: int) -> Tensor:
+    """The predicted ids, or ValueError if one lies outside the classes."""
+    if predicted.numel() and not 0 <= int(predicted.min()) <= int(predicted.max()) < num_classes:
         raise ValueError(
-            f"{name} ids run from {int(ids.min())} to {int(ids.max())}; allowed are 0 to {num_classes - 1}"
+            f"predicted ids run from {int(predicted.min())} to {int(predicted.max())}; "
+            f"allowed are 0 to {num_classes - 1}; score a model of these {num_classes} classes"
         )
-    return ids
+    return predicted
 
 
 def ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:

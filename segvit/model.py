@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import assert_never
-
 import torch
 from torch import Tensor, nn
 
 from segvit.backbones.families import create_vit, is_hierarchical
 from segvit.backbones.plain import Backbone, PlainBackbone
 from segvit.backbones.swin import build_hierarchical
-from segvit.config import ModelConfig, default_out_layers, default_shrink_at
-from segvit.decoders.atm import ATMCascade, DecoderOutput, DecoderSizes, Prediction, SingleATM
-from segvit.decoders.linear import LinearHead
-from segvit.decoders.shrunk import ShrunkDecoder
+from segvit.config import ModelConfig
+from segvit.decoders.decoder import DecoderOutput, DecoderSpec, Prediction
 from segvit.output import SegmentationOutput, at_least_float32
 from segvit.presets import find_preset
 
@@ -79,25 +75,18 @@ def build_model(config: ModelConfig | str, num_classes: int) -> SegViT:
     return SegViT(find_preset(config).model if isinstance(config, str) else config, num_classes)
 
 
-def check_config(config: ModelConfig, num_classes: int = 2) -> None:
-    """Raise ValueError if `build_model` would refuse the configuration; allocates no weights."""
-    with torch.device("meta"):
-        build_model(config, num_classes)
-
-
 def build_backbone(config: ModelConfig) -> Backbone:
     """The backbone, with the blocks or stages that the structure reads."""
     if is_hierarchical(config.backbone):
         return build_hierarchical(config)
     vit = create_vit(config.backbone, config.image_size, config.backbone_options)
     depth = len(vit.blocks)
-    shrinks = config.structure in ("naive_qd", "shrunk")
-    shrink_at = (config.shrink_at or default_shrink_at(depth)) if shrinks else None
+    downsampling = config.decoder.downsampling(depth)
     return PlainBackbone(
         vit,
-        config.out_layers or default_out_layers(config.structure, depth, shrink_at),
-        shrink_at=shrink_at,
-        shrink_queries=config.shrink_queries,
+        config.out_layers or config.decoder.default_out_layers(depth, hierarchical=False),
+        shrink_at=downsampling.index if downsampling else None,
+        shrink_queries=downsampling.queries if downsampling else "nearest",
         class_token=config.class_token,
         drop_path_rate=config.drop_path_rate,
     )
@@ -107,44 +96,30 @@ def build_decoder(config: ModelConfig, num_classes: int, backbone: Backbone) -> 
     """The decoder of the structure, sized for the backbone.
 
     Raises:
-        ValueError: The width does not divide into the heads, or is not the backbone's where nothing projects.
+        ValueError: The sizes do not fit each other.
     """
-    if config.structure == "linear":
-        return LinearHead(backbone.widths, num_classes)
-    own_width = backbone.widths[-1]
-    sizes = DecoderSizes(
+    spec = decoder_spec(config, num_classes, backbone.widths, backbone.num_heads, backbone.patch_size)
+    if problems := config.decoder.spec_problems(spec):
+        raise ValueError("; ".join(problems))
+    return config.decoder.build(spec)
+
+
+def decoder_spec(
+    config: ModelConfig, num_classes: int, feature_widths: tuple[int, ...], backbone_heads: int, patch_size: int
+) -> DecoderSpec:
+    """What the configuration's decoder is built for on a backbone of these sizes."""
+    height, width = config.image_size
+    return DecoderSpec(
         num_classes=num_classes,
-        width=config.decoder_width or (own_width // 2 if config.input_projection else own_width),
-        num_heads=config.decoder_heads or backbone.num_heads,
+        feature_widths=feature_widths,
+        backbone_heads=backbone_heads,
+        patch_size=patch_size,
+        patch_grid=(height // patch_size, width // patch_size),
         num_layers=config.decoder_layers,
+        width=config.decoder_width,
+        num_heads=config.decoder_heads,
         dropout=config.dropout,
-        attention_scale=config.attention_scale,
     )
-    if sizes.width % sizes.num_heads:
-        raise ValueError(f"decoder_width {sizes.width} is not a multiple of decoder_heads {sizes.num_heads}")
-    if not config.input_projection and set(backbone.widths) != {sizes.width}:
-        raise ValueError(
-            f"decoder_width {sizes.width} is not the features' {', '.join(map(str, backbone.widths))}; "
-            "without input_projection they must be the same"
-        )
-    input_widths = [width if config.input_projection else None for width in backbone.widths]
-    match config.structure:
-        case "cascade":
-            return ATMCascade(
-                input_widths,
-                sizes,
-                chain=config.chain_stages,
-                share_queries=config.share_queries,
-                accumulate=config.accumulate_masks,
-            )
-        case "single" | "naive_qd":
-            return SingleATM(input_widths[-1], sizes)
-        case "shrunk":
-            height, width = config.image_size
-            grid = (height // backbone.patch_size, width // backbone.patch_size)
-            return ShrunkDecoder(grid, backbone.patch_size, backbone.widths, sizes)
-        case _:
-            assert_never(config.structure)
 
 
 def assemble(decoded: DecoderOutput, image_size: tuple[int, int]) -> SegmentationOutput:

@@ -1,8 +1,7 @@
-"""The published optimiser settings: parameter groups and poly schedule (SegViT, arXiv 2210.05844)."""
+"""The published optimiser settings: parameter groups (SegViT, arXiv 2210.05844)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from segvit.model import SegViT
@@ -38,31 +37,3 @@ def parameter_groups(
 def is_norm(parameter_name: str) -> bool:
     """Whether a backbone parameter belongs to a normalisation (timm: norm1, q_norm, norm_pre, ...)."""
     return any("norm" in module for module in parameter_name.split(".")[:-1])
-
-
-def poly_lambda(
-    warmup_steps: int, total_steps: int, power: float, warmup_ratio: float = 1e-6
-) -> Callable[[int], float]:
-    """Learning-rate factor by step, for LambdaLR: linear warm-up times polynomial decay to 0.
-
-    Args:
-        warmup_steps: Steps until the warm-up factor reaches 1.
-        total_steps: Steps until the decay reaches 0.
-        power: Exponent of the decay.
-        warmup_ratio: The warm-up factor of step 0.
-
-    Raises:
-        ValueError: No steps, or a warm-up longer than the training.
-    """
-    if not 0 <= warmup_steps <= total_steps or total_steps < 1:
-        raise ValueError(
-            f"warmup_steps {warmup_steps} must be between 0 and total_steps {total_steps}, which must be >= 1"
-        )
-
-    def factor(step: int) -> float:
-        decay: float = max(0.0, 1.0 - step / total_steps) ** power
-        if step >= warmup_steps:
-            return decay
-        return decay * (1.0 - (1.0 - step / warmup_steps) * (1.0 - warmup_ratio))
-
-    return factor

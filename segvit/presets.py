@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from segvit.config import SHRINK_QUERIES, ModelConfig
-
-Loss = Literal["mask", "cross_entropy"]
+from segvit.backbones.downsampling import SHRINK_QUERIES
+from segvit.config import ModelConfig
+from segvit.losses.segmentation_loss import PUBLISHED_WEIGHTS
 
 VIT_BASE = "vit_base_patch16_384.augreg_in21k_ft_in1k"
 VIT_LARGE = "vit_large_patch16_384.augreg_in21k_ft_in1k"
 ADE20K_CLASSES = 150
 COCO_STUFF10K_CLASSES = 171
 PASCAL_CONTEXT_CLASSES = 60
+MASK_LOSS = dict(PUBLISHED_WEIGHTS)
+PIXEL_LOSS = {"cross_entropy": 1.0}
+
+Ablation = tuple[str, ModelConfig, Mapping[str, float], str]
+"""Name, model, weights of the loss, description."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +41,8 @@ class Preset:
     model: ModelConfig
     num_classes: int
     description: str
-    loss: Loss = "mask"
-    """``mask``: `SegmentationLoss`. ``cross_entropy``: per-pixel cross-entropy on the semantic scores."""
+    loss: Mapping[str, float] = field(default_factory=lambda: dict(PUBLISHED_WEIGHTS), hash=False)
+    """Weights of `SegmentationLoss` by term."""
     published: PublishedResult | None = None
     """None: an ablation, whose figures depend on the schedule it is trained with."""
 
@@ -59,7 +63,7 @@ def published_presets() -> Iterator[tuple[str, Preset]]:
         yield (
             name,
             Preset(
-                model=replace(model, image_size=(crop, crop)),
+                model=model.replace(image_size=(crop, crop)),
                 num_classes=num_classes,
                 description=f"{structure}, {model.backbone.partition('.')[0]}, {num_classes} classes at {crop} pixels",
                 published=PublishedResult(miou=miou, miou_multi_scale=miou_multi_scale, gflops=gflops),
@@ -73,12 +77,12 @@ BASE = ModelConfig(
 LARGE = ModelConfig(
     backbone=VIT_LARGE, image_size=(640, 640), out_layers=(7, 15, 23), drop_path_rate=0.3, class_token=False
 )
-LARGE_SINGLE = replace(LARGE, structure="single", out_layers=(23,))
-LARGE_NAIVE_QD = replace(LARGE, structure="naive_qd", out_layers=(23,), shrink_at=8)
-LARGE_SHRUNK = replace(LARGE, structure="shrunk", out_layers=(7, 23), shrink_at=8)
+LARGE_SINGLE = LARGE.replace(structure="single", out_layers=(23,))
+LARGE_NAIVE_QD = LARGE.replace(structure="naive_qd", out_layers=(23,), shrink_at=8)
+LARGE_SHRUNK = LARGE.replace(structure="shrunk", out_layers=(7, 23), shrink_at=8)
 
 
-def ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
+def ablations() -> Iterator[Ablation]:
     """Every ablation of the paper: name, model, loss, description."""
     yield from atm_ablations()
     yield from layer_ablations()
@@ -88,16 +92,16 @@ def ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
     yield from shrunk_ablations()
 
 
-def atm_ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
+def atm_ablations() -> Iterator[Ablation]:
     """What ATM and its mask loss add to per-pixel classification on the same features."""
-    single = replace(BASE, structure="single", out_layers=(11,))
-    linear = replace(BASE, structure="linear", out_layers=(11,))
-    yield "ablation_linear_cross_entropy", linear, "cross_entropy", "linear head, per-pixel cross-entropy"
-    yield "ablation_atm_cross_entropy", single, "cross_entropy", "one ATM stage, cross-entropy on its semantic scores"
-    yield "ablation_atm_mask_loss", single, "mask", "one ATM stage, mask loss"
+    single = BASE.replace(structure="single", out_layers=(11,))
+    linear = BASE.replace(structure="linear", out_layers=(11,))
+    yield "ablation_linear_cross_entropy", linear, PIXEL_LOSS, "linear head, per-pixel cross-entropy"
+    yield "ablation_atm_cross_entropy", single, PIXEL_LOSS, "one ATM stage, cross-entropy on its semantic scores"
+    yield "ablation_atm_mask_loss", single, MASK_LOSS, "one ATM stage, mask loss"
 
 
-def layer_ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
+def layer_ablations() -> Iterator[Ablation]:
     """Which backbone layers the cascade reads."""
     choices = {
         "vit_base": (BASE, ((11,), (7, 11), (5, 11), (5, 7, 11), (3, 7, 11), (9, 10, 11), (2, 5, 8, 11))),
@@ -108,34 +112,34 @@ def layer_ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
             suffix = "_".join(map(str, layers))
             yield (
                 f"ablation_{name}_layers_{suffix}",
-                replace(model, out_layers=layers),
-                "mask",
+                model.replace(out_layers=layers),
+                MASK_LOSS,
                 f"cascade over blocks {', '.join(map(str, layers))}",
             )
 
 
-def decoder_ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
+def decoder_ablations() -> Iterator[Ablation]:
     """How the stages work together, and how deep they are."""
-    parallel = replace(BASE, chain_stages=False)
+    parallel = BASE.replace(chain_stages=False)
     kinds = {
         "cascade": (BASE, "cascade"),
         "parallel": (parallel, "parallel stages from one table of queries"),
-        "parallel_own_queries": (replace(parallel, share_queries=False), "parallel stages, each with its own queries"),
+        "parallel_own_queries": (parallel.replace(share_queries=False), "parallel stages, each with its own queries"),
     }
     for name, (model, text) in kinds.items():
-        yield f"ablation_{name}", model, "mask", f"{text}, masks accumulated"
-        separate = replace(model, accumulate_masks=False)
-        yield f"ablation_{name}_separate_masks", separate, "mask", f"{text}, masks not accumulated"
+        yield f"ablation_{name}", model, MASK_LOSS, f"{text}, masks accumulated"
+        separate = model.replace(accumulate_masks=False)
+        yield f"ablation_{name}_separate_masks", separate, MASK_LOSS, f"{text}, masks not accumulated"
     for num_layers in range(1, 7):
         yield (
             f"ablation_decoder_layers_{num_layers}",
-            replace(BASE, decoder_layers=num_layers),
-            "mask",
+            BASE.replace(decoder_layers=num_layers),
+            MASK_LOSS,
             f"cascade of {num_layers} decoder layers a stage",
         )
 
 
-def hierarchical_ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
+def hierarchical_ablations() -> Iterator[Ablation]:
     """ATM stages on a Swin's feature maps of strides 4 to 32."""
     sizes = {
         "swin_tiny_patch4_window7_224": (384, 12),
@@ -152,28 +156,43 @@ def hierarchical_ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
             drop_path_rate=0.3,
         )
         name = "_".join(backbone.split("_")[:2])
-        yield f"ablation_{name}", model, "mask", f"cascade over the four stages of {backbone}"
+        yield f"ablation_{name}", model, MASK_LOSS, f"cascade over the four stages of {backbone}"
 
 
-def downsampling_ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
+def downsampling_ablations() -> Iterator[Ablation]:
     """How the queries of downsampling are made, and before which block."""
     for queries in SHRINK_QUERIES:
         for block in (4, 8, 12, 16):
             yield (
                 f"ablation_qd_{queries}_at_{block}",
-                replace(LARGE_NAIVE_QD, shrink_queries=queries, shrink_at=block),
-                "mask",
+                LARGE_NAIVE_QD.replace(shrink_queries=queries, shrink_at=block),
+                MASK_LOSS,
                 f"downsampling with {queries} queries before block {block}, ATM on its result",
             )
 
 
-def shrunk_ablations() -> Iterator[tuple[str, ModelConfig, Loss, str]]:
+def shrunk_ablations() -> Iterator[Ablation]:
     """The parts of Shrunk, (a) to (c), side by side."""
-    yield "ablation_shrunk_a_baseline", LARGE_SINGLE, "mask", "one ATM stage on the last block, no downsampling"
-    yield "ablation_shrunk_b_naive_qd", LARGE_NAIVE_QD, "mask", "query-based downsampling, ATM on its result"
-    one_qu = replace(LARGE_SHRUNK, out_layers=(23,))
-    yield "ablation_shrunk_one_qu", one_qu, "mask", "downsampling, and one upsampling stage on the last block"
-    yield "ablation_shrunk_c_two_qu", LARGE_SHRUNK, "mask", "downsampling, and two upsampling stages: the proposed one"
+    yield (
+        "ablation_shrunk_a_baseline",
+        LARGE_SINGLE,
+        MASK_LOSS,
+        "one ATM stage on the last block, no downsampling",
+    )
+    yield "ablation_shrunk_b_naive_qd", LARGE_NAIVE_QD, MASK_LOSS, "query-based downsampling, ATM on its result"
+    one_qu = LARGE_SHRUNK.replace(out_layers=(23,))
+    yield (
+        "ablation_shrunk_one_qu",
+        one_qu,
+        MASK_LOSS,
+        "downsampling, and one upsampling stage on the last block",
+    )
+    yield (
+        "ablation_shrunk_c_two_qu",
+        LARGE_SHRUNK,
+        MASK_LOSS,
+        "downsampling, and two upsampling stages: the proposed one",
+    )
 
 
 PRESETS: dict[str, Preset] = dict(published_presets()) | {

@@ -1,4 +1,4 @@
-"""Commands that take an experiment file."""
+"""Commands that take an experiment file, whatever its recipe."""
 
 from __future__ import annotations
 
@@ -16,43 +16,40 @@ def run(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Run an experiment from raw images to a promoted model; what is finished already is reused."""
+    """Run an experiment, by default from raw images to a promoted model; what is finished already is reused."""
+    from flows.experiment import load_experiment
+    from flows.present import results
     from flows.present import runs as present
-    from flows.recipes.segmentation import segmentation
-    from pipeline.config_file import load_config
+    from pipeline.errors import UserError
     from pipeline.workflow.flow import Flow
     from pipeline.workflow.tracking import Tracking
 
-    experiment = load_config(config, overrides)
+    experiment = load_experiment(config, overrides or ())
     tracking = Tracking.for_workspace(workspace, tracking_uri)
+    try:
+        planned = experiment.plan(workspace, tracking)
+        all_cached = planned.complete and all(step.cached for step in planned.steps)
+    except UserError:
+        experiment.check(workspace)  # with whatever else is wrong
+        raise
+    if not all_cached:
+        # What is all there was checked before it was made; looking would load PyTorch for nothing.
+        experiment.check(workspace)
     with facts_output(as_json) as (console, give):
         flow = Flow(
             workspace,
             tracking,
-            experiment.name,
-            experiment,
-            runtime=experiment.runtime,
+            experiment.config.name,
+            experiment.config,
+            runtime=experiment.config.runtime,
             on_event=lambda event: present.print_event(console, event),
         )
         with flow:
-            refs = segmentation(flow, experiment)
-        evaluations = {name: flow.result(ref) for name, ref in refs.evaluations.items()}
-        versions = {name: flow.result(ref) for name, ref in refs.versions.items()}
-        decision, report = flow.result(refs.decision), flow.result(refs.report)
-        console.print(present.variants_table(list(evaluations.values()), versions, decision))
-        console.print(f"decision  {decision.reason}", markup=False, soft_wrap=True)
-        console.print(f"report    {report.uri}", markup=False, soft_wrap=True)
+            experiment.build(flow)
+        records = flow.wait()
+        results.print_results(console, records)
         console.print(f"MLflow    {_tracking_view(tracking.uri)}", markup=False, soft_wrap=True)
-        give(
-            {
-                "run_id": flow.run_id,
-                "evaluations": {name: one.model_dump(mode="json") for name, one in evaluations.items()},
-                "versions": {name: one.version for name, one in versions.items()},
-                "decision": decision.model_dump(mode="json"),
-                "report": report.uri,
-                "tracking_uri": tracking.uri,
-            }
-        )
+        give({"run_id": flow.run_id, **results.facts(records), "tracking_uri": tracking.uri})
 
 
 def plan(
@@ -62,19 +59,16 @@ def plan(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Show an experiment's steps as a tree, each cached or to run; nothing is executed."""
+    """Check an experiment against data, models and machine, and show its steps, each cached or to run."""
+    from flows.experiment import load_experiment
     from flows.present import runs as present
-    from flows.recipes.segmentation import segmentation
-    from pipeline.config_file import load_config
-    from pipeline.workflow.graph import Plan
     from pipeline.workflow.tracking import Tracking
 
-    experiment = load_config(config, overrides)
-    planned = Plan(workspace, Tracking.for_workspace(workspace, tracking_uri))
-    with planned:
-        segmentation(planned, experiment)
+    experiment = load_experiment(config, overrides or ())
+    experiment.check(workspace)
+    planned = experiment.plan(workspace, Tracking.for_workspace(workspace, tracking_uri))
     with facts_output(as_json) as (console, give):
-        console.print(present.plan_tree(experiment.name, planned.steps, planned.complete))
+        console.print(present.plan_tree(experiment.config.name, planned.steps, planned.complete))
         give([step.model_dump(mode="json") for step in planned.steps])
 
 
@@ -90,15 +84,17 @@ def submit(
     ] = None,
 ) -> None:
     """Run an experiment as a job on a Ray cluster, following its log; fails when the job does."""
+    from flows.experiment import check_before_submit
     from flows.submit import submit_experiment
 
+    check_before_submit(config, overrides or ())
     submit_experiment(
         config,
         overrides or [],
         address=address,
         workspace=workspace,
         tracking_uri=tracking_uri,
-        say=lambda line: print(line, flush=True),
+        log=lambda line: print(line, flush=True),
     )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BAR_WIDTH = 24  # characters
 
 STATE_STYLES = {
-    RunState.RUN: "green",
+    RunState.DONE: "green",
     RunState.FINISHED: "green",
     RunState.REUSED: "cyan",
     RunState.RUNNING: "yellow",
@@ -39,7 +39,7 @@ def print_event(console: Console, event: FlowEvent) -> None:
     """One line for a step that starts or ends."""
     words = {
         RunState.RUNNING: "running",
-        RunState.RUN: f"done in {duration(event.seconds)}",
+        RunState.DONE: f"done in {duration(event.seconds)}",
         RunState.REUSED: "reused",
     }
     text = words.get(event.state, event.state.value)
@@ -65,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def variants_table(
-    evaluations: Sequence[Evaluation], versions: Mapping[str, ModelVersion], decision: PromotionDecision
+    evaluations: Sequence[Evaluation], versions: Mapping[str, ModelVersion], decision: PromotionDecision | None
 ) -> Table:
     """The variants side by side with what became of each."""
     table = Table(title="Variants", title_justify="left")
@@ -82,7 +82,7 @@ def variants_table(
     ):
         table.add_column(heading, justify="left" if heading in ("variant", "decision") else "right")
     for evaluation in evaluations:
-        version = versions[evaluation.variant]
+        version = versions.get(evaluation.variant)
         table.add_row(
             evaluation.variant,
             f"{evaluation.miou:.4f}",
@@ -91,8 +91,8 @@ def variants_table(
             f"{evaluation.gflops:.2f}",
             f"{evaluation.parameters / 1e6:.2f} M",
             f"{evaluation.latency_ms:.1f} ms",
-            str(version.version),
-            outcome(version, decision),
+            str(version.version) if version else "",
+            outcome(version, decision) if version and decision else "",
         )
     return table
 

@@ -137,7 +137,7 @@ def evaluate_checkpoint(
         config_file = storage.fetch_file(storage.join(checkpoint.uri, "config.json"), folder)
         model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])
     world_size = min(runtime.max_workers, shard_set.splits[config.split].num_samples)
-    task = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime) else 0)(evaluate_part)
+    task = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime.use_gpu) else 0)(evaluate_part)
     parts: list[SplitPart] = ray.get(
         [
             task.remote(checkpoint.uri, shard_set, config, model_config.image_size, rank, world_size, runtime)

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.config import PromotionPolicy
-from pipeline.config_file import expand_variables, explain_problem
+from pipeline.config.file import expand_variables, explain_problem
 from pipeline.errors import UserError
 from pipeline.records import ModelVersion
 from pipeline.registry import decisions, store

@@ -8,6 +8,8 @@ decision is written on the version before the alias moves, so asking again mends
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from typing import Any
 
 from pipeline.config import PromotionPolicy
 from pipeline.errors import UserError
@@ -18,7 +20,7 @@ from pipeline.registry.artifact_check import reproduces
 from pipeline.registry.gate import GateDecision, decide, verdict
 from pipeline.registry.models import ModelReference, model_folder
 from pipeline.registry.store import CHAMPION
-from pipeline.workflow.tracking import Tracking, who
+from pipeline.workflow.tracking import Tracking, current_user
 
 
 class Unusable(Record):
@@ -88,14 +90,14 @@ def promote_version(
         with turn(tracking, version.name):
             # Loading the artifact took seconds.
             if _is_champion(tracking, version.name, before):
-                decisions.record_promotion(tracking, decision, decided_by or who(), by_hand=by_hand)
+                decisions.record_promotion(tracking, decision, decided_by or current_user(), by_hand=by_hand)
                 if decision.promoted:
                     store.set_alias(tracking, version.name, CHAMPION, version.version)
                 return decision
         print(f"the champion of {version.name} changed meanwhile; deciding about version {version.version} again")
 
 
-def verify_decision(record: PromotionDecision, tracking: Tracking) -> str | None:
+def verify_decision(record: PromotionDecision, tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
     """Why a remembered decision no longer holds, or None; a step's `verify`."""
     now = store.find_alias(tracking, record.name, CHAMPION)
     if now == record.champion_after:
@@ -130,7 +132,7 @@ def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, d
             with turn(tracking, name):
                 if not _is_champion(tracking, name, before):
                     raise UserError(f"the champion of {name} changed meanwhile; look at it with segvit models {name}")
-                decisions.record_rollback(tracking, name, before, candidate, check, decided_by or who())
+                decisions.record_rollback(tracking, name, before, candidate, check, decided_by or current_user())
                 store.set_alias(tracking, name, CHAMPION, candidate)
         return Rollback(
             name=name, champion_before=before, champion_after=candidate, skipped=tuple(skipped), check=check

@@ -151,7 +151,7 @@ def version_record(version: MlflowVersion) -> ModelVersion:
     )
 
 
-def verify_version(record: ModelVersion, tracking: Tracking) -> str | None:
+def verify_version(record: ModelVersion, tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
     """Why a remembered version no longer holds, or None; a step's `verify`."""
     try:
         found = get_version(tracking, record.name, record.version)

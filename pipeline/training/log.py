@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.training.train_checkpoint import TrainState
-from pipeline.training.trainer import TrainJob, WorkerPlace
+from pipeline.training.trainer import DistributedContext, TrainJob
 
-LOSS_TERMS = ("class", "focal", "dice", "cross_entropy", "auxiliary")
+_ROW_FIGURES = ("step", "total", "learning_rate", "images_per_s", "seconds")
 
 # Takes metrics of rank 0 and, on rank 0, the folder of a checkpoint when there is one.
 Reporter = Callable[[dict[str, Any], Path | None], None]
@@ -26,21 +26,21 @@ class TrainingLog:
     Args:
         report: receives `step`, `val_miou` (-1 where the step was not validated), the step's other metrics, and as
             `earlier` a list of rows that no report has carried yet.
-        say: prints a line.
+        log: prints a line.
         report_every_s: rows wait for the next validation, checkpoint or last step, but no longer than this.
     """
 
     def __init__(
         self,
         job: TrainJob,
-        place: WorkerPlace,
+        context: DistributedContext,
         state: TrainState,
         report: Reporter,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         report_every_s: float,
     ) -> None:
-        self.job, self.place, self.state = job, place, state
-        self._report, self._say, self._report_every_s = report, say, report_every_s
+        self.job, self.context, self.state = job, context, state
+        self._report, self._print, self._report_every_s = report, log, report_every_s
         now = time.monotonic()
         self._started = self._log_started = self._reported = now
         self._first_step = self._log_step = state.step
@@ -57,7 +57,7 @@ class TrainingLog:
         """Take in a step's loss terms of this rank; a collective call."""
         self.stamp()
         now, step, steps = time.monotonic(), self.state.step, self.job.train.steps
-        shared, age = _mean_over_ranks(terms, now - self._reported, self.place)
+        shared, age = _mean_over_ranks(terms, now - self._reported, self.context)
         # One clock decides, so that all ranks report together.
         self._overdue = age >= self._report_every_s
         row = _summed_terms(shared)
@@ -66,8 +66,8 @@ class TrainingLog:
         row["seconds"] = self.state.train_seconds
         self._add(row)
         pace = (now - self._started - self._validating) / (step - self._first_step)
-        if self.place.rank == 0:
-            self._say(_progress_line(self.job.variant, step, steps, row, pace * (steps - step)))
+        if self.context.rank == 0:
+            self._print(_progress_line(self.job.variant, step, steps, row, pace * (steps - step)))
         self._log_started, self._log_step = time.monotonic(), step
 
     def validated(self, miou: float, seconds: float) -> None:
@@ -77,8 +77,8 @@ class TrainingLog:
         self.state.val_miou = miou
         self.state.best_miou = max(self.state.best_miou, miou)
         self._add({"val_miou": miou})
-        if self.place.rank == 0:
-            self._say(
+        if self.context.rank == 0:
+            self._print(
                 f"{self.job.variant}  step {self.state.step}/{self.job.train.steps}  val mIoU {miou:.4f}  "
                 f"best {self.state.best_miou:.4f}"
             )
@@ -108,15 +108,17 @@ class TrainingLog:
         self._waiting.append(row)
 
 
-def _mean_over_ranks(terms: dict[str, Tensor], age_s: float, place: WorkerPlace) -> tuple[dict[str, float], float]:
+def _mean_over_ranks(
+    terms: dict[str, Tensor], age_s: float, context: DistributedContext
+) -> tuple[dict[str, float], float]:
     """The terms' means over all ranks, and rank 0's `age_s`."""
-    own_age = age_s if place.rank == 0 else 0.0
+    own_age = age_s if context.rank == 0 else 0.0
     values = [value.float() for value in terms.values()]
     stacked = torch.stack([*values, torch.tensor(own_age, device=values[0].device)])
-    if place.world_size > 1:
+    if context.world_size > 1:
         dist.all_reduce(stacked)
     *sums, age = stacked.tolist()
-    return {name: value / place.world_size for name, value in zip(terms, sums, strict=True)}, age
+    return {name: value / context.world_size for name, value in zip(terms, sums, strict=True)}, age
 
 
 def _summed_terms(terms: dict[str, float]) -> dict[str, float]:
@@ -130,7 +132,8 @@ def _progress_line(variant: str, step: int, steps: int, row: dict[str, float], s
     minutes, seconds = divmod(round(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
     eta = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-    terms = "  ".join(f"{name} {row[name]:.3f}" for name in LOSS_TERMS if name in row)
+    # All that is no figure of the row itself is a loss term.
+    terms = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in _ROW_FIGURES)
     return (
         f"{variant}  step {step}/{steps}  loss {row['total']:.3f} ({terms})  "
         f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.1f} images/s  ETA {eta}"

@@ -12,15 +12,15 @@ from pipeline.shards.loader import Batch, TrainLoader
 from pipeline.training.log import Reporter, TrainingLog
 from pipeline.training.non_finite import stop_training
 from pipeline.training.train_checkpoint import TrainState
-from pipeline.training.trainer import Trainer, TrainJob, WorkerPlace
+from pipeline.training.trainer import DistributedContext, Trainer, TrainJob
 
 
 def run_training(
     job: TrainJob,
-    place: WorkerPlace,
+    context: DistributedContext,
     report: Reporter,
     resume_from: Path | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     work_folder: Path | None = None,
     run_uri: str | None = None,
     report_every_s: float = 0.0,
@@ -29,26 +29,26 @@ def run_training(
 
     Args:
         job: what to train.
-        place: this worker.
+        context: this worker.
         report: receives metrics and, on rank 0, checkpoint folders; called equally often on every rank.
         resume_from: checkpoint folder to continue from.
-        say: prints a progress line (rank 0 only).
+        log: prints a progress line (rank 0 only).
         work_folder: where checkpoint folders are written before they are reported; needed if they are saved.
-        run_uri: the run's place in storage, which receives a batch that makes the loss non-finite.
+        run_uri: the run's folder in storage, which receives a batch that makes the loss non-finite.
         report_every_s: the most that rows of metrics wait for a report that comes anyway.
 
     Raises:
         UserError: the loss or its gradient is not finite; on all ranks at the same step.
     """
-    if place.device.type == "cpu":
+    if context.device.type == "cpu":
         torch.set_num_threads(job.runtime.cpus_per_worker)
     else:
         # Collectives of Python objects take the current device.
-        torch.cuda.set_device(place.device)
-    trainer = Trainer(job, place, resume_from)
+        torch.cuda.set_device(context.device)
+    trainer = Trainer(job, context, resume_from)
     train, state = job.train, trainer.state
-    batches = micro_batches(job, place, state.step)
-    log = TrainingLog(job, place, state, report, say, report_every_s)
+    batches = micro_batches(job, context, state.step)
+    training_log = TrainingLog(job, context, state, report, log, report_every_s)
     while state.step < train.steps:
         terms = trainer.train_step([next(batches) for _ in range(train.accumulation_steps)])
         step, last = state.step, state.step == train.steps
@@ -57,36 +57,36 @@ def run_training(
         due_save = job.save_checkpoints and (due_validation or step % train.checkpoint_every_steps == 0)
         state.val_miou = -1.0
         # A GPU is not waited for at every step; that nothing bad is saved or published is sure all the same.
-        if place.device.type == "cpu" or due_log or due_validation or due_save:
+        if context.device.type == "cpu" or due_log or due_validation or due_save:
             _refuse_non_finite(trainer, run_uri)
         if due_log:
-            log.log(terms, trainer.decoder_rate)
+            training_log.log(terms, trainer.max_learning_rate)
         if due_validation:
             started = time.monotonic()
-            log.validated(trainer.validate(), time.monotonic() - started)
+            training_log.validated(trainer.validate(), time.monotonic() - started)
         folder = None
         if due_save:
             assert work_folder is not None, "checkpoints need a work folder"
-            log.stamp()
+            training_log.stamp()
             folder = work_folder / f"step-{step:08d}"
             trainer.save(folder)
-        log.report(saved=due_save, folder=folder if place.rank == 0 else None)
+        training_log.report(saved=due_save, folder=folder if context.rank == 0 else None)
     return state
 
 
 def micro_batches(
-    job: TrainJob, place: WorkerPlace, start_step: int, loader_workers: int | None = None
+    job: TrainJob, context: DistributedContext, start_step: int, loader_workers: int | None = None
 ) -> Iterator[Batch]:
     """This rank's micro-batches from an optimizer step (from 0) on, `accumulation_steps` a step, for ever."""
     loader = TrainLoader(
         job.shard_set,
         split="train",
-        crop=(job.model["image_size"][0], job.model["image_size"][1]),
+        crop=job.model.image_size,
         augmentation=job.train.augmentation,
         seed=job.train.seed,
         global_batch_size=job.train.batch_size // job.train.accumulation_steps,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=context.rank,
+        world_size=context.world_size,
         start_step=start_step * job.train.accumulation_steps,
         num_workers=job.runtime.loader_workers if loader_workers is None else loader_workers,
         repeat_factor_threshold=job.train.repeat_factor_threshold,
@@ -96,18 +96,18 @@ def micro_batches(
 
 
 def _refuse_non_finite(trainer: Trainer, run_uri: str | None) -> None:
-    job, place = trainer.job, trainer.place
-    step = trainer.watch.first_step(place.world_size)
+    job, context = trainer.job, trainer.context
+    step = trainer.watch.first_step(context.world_size)
     if step is None:
         return
     # It may be some steps ago; any step's batch can be read again.
-    again = micro_batches(job, place, step - 1, loader_workers=0)
+    again = micro_batches(job, context, step - 1, loader_workers=0)
     batches = [next(again) for _ in range(job.train.accumulation_steps)]
     stop_training(
         step,
         trainer.watch.values,
         batches,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=context.rank,
+        world_size=context.world_size,
         run_uri=run_uri,
     )

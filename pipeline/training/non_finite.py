@@ -100,7 +100,7 @@ def batch_uri(run_uri: str, step: int, rank: int) -> str:
 
 
 def non_finite_message(step: int, culprits: Sequence[RankReport]) -> str:
-    """The error in one line: value, rule, remedy, place of the batch, keys."""
+    """The error in one line: value, rule, remedy, URI of the batch, keys."""
     first = culprits[0]
     if math.isfinite(first.values["total"]):
         norm, total = first.values["gradient_norm"], first.values["total"]

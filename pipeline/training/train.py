@@ -34,10 +34,10 @@ from pipeline.training.train_run import (
     SavedCheckpoint,
     chosen_checkpoint,
     listed_checkpoints,
-    mend_run,
+    repair_run,
     usable_checkpoints,
 )
-from pipeline.training.trainer import TrainJob, WorkerPlace
+from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.workflow.ray_session import wants_gpu
 from pipeline.workflow.tracking import MetricLog
 
@@ -86,7 +86,7 @@ class StopOnUserError(UserCallback):
 def scaling(runtime: RuntimeConfig, cpus: float | None = None) -> ScalingConfig:
     """The workers of one training run, as Ray counts them; `cpus` a worker other than `cpus_per_worker`."""
     resources: dict[str, float] = {"CPU": runtime.cpus_per_worker if cpus is None else cpus}
-    use_gpu = wants_gpu(runtime)
+    use_gpu = wants_gpu(runtime.use_gpu)
     if use_gpu:
         resources["GPU"] = 1
     return ScalingConfig(
@@ -106,18 +106,20 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     for name in ("ray.train", None):
         logging.getLogger(name).setLevel(logging.WARNING)
     job = TrainJob.model_validate(loop_config["job"])
-    context = ray.train.get_context()
-    place = WorkerPlace(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-    run_storage = context.get_storage()
+    ray_context = ray.train.get_context()
+    context = DistributedContext(
+        ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device()
+    )
+    run_storage = ray_context.get_storage()
     run_uri = _run_uri(run_storage)
     with tempfile.TemporaryDirectory(prefix="segvit-train-") as work:
         uploads = _Uploads(run_storage, Path(work) / "saved")
         try:
             run_training(
                 job,
-                place,
+                context,
                 uploads.report if job.save_checkpoints else _report_now,
-                resume_from=_resume_folder(job, run_uri, place.rank, Path(work)),
+                resume_from=_resume_folder(job, run_uri, context.rank, Path(work)),
                 work_folder=uploads.folder,
                 run_uri=run_uri,
                 report_every_s=loop_config.get("report_every_s", 0.0),
@@ -215,7 +217,7 @@ def train_variant(job: TrainJob, *, run_name: str, storage_uri: str, target_uri:
     """
     run_uri = storage.join(storage_uri, run_name)
     for fits_left in reversed(range(MAX_FITS + 1)):
-        saved = mend_run(run_uri, job.train.keep)
+        saved = repair_run(run_uri, job.train.keep)
         logged_step = _fill_metrics(log, saved[-1]) if saved else 0
         if saved and saved[-1].step == job.train.steps:
             return publish_checkpoint(job, saved, target_uri)

@@ -39,7 +39,7 @@ class SavedCheckpoint(NamedTuple):
     train_seconds: float
 
 
-def mend_run(run_uri: str, keep: str, say: Say = print) -> tuple[SavedCheckpoint, ...]:
+def repair_run(run_uri: str, keep: str, say: Say = print) -> tuple[SavedCheckpoint, ...]:
     """Leave in the run only checkpoints to go on from, and a list of them that Ray can read.
 
     Removed are the remains of uploads that a kill ended, damaged checkpoints, and those that know of a better

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
 from segvit.decoders.localize import localize_upsampling
 from segvit.metrics import segmentation_metrics
-from segvit.optim import parameter_groups, poly_lambda
+from segvit.optim import parameter_groups
+from segvit.schedules import build_schedule
 from segvit.weights.pretrained import load_backbone_state, read_file
 
 LOCALIZE_IMAGES = 48
@@ -35,7 +37,6 @@ class TrainJob(Record):
     """All that a training worker needs, serialisable.
 
     Attributes:
-        model: a ModelConfig as a dictionary.
         max_val_samples: validation looks at this many samples at most (None: all).
         save_checkpoints: False for search trials, which are thrown away.
     """
@@ -50,18 +51,16 @@ class TrainJob(Record):
 
     @property
     def train(self) -> TrainConfig:
+        """Optimisation and augmentation."""
         return self.settings.train
 
     @property
-    def model(self) -> dict[str, Any]:
-        return self.settings.model
-
-    @property
-    def localize_upsampling(self) -> bool:
-        return self.settings.localize_upsampling
+    def model(self) -> segvit.ModelConfig:
+        """The model's configuration; raises ValueError where its fields do not fit one another."""
+        return segvit.ModelConfig.from_dict(self.settings.model)
 
 
-class WorkerPlace(NamedTuple):
+class DistributedContext(NamedTuple):
     """Which worker this is, among how many, on which device."""
 
     rank: int
@@ -74,17 +73,17 @@ class Trainer:
 
     Args:
         job: what to train.
-        place: rank, world size and device.
+        context: rank, world size and device.
         resume_from: folder of a checkpoint this trainer wrote, or None.
     """
 
-    def __init__(self, job: TrainJob, place: WorkerPlace, resume_from: Path | None = None) -> None:
+    def __init__(self, job: TrainJob, context: DistributedContext, resume_from: Path | None = None) -> None:
         self.job = job
-        self.place = place
+        self.context = context
         self.state = TrainState()
-        self.watch = FiniteWatch(place.device)
+        self.watch = FiniteWatch(context.device)
         torch.manual_seed(job.train.seed)
-        self.model = build_job_model(job).to(place.device)
+        self.model = build_job_model(job).to(context.device)
         self.loss = build_loss(job)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
@@ -95,14 +94,14 @@ class Trainer:
             ),
             betas=(0.9, 0.999),
         )
-        self.rate_factor = poly_lambda(job.train.warmup_steps, job.train.steps, job.train.poly_power)
+        self.rate_factor = job_schedule(job.train)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        if job.localize_upsampling and resume_from is None:
+        if job.settings.localize_upsampling and resume_from is None:
             self._localize_upsampling()
         # Same initial weights everywhere, different dropout on each rank.
-        torch.manual_seed(job.train.seed + 7919 * (place.rank + 1))
+        torch.manual_seed(job.train.seed + 7919 * (context.rank + 1))
         if resume_from is not None:
-            self.state = load_training(resume_from, self.model, self.optimizer, place.rank, place.device)
+            self.state = load_training(resume_from, self.model, self.optimizer, context.rank, context.device)
         self.forward = self._distributed_forward()
 
     def _localize_upsampling(self) -> None:
@@ -110,18 +109,18 @@ class Trainer:
         job = self.job
         batches = TrainLoader(
             job.shard_set,
-            crop=(job.model["image_size"][0], job.model["image_size"][1]),
+            crop=job.model.image_size,
             augmentation=job.train.augmentation,
             seed=job.train.seed,
             global_batch_size=LOCALIZE_IMAGES,
         )
-        images = next(iter(batches)).images.to(self.place.device)
+        images = next(iter(batches)).images.to(self.context.device)
         localize_upsampling(self.model, self.model.normalize(images))
 
     def _distributed_forward(self) -> nn.Module:
         forward: nn.Module = self.model
-        if self.place.world_size > 1:
-            device_ids = [self.place.device] if self.place.device.type == "cuda" else None
+        if self.context.world_size > 1:
+            device_ids = [self.context.device] if self.context.device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(self.model, device_ids=device_ids)
         if self.job.runtime.compile:
             forward = torch.compile(forward)  # type: ignore[assignment]
@@ -129,7 +128,7 @@ class Trainer:
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """bf16 autocast where the job asks for it."""
-        return torch.autocast(self.place.device.type, torch.bfloat16, enabled=self.job.train.precision == "bf16")
+        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.job.train.precision == "bf16")
 
     def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches; returns this rank's weighted loss terms, detached."""
@@ -137,11 +136,11 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         self.model.train()
-        labels = [batch.labels.to(self.place.device, non_blocking=True).long() for batch in batches]
+        labels = [batch.labels.to(self.context.device, non_blocking=True).long() for batch in batches]
         normalizer = self._global_normalizer(labels)
         terms: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
-            images = self.model.normalize(batch.images.to(self.place.device, non_blocking=True))
+            images = self.model.normalize(batch.images.to(self.context.device, non_blocking=True))
             with self._no_sync_unless(index == len(batches) - 1):
                 with self.autocast():
                     output = self.forward(images)
@@ -161,7 +160,7 @@ class Trainer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _no_sync_unless(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        if last or self.place.world_size == 1:
+        if last or self.context.world_size == 1:
             return contextlib.nullcontext()
         # torch.compile's wrapper passes attributes of the DDP module through.
         return self.forward.no_sync()  # type: ignore[operator,no-any-return]
@@ -169,13 +168,13 @@ class Trainer:
     def _global_normalizer(self, labels: list[Tensor]) -> Any:
         parts = [self.loss.normalizer(label) for label in labels]
         total = torch.stack([torch.stack(list(part)) for part in parts]).sum(0)
-        if self.place.world_size > 1:
+        if self.context.world_size > 1:
             dist.all_reduce(total)
-        total = total / self.place.world_size
+        total = total / self.context.world_size
         return type(parts[0])(*total)
 
     @property
-    def decoder_rate(self) -> float:
+    def max_learning_rate(self) -> float:
         """The highest learning rate of the last step, which is the decoder's."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
@@ -184,23 +183,23 @@ class Trainer:
         loader = EvalLoader(
             self.job.shard_set,
             split="val",
-            rank=self.place.rank,
-            world_size=self.place.world_size,
+            rank=self.context.rank,
+            world_size=self.context.world_size,
             num_workers=self.job.runtime.loader_workers,
             max_samples=self.job.max_val_samples,
         )
         with self.autocast():
-            confusion = confusion_of_split(self.model, loader, self.place.device)
+            confusion = confusion_of_split(self.model, loader, self.context.device)
         matrix = torch.from_numpy(confusion.matrix)
-        if self.place.world_size > 1:
-            matrix = matrix.to(self.place.device)
+        if self.context.world_size > 1:
+            matrix = matrix.to(self.context.device)
             dist.all_reduce(matrix)
         return float(segmentation_metrics(matrix.cpu().numpy()).miou)
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint to the new folder, from rank 0; a collective call."""
-        rng = gather_rng(self.place.world_size, self.place.device)
-        if self.place.rank:
+        rng = gather_rng(self.context.world_size, self.context.device)
+        if self.context.rank:
             return
         manifest = storage.read_json(storage.join(self.job.shard_set.uri, "manifest.json"))
         metadata = {
@@ -213,20 +212,22 @@ class Trainer:
         save_training(folder, self.model, self.optimizer, self.state, rng, metadata)
 
 
-def build_loss(job: TrainJob) -> segvit.SegmentationLoss | segvit.SemanticCrossEntropy:
+def job_schedule(train: TrainConfig) -> Callable[[int], float]:
+    """The factor of the learning rate by step; raises ValueError for an unknown schedule or option."""
+    return build_schedule(train.schedule.name, train.steps, train.warmup_steps, **train.schedule.options)
+
+
+def build_loss(job: TrainJob) -> segvit.SegmentationLoss:
     """The loss that the job's variant is trained with."""
+    loss = job.settings.loss
     return segvit.SegmentationLoss(
-        num_classes=job.shard_set.num_classes,
-        class_weight=job.settings.loss.weights["class"],
-        focal_weight=job.settings.loss.weights["focal"],
-        dice_weight=job.settings.loss.weights["dice"],
-        count_ignored_as_background=job.settings.loss.count_ignored_as_background,
+        job.shard_set.num_classes, loss.resolved(), count_ignored_as_background=loss.count_ignored_as_background
     )
 
 
 def build_job_model(job: TrainJob) -> segvit.SegViT:
     """The job's model with the job's backbone weights and frozen blocks."""
-    model = segvit.build_model(segvit.ModelConfig.from_dict(job.model), num_classes=job.shard_set.num_classes)
+    model = segvit.build_model(job.model, num_classes=job.shard_set.num_classes)
     if job.backbone.uri is not None:
         with tempfile.TemporaryDirectory(prefix="segvit-backbone-") as folder:
             load_backbone_state(model, read_file(storage.fetch_file(job.backbone.uri, folder)))

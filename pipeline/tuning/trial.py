@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.training.loop import run_training
 from pipeline.training.train import StopOnUserError, scaling, train_worker
 from pipeline.training.train_checkpoint import HISTORY_FILE, damage_of
-from pipeline.training.train_run import mend_run
+from pipeline.training.train_run import repair_run
 from pipeline.training.trainer import TrainJob, WorkerPlace
 from pipeline.tuning.proposals import METRIC, STEP
 from pipeline.tuning.record import SearchTakenOver, TrialPlace, remove_folder, require_owner, trial_name
@@ -43,7 +43,7 @@ def in_process(runtime: RuntimeConfig) -> bool:
 def trial_resources(runtime: RuntimeConfig) -> dict[str, float]:
     """What a trial's own process takes of the cluster; with several workers, those take the rest."""
     if in_process(runtime):
-        return {"CPU": runtime.cpus_per_worker, "GPU": 1 if wants_gpu(runtime) else 0}
+        return {"CPU": runtime.cpus_per_worker, "GPU": 1 if wants_gpu(runtime.use_gpu) else 0}
     return {"CPU": TRIAL_CPUS}
 
 
@@ -104,7 +104,7 @@ def _train_here(job: TrainJob, place: TrialPlace, number: int) -> None:
             if metrics[METRIC] >= 0:
                 ray.tune.report({STEP: metrics[STEP], METRIC: metrics[METRIC]})
 
-        device = torch.device("cuda", 0) if wants_gpu(job.runtime) else torch.device("cpu")
+        device = torch.device("cuda", 0) if wants_gpu(job.runtime.use_gpu) else torch.device("cpu")
         run_training(job, WorkerPlace(0, 1, device), report, resume_from=resume, work_folder=Path(folder) / "work")
 
 
@@ -112,7 +112,7 @@ def _train_on_workers(job: TrainJob, tune: TuneConfig, place: TrialPlace, number
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     require_owner(place.uri, place.token)
     run_uri = storage.join(place.train_uri, place.train_name(number))
-    checkpoints = mend_run(run_uri, "last")
+    checkpoints = repair_run(run_uri, "last")
     if checkpoints:
         _report_again(checkpoints[-1].uri)
         if checkpoints[-1].step >= tune.steps:

@@ -61,7 +61,7 @@ class DriverWatch:
         if self._terminated and self._cancelled_by is None:
             # A request to cancel comes with a signal where it can, and may have brought this one.
             with suppress(Exception):
-                if self._tracking.answers():
+                if self._tracking.is_reachable():
                     self._cancelled_by = self._request()
         if self._cancelled_by is not None:
             self._terminated = True

@@ -1,4 +1,4 @@
-"""One step, executed once: looked up, claimed, run, sealed, recorded, all in the process that runs it.
+"""One step, executed once: looked up, claimed, run, summed, recorded, all in the process that runs it.
 
 What is written, in this order: the run with its claim (pipeline.workflow.claims), the outputs, the record, and then in
 one request everything that makes it count (`segvit.done` among it); MLflow's own state comes last. A kill at any
@@ -22,7 +22,7 @@ from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.records import Record
 from pipeline.workflow.claims import Claim, claim_tags, take_turn
-from pipeline.workflow.output_checksum import broken_seal, seal_outputs
+from pipeline.workflow.output_checksum import changed_outputs, output_checksums
 from pipeline.workflow.step import Step, StepContext
 from pipeline.workflow.tracking import (
     RECORD_FILE,
@@ -31,9 +31,9 @@ from pipeline.workflow.tracking import (
     RunState,
     Tag,
     Tracking,
+    current_user,
     flatten,
     note_tag,
-    who,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R", bound=Record)
 
-__all__ = ["Outcome", "Remembered", "StepRef", "StepRequest", "execute_step", "one_line", "recall", "resolve"]
+__all__ = ["CacheLookup", "Outcome", "StepRef", "StepRequest", "execute_step", "look_up", "one_line", "resolve"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class StepRequest:
     runtime: Any = None
 
 
-class Remembered(NamedTuple):
+class CacheLookup(NamedTuple):
     """A record found in the store and the run that holds it; without one, `note` may say why."""
 
     record: Record | None
@@ -97,7 +97,7 @@ class Remembered(NamedTuple):
     note: str | None = None
 
 
-def recall(tracking: Tracking, step: Step[..., Any], fingerprint: str) -> Remembered:
+def look_up(tracking: Tracking, step: Step[..., Any], fingerprint: str, arguments: Mapping[str, Any]) -> CacheLookup:
     """Look for a finished execution of a fingerprint whose record is intact and whose outputs verify."""
     note = None
     for run in tracking.first_runs(f"tags.`{Tag.DONE}` = '{fingerprint}'", 3):
@@ -110,10 +110,10 @@ def recall(tracking: Tracking, step: Step[..., Any], fingerprint: str) -> Rememb
         except ValidationError:
             note = f"the record of run {run.info.run_id[:8]} is of another form"
             continue
-        note = step.broken_outputs(record, tracking) or _broken_seal(run)
+        note = step.broken_outputs(record, tracking, arguments) or _changed_outputs(run)
         if note is None:
-            return Remembered(record, str(run.info.run_id))
-    return Remembered(None, note=note)
+            return CacheLookup(record, str(run.info.run_id))
+    return CacheLookup(None, note=note)
 
 
 def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
@@ -130,13 +130,13 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
         left = running_run(request)
         # Without inputs to wait for, the driver has looked a moment ago.
         if inputs or left is not None:
-            found = recall(request.tracking, request.step, fingerprint)
+            found = look_up(request.tracking, request.step, fingerprint, arguments)
             if found.record is not None:
                 return _take_over(request, fingerprint, found, left)
         run_id = _begin(request, arguments, fingerprint, left)
         take_turn(request.tracking, Claim(run_id, request.label, request.flow_run_id, fingerprint))
         # Another may have finished it since the last look, with or without a wait.
-        found = recall(request.tracking, request.step, fingerprint)
+        found = look_up(request.tracking, request.step, fingerprint, arguments)
         if found.record is not None:
             return _finish_reused(request, found, run_id)
         context = StepContext(
@@ -150,7 +150,7 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
             runtime=request.runtime,
         )
         record = request.step.run(context, arguments)
-        _record_done(request.tracking, run_id, fingerprint, record, seal_outputs(record, context.output_uri()))
+        _record_done(request.tracking, run_id, fingerprint, record, output_checksums(record, context.output_uri()))
     except Exception as error:
         return record_failed(request, run_id, one_line(error), traceback.format_exc())
     except BaseException:
@@ -161,7 +161,7 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
     seconds = time.monotonic() - begun
     return Outcome(
         label=request.label,
-        state=RunState.RUN,
+        state=RunState.DONE,
         record=record,
         run_id=run_id,
         note=found.note,
@@ -183,7 +183,7 @@ def resolve(value: Any, get: Callable[[StepRef[Any]], Any]) -> Any:
     return value
 
 
-def record_reused(request: StepRequest, fingerprint: str, found: Remembered) -> Outcome:
+def record_reused(request: StepRequest, fingerprint: str, found: CacheLookup) -> Outcome:
     """Record the step as reused from the run that holds its record."""
     tags = _tags(request, RunState.REUSED, fingerprint) | {Tag.REUSED_FROM: str(found.run_id)}
     run_id = _create_run(request, tags | note_tag(RunState.REUSED, f"from run {found.run_id}"))
@@ -197,7 +197,7 @@ def record_skipped(request: StepRequest, failed: Outcome) -> Outcome:
     run_id = None
     # What broke the input may stand in the way of records, too; the cause is what counts.
     with suppress(Exception):
-        if request.tracking.answers():
+        if request.tracking.is_reachable():
             tags = _tags(request, RunState.SKIPPED, None) | {Tag.ERROR: cause}
             run_id = _create_run(request, tags | note_tag(RunState.SKIPPED, cause))
             request.tracking.client().set_terminated(run_id, "FAILED")
@@ -217,7 +217,7 @@ def record_failed(request: StepRequest, run_id: str | None, cause: str, details:
     except OSError:
         log_uri = None
     with suppress(Exception):
-        if request.tracking.answers():
+        if request.tracking.is_reachable():
             run_id = run_id or _create_run(request, _tags(request, RunState.FAILED, None))
             tags = {Tag.STATE: RunState.FAILED, Tag.ERROR: cause, **note_tag(RunState.FAILED, cause)}
             try:
@@ -255,31 +255,33 @@ def _begin(request: StepRequest, arguments: Mapping[str, Any], fingerprint: str,
     return run_id
 
 
-def _record_done(tracking: Tracking, run_id: str, fingerprint: str, record: Record, seal: Mapping[str, str]) -> None:
+def _record_done(
+    tracking: Tracking, run_id: str, fingerprint: str, record: Record, checksums: Mapping[str, str]
+) -> None:
     text = record.to_json()
     tracking.client().log_text(run_id, text, RECORD_FILE)
     tags = {
-        Tag.STATE: RunState.RUN,
+        Tag.STATE: RunState.DONE,
         Tag.RECORD_DIGEST: _sha256(text),
-        Tag.OUTPUTS: json.dumps(seal),
+        Tag.OUTPUTS: json.dumps(checksums),
         Tag.DONE: fingerprint,
-        **note_tag(RunState.RUN),
+        **note_tag(RunState.DONE),
     }
     # All at once, and before the run's end, with which the claim lapses: nobody shall see it ended and not done.
     tracking.end_run(run_id, "FINISHED", tags)
 
 
-def _take_over(request: StepRequest, fingerprint: str, found: Remembered, left: Run | None) -> Outcome:
+def _take_over(request: StepRequest, fingerprint: str, found: CacheLookup, left: Run | None) -> Outcome:
     if left is None:
         return record_reused(request, fingerprint, found)
     if found.run_id != left.info.run_id:
         return _finish_reused(request, found, left.info.run_id)
     # An earlier attempt had done everything but to end its run.
     request.tracking.client().set_terminated(left.info.run_id, "FINISHED")
-    return Outcome(label=request.label, state=RunState.RUN, record=found.record, run_id=found.run_id)
+    return Outcome(label=request.label, state=RunState.DONE, record=found.record, run_id=found.run_id)
 
 
-def _finish_reused(request: StepRequest, found: Remembered, run_id: str) -> Outcome:
+def _finish_reused(request: StepRequest, found: CacheLookup, run_id: str) -> Outcome:
     tags = {
         Tag.STATE: RunState.REUSED,
         Tag.REUSED_FROM: str(found.run_id),
@@ -289,9 +291,9 @@ def _finish_reused(request: StepRequest, found: Remembered, run_id: str) -> Outc
     return Outcome(label=request.label, state=RunState.REUSED, record=found.record, run_id=run_id)
 
 
-def _broken_seal(run: Run) -> str | None:
+def _changed_outputs(run: Run) -> str | None:
     try:
-        return broken_seal(json.loads(run.data.tags.get(Tag.OUTPUTS, "{}")))
+        return changed_outputs(json.loads(run.data.tags.get(Tag.OUTPUTS, "{}")))
     except (OSError, ValueError) as error:
         return f"its outputs cannot be verified ({error})"
 
@@ -310,7 +312,7 @@ def _tags(request: StepRequest, state: RunState, fingerprint: str | None) -> dic
         Tag.LABEL: request.label,
         Tag.STATE: state.value,
         Tag.DEPENDS_ON: json.dumps(request.depends_on),
-        "mlflow.user": who(),
+        "mlflow.user": current_user(),
     }
     return tags | ({Tag.FINGERPRINT: fingerprint} if fingerprint is not None else {})
 

@@ -1,6 +1,6 @@
 """Flows: plain functions that call steps and pass references on; finished steps are remembered by MLflow.
 
-    def recipe(flow: Recipe, config: Config) -> StepRef[Evaluation]:
+    def recipe(flow: Graph, config: Config) -> StepRef[Evaluation]:
         shards = flow.step(prepare, config.data)
         checkpoint = flow.step(train, shards, config.train, label="train/full")
         return flow.step(evaluate, checkpoint, shards)
@@ -34,8 +34,8 @@ from pipeline.records import Record
 from pipeline.workflow import execution, liveness, ray_session, runs
 from pipeline.workflow.driver_watch import DriverWatch, FlowTerminated
 from pipeline.workflow.execution import Outcome, StepRef, StepRequest
-from pipeline.workflow.graph import Node, Plan, Recipe
-from pipeline.workflow.tracking import PLAN_FILE, RunState, Tag, Tracking, note_tag, who
+from pipeline.workflow.graph import Graph, Node, Plan
+from pipeline.workflow.tracking import PLAN_FILE, RunState, Tag, Tracking, current_user, note_tag
 
 R = TypeVar("R", bound=Record)
 
@@ -47,8 +47,8 @@ __all__ = [
     "FlowEvent",
     "FlowFailed",
     "FlowTerminated",
+    "Graph",
     "Plan",
-    "Recipe",
     "StepFailure",
     "StepRef",
 ]
@@ -93,7 +93,7 @@ class FlowFailed(UserError):  # noqa: N818 - reads as what happened, like Keyboa
         super().__init__(f"flow {flow} failed\n" + textwrap.indent(self.causes, "  "))
 
 
-class Flow(Recipe):
+class Flow(Graph):
     """Runs a recipe; a context manager around it. Leaving the block waits for all steps.
 
     Args:
@@ -296,7 +296,7 @@ class Flow(Recipe):
             Tag.STATE: RunState.RUNNING.value,
             Tag.WORKSPACE: self.workspace,
             Tag.TOKEN: uuid.uuid4().hex,
-            "mlflow.user": who(),
+            "mlflow.user": current_user(),
             **liveness.identity_tags(),
         }
         run_id = self.tracking.create_run(self.name, tags)
@@ -332,7 +332,7 @@ class Flow(Recipe):
     def _write(self, write: Callable[[], None]) -> None:
         """Write how things ended; where the store is full or away, the next flow finds and marks what is left."""
         try:
-            if self.tracking.answers():
+            if self.tracking.is_reachable():
                 write()
         except Exception as error:
             logging.getLogger(__name__).warning(

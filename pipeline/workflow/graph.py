@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar, cast
 from pipeline import storage
 from pipeline.records import Record
 from pipeline.workflow import execution
-from pipeline.workflow.execution import Outcome, Remembered, StepRef
+from pipeline.workflow.execution import CacheLookup, Outcome, StepRef
 from pipeline.workflow.runs import PlannedStep
 from pipeline.workflow.step import Step
 from pipeline.workflow.tracking import RunState, Tracking
@@ -31,7 +31,7 @@ class Node:
     outcome: Outcome | None = None
     object_ref: Any = None
     announced: bool = False
-    found: Remembered = field(default=Remembered(None))
+    found: CacheLookup = field(default=CacheLookup(None))
 
     @property
     def depends_on(self) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ class Node:
         return all(node.outcome is not None and node.outcome.record is not None for node in self.inputs)
 
 
-class Recipe(ABC):
+class Graph(ABC):
     """What a recipe is written against: a Flow runs its steps, a Plan only looks them up.
 
     Args:
@@ -97,7 +97,7 @@ class Recipe(ABC):
         if node.inputs_known:
             known = execution.resolve(arguments, self._record_of)
             node.fingerprint = step.fingerprint(known)
-            node.found = self._recall(step, node.fingerprint)
+            node.found = self._look_up(step, node.fingerprint, known)
         self._added(node)
         return cast("StepRef[R]", node.ref)
 
@@ -108,8 +108,8 @@ class Recipe(ABC):
     @abstractmethod
     def _added(self, node: Node) -> None: ...
 
-    def _recall(self, step: Step[..., Any], fingerprint: str) -> Remembered:
-        return execution.recall(self.tracking, step, fingerprint)
+    def _look_up(self, step: Step[..., Any], fingerprint: str, arguments: dict[str, Any]) -> CacheLookup:
+        return execution.look_up(self.tracking, step, fingerprint, arguments)
 
     def _record_of(self, ref: StepRef[Any]) -> Record:
         outcome = self._nodes[ref.label].outcome
@@ -137,7 +137,7 @@ class _BeyondPlan(Exception):  # noqa: N818 - not an error: a plan ends here
     """The recipe asks for a record that only running would give."""
 
 
-class Plan(Recipe):
+class Plan(Graph):
     """Looks up which steps are remembered; executes nothing and writes nothing.
 
     Use it as a context manager around the recipe: a recipe that asks for the record of a step yet to run ends
@@ -169,9 +169,9 @@ class Plan(Recipe):
             raise _BeyondPlan
         return cast("R", self._record_of(ref))
 
-    def _recall(self, step: Step[..., Any], fingerprint: str) -> Remembered:
+    def _look_up(self, step: Step[..., Any], fingerprint: str, arguments: dict[str, Any]) -> CacheLookup:
         # Looked for first, so that planning in a fresh workspace neither imports MLflow nor creates anything.
-        return super()._recall(step, fingerprint) if self.tracking.exists() else Remembered(None)
+        return super()._look_up(step, fingerprint, arguments) if self.tracking.exists() else CacheLookup(None)
 
     def _added(self, node: Node) -> None:
         if node.found.record is not None:

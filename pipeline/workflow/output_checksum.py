@@ -1,7 +1,7 @@
-"""The seal on a step's outputs: sums of all files it left, kept with its record and checked before every reuse.
+"""The checksums on a step's outputs: sums of all files it left, kept with its record and checked before every reuse.
 
 One flipped byte breaks it, with or without a change of the file's times (pipeline.storage.file_sums says what is
-guaranteed); outputs that did not change cost a listing. A shard set is not sealed here, its manifest does that.
+guaranteed); outputs that did not change cost a listing. A shard set is not summed here, its manifest does that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.storage.file_stamps import file_stamps
 from pipeline.storage.file_sums import FileSums
 
 
-def seal_outputs(record: Record, output_uri: str) -> dict[str, str]:
+def output_checksums(record: Record, output_uri: str) -> dict[str, str]:
     """A sum for each file or folder that the record names at or below `output_uri`, by its URI.
 
     What lies elsewhere is not the step's own: it may change without any damage.
@@ -25,9 +25,9 @@ def seal_outputs(record: Record, output_uri: str) -> dict[str, str]:
     return {uri: _sum_of(uri) for uri in sorted(set(_named(record))) if f"{uri.rstrip('/')}/".startswith(inside)}
 
 
-def broken_seal(seal: Mapping[str, str]) -> str | None:
-    """Which outputs are not those that were sealed, or None. Raises OSError where they cannot be read."""
-    for uri, expected in seal.items():
+def changed_outputs(checksums: Mapping[str, str]) -> str | None:
+    """Which outputs are not those that were summed, or None. Raises OSError where they cannot be read."""
+    for uri, expected in checksums.items():
         changed: list[str] = []
         if _sum_of(uri, changed) != expected:
             return f"{changed[0] if len(changed) == 1 else uri} has changed"

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError
 
 STEPS_PER_CORE = 4
@@ -70,14 +69,14 @@ def stop() -> None:
     ray.shutdown()
 
 
-def wants_gpu(runtime: RuntimeConfig) -> bool:
-    """`use_gpu`, or whether the cluster has a GPU where it is left open; raises UserError for one it lacks."""
+def wants_gpu(use_gpu: bool | None) -> bool:
+    """`use_gpu`, or whether the cluster has a GPU where it is None; raises UserError for one it lacks."""
     import ray
 
     has_gpu = ray.cluster_resources().get("GPU", 0) > 0  # type: ignore[no-untyped-call]
-    if runtime.use_gpu and not has_gpu:
+    if use_gpu and not has_gpu:
         raise UserError("runtime.use_gpu is true but this cluster has no GPU; set it to false or add GPU workers")
-    return has_gpu if runtime.use_gpu is None else runtime.use_gpu
+    return has_gpu if use_gpu is None else use_gpu
 
 
 def submit(fn: Callable[..., Any], *args: Any, name: str, max_retries: int) -> Any:

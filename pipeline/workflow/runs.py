@@ -111,7 +111,7 @@ def run_tree(tracking: Tracking, run_id: str, *, records: bool = False) -> RunTr
     steps = {}
     for child in tracking.runs(_steps_filter(run), order_by="attributes.start_time ASC"):
         step = _step_summary(child)
-        if records and step.state in (RunState.RUN, RunState.REUSED):
+        if records and step.state in (RunState.DONE, RunState.REUSED):
             text = tracking.read_text(step.reused_from or str(step.run_id), RECORD_FILE)
             step = step.model_copy(update={"record": json.loads(text) if text else None})
         steps[step.label] = step

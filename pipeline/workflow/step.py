@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from enum import Enum
@@ -32,6 +32,10 @@ P = ParamSpec("P")
 R = TypeVar("R", bound=Record)
 
 RESERVED_PARAMETERS = ("label",)
+
+
+class NotFingerprinted:
+    """Marks a field of a pydantic model, `Annotated[int, NotFingerprinted]`, that changes no result of any step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,14 +93,14 @@ class Step(Generic[P, R]):
         fn: the function; its first parameter is a StepContext, it returns a Record.
         name: part of the fingerprint.
         version: part of the fingerprint; raise it when the code changes what the step returns.
-        verify: why a remembered record no longer holds, or None; it runs before every reuse, so be quick.
+        verify: why a cached record no longer holds for the arguments, or None; it runs before every reuse, so be quick.
         returns: the record class; None means the return annotation's.
     """
 
     fn: Callable[Concatenate[StepContext, P], R]
     name: str
     version: int
-    verify: Callable[[R, Tracking], str | None] | None = None
+    verify: Callable[[R, Tracking, Mapping[str, Any]], str | None] | None = None
     returns: type[R] | None = None
 
     def __post_init__(self) -> None:
@@ -167,11 +171,11 @@ class Step(Generic[P, R]):
         content = json.dumps([self.name, self.version, named], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def broken_outputs(self, record: R, tracking: Tracking) -> str | None:
-        """Why a remembered record must not be reused, or None; an error while looking counts as a reason."""
+    def broken_outputs(self, record: R, tracking: Tracking, arguments: Mapping[str, Any]) -> str | None:
+        """Why a cached record must not be reused, or None; an error while looking counts as a reason."""
         try:
             missing = missing_outputs(record)
-            return missing if missing or self.verify is None else self.verify(record, tracking)
+            return missing if missing or self.verify is None else self.verify(record, tracking, arguments)
         except Exception as error:
             return f"its outputs cannot be verified ({error})"
 
@@ -184,7 +188,7 @@ def step(
 
 @overload
 def step(
-    *, version: int, name: str | None = None, verify: Callable[[R, Tracking], str | None]
+    *, version: int, name: str | None = None, verify: Callable[[R, Tracking, Mapping[str, Any]], str | None]
 ) -> Callable[[Callable[Concatenate[StepContext, P], R]], Step[P, R]]: ...
 
 
@@ -192,9 +196,9 @@ def step(*, version: int, name: str | None = None, verify: Any = None) -> Any:
     """Make a function a step of flows.
 
     Args:
-        version: raise it when the code changes what the step returns; remembered results are then not used.
+        version: raise it when the code changes what the step returns; cached results are then not used.
         name: default the function's name.
-        verify: a quick look whether a remembered record still holds, beyond the existence of its URIs.
+        verify: a quick look whether a cached record still holds for the arguments, beyond the existence of its URIs.
     """
 
     def decorate(fn: Callable[Concatenate[StepContext, P], R]) -> Step[P, R]:
@@ -221,7 +225,7 @@ def canonical(value: Any) -> Any:
         case Record():
             return {type(value).__name__: value.content_digest()}
         case BaseModel():
-            return {type(value).__name__: {key: canonical(getattr(value, key)) for key in type(value).model_fields}}
+            return {type(value).__name__: {key: canonical(item) for key, item in _counting_fields(value)}}
         case PurePath():
             return str(value)
         case bytes():
@@ -244,6 +248,14 @@ def canonical(value: Any) -> Any:
         f"a value of type {type(value).__name__} has no canonical form; "
         "pass plain values, dataclasses, pydantic models or records"
     )
+
+
+def _counting_fields(model: BaseModel) -> Iterator[tuple[str, Any]]:
+    """The fields that a fingerprint holds, and what a model that allows extra keys was given beside them."""
+    for name, field in type(model).model_fields.items():
+        if NotFingerprinted not in field.metadata:
+            yield name, getattr(model, name)
+    yield from sorted((model.model_extra or {}).items())
 
 
 def _lookup(module: str, qualified_name: str) -> Any:

@@ -77,13 +77,18 @@ class RunState(StrEnum):
 
     WAITING = "waiting"
     RUNNING = "running"
-    RUN = "run"
+    DONE = "done"
     REUSED = "reused"
     FINISHED = "finished"
     FAILED = "failed"
     SKIPPED = "skipped"
     KILLED = "killed"
     ABANDONED = "abandoned"
+
+    @classmethod
+    def _missing_(cls, value: object) -> RunState | None:
+        # As earlier releases called it.
+        return cls.DONE if value == "run" else None
 
 
 class Param(NamedTuple):
@@ -145,7 +150,7 @@ class Tracking:
         """Whether requests go over a network, where an answer can get lost after the work was done."""
         return urlsplit(self.uri).scheme in ("http", "https")
 
-    def answers(self) -> bool:
+    def is_reachable(self) -> bool:
         """Whether there is someone to talk to right now; a few seconds at most."""
         try:
             replace(self, patience_s=0.0)._require_answer()
@@ -353,7 +358,7 @@ def note_tag(state: RunState, cause: str | None = None) -> dict[str, str]:
     return {Tag.NOTE: f"{state.value}: {cause}" if cause else state.value}
 
 
-def who() -> str:
+def current_user() -> str:
     """The user's name, for records of who did something."""
     with suppress(KeyError, OSError):
         return getpass.getuser()

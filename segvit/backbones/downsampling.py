@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvit.config import ShrinkQueries
+ShrinkQueries = Literal["nearest", "average", "convolution"]
+SHRINK_QUERIES: tuple[ShrinkQueries, ...] = get_args(ShrinkQueries)
 
 # B batch, L tokens with prefix tokens first, C channels, h w patch grid
 

@@ -25,12 +25,16 @@ PlainViT = VisionTransformer | Eva | Beit
 """augreg, DeiT III, DINOv2, SigLIP, CLIP; rotary EVA-02 and DINOv3; BEiT with its relative position bias."""
 
 
-def outline_backbone(name: str, options: Mapping[str, int | float] = NO_OPTIONS) -> PlainViT | SwinTransformer:
+def outline_backbone(
+    name: str, options: Mapping[str, int | float] = NO_OPTIONS, image_size: tuple[int, int] | None = None
+) -> PlainViT | SwinTransformer:
     """timm's model of that name on the meta device: names and shapes without weights.
 
     Args:
         name: timm model name.
         options: See `ModelConfig.backbone_options`.
+        image_size: (height, width) in pixels that its grid or windows are for, valid by `image_size_problems`;
+            None: the name's own.
 
     Raises:
         ValueError: Unknown name, or neither a plain ViT with square patches nor a Swin.
@@ -40,11 +44,17 @@ def outline_backbone(name: str, options: Mapping[str, int | float] = NO_OPTIONS)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models('vit_*')"
         raise ValueError(f"unknown backbone {name!r}; {hint}")
     arguments = timm_options(options, is_hierarchical(name))
+    if image_size is not None:
+        arguments["img_size"] = image_size
     try:
         with torch.device("meta"):
             network: nn.Module = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
     except (AssertionError, TypeError) as error:
         raise ValueError(f"backbone_options {dict(options)} do not fit {name}: {error}") from None
+    except RuntimeError as error:  # an unknown tag of pretrained weights
+        architecture = name.partition(".")[0]
+        tags = ", ".join(timm.list_pretrained(f"{architecture}.*")) or architecture
+        raise ValueError(f"unknown backbone {name!r}: {error}; choose from {tags}") from None
     # Exact types: a subclass may change what the features are made of.
     if type(network) not in (VisionTransformer, Eva, Beit, SwinTransformer):
         raise ValueError(
@@ -78,8 +88,8 @@ def create_vit(name: str, image_size: tuple[int, int], options: Mapping[str, int
     outline = outline_backbone(name, options)
     if isinstance(outline, SwinTransformer):
         raise ValueError(f"backbone {name} is hierarchical, not a plain ViT; choose one such as vit_base_patch16_384")
-    patch_size = outline.patch_embed.patch_size[0]
-    check_image_size(image_size, patch_size, f"{name}'s patch size {patch_size}")
+    if problems := image_size_problems(outline, image_size):
+        raise ValueError("; ".join(problems))
     # Beit takes no such setting: its features are computed for any grid here, see `positions`.
     arguments = timm_options(options, hierarchical=False)
     if not isinstance(outline, Beit):
@@ -104,9 +114,8 @@ def create_swin(
     outline = outline_backbone(name, options)
     if not isinstance(outline, SwinTransformer):
         raise ValueError(f"backbone {name} is not hierarchical; choose one such as swin_tiny_patch4_window7_224")
-    embedding: Any = outline.patch_embed
-    stride = embedding.patch_size[0] * 2 ** (SWIN_STAGES - 1)
-    check_image_size(image_size, stride, f"{name}'s last stride {stride}")
+    if problems := image_size_problems(outline, image_size):
+        raise ValueError("; ".join(problems))
     swin = timm.create_model(
         name,
         pretrained=False,
@@ -132,13 +141,19 @@ def timm_options(options: Mapping[str, int | float], hierarchical: bool) -> dict
     return arguments
 
 
-def check_image_size(image_size: tuple[int, int], multiple: int, reason: str) -> None:
-    """Raise ValueError unless both sides are multiples."""
-    for size in image_size:
+def image_size_problems(network: PlainViT | SwinTransformer, image_size: tuple[int, int]) -> list[str]:
+    """Why a training crop of (height, width) pixels does not lie on the network's patch grid; empty where it does."""
+    embedding: Any = network.patch_embed
+    multiple, rule = embedding.patch_size[0], "patch size"
+    if isinstance(network, SwinTransformer):
+        multiple, rule = multiple * 2 ** (SWIN_STAGES - 1), "last stride"
+    name, problems = network.pretrained_cfg["architecture"], []  # type: ignore[index]
+    for size in dict.fromkeys(image_size):
         if size % multiple:
             lower, upper = size // multiple * multiple, (size // multiple + 1) * multiple
             remedy = f"{lower} or {upper}" if lower else f"{upper}"
-            raise ValueError(f"crop {size} is not a multiple of {reason}; use {remedy}")
+            problems.append(f"image_size {size} is not a multiple of {name}'s {rule} {multiple}; use {remedy}")
+    return problems
 
 
 def num_heads_of(block: nn.Module) -> int:

@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from segvit.backbones.downsampling import GridDownsampling, halved_grid
+from segvit.backbones.downsampling import GridDownsampling, ShrinkQueries, halved_grid
 from segvit.backbones.families import PlainViT, num_heads_of
-from segvit.backbones.positions import TokenPositions, downsampled_places, token_positions
-from segvit.backbones.timm_blocks import check_known, query_block, run_block
-from segvit.config import ShrinkQueries
-from segvit.output import at_least_float32
+from segvit.backbones.feature_map import FeatureMap, resize_positions
+from segvit.backbones.positions import TokenPositions, downsampled_positions, token_positions
+from segvit.backbones.timm_blocks import block_problem, query_block, run_block
 
 # B batch, L tokens with prefix tokens first, C channels, H W pixels, h w patch grid
-
-
-class FeatureMap(NamedTuple):
-    """Patch tokens of one block or stage and where they lie."""
-
-    tokens: Tensor
-    """(B, h*w, C), row by row, without prefix tokens and without the final norm."""
-    grid: tuple[int, int]
-    """(h, w)."""
-    stride: int
-    """Pixels a token covers on each side."""
-    patch_grid: tuple[int, int]
-    """(h, w) of the backbone's patches, before any downsampling."""
 
 
 class Backbone(nn.Module, ABC):
@@ -90,8 +76,8 @@ class PlainBackbone(Backbone):
     Args:
         vit: A model of `create_vit`; taken over and cut.
         out_layers: 0-based blocks to return, ascending.
-        shrink_at: 0-based block at which query-based downsampling halves the grid, or None.
-        shrink_queries: How that block's queries are made; see `ModelConfig.shrink_queries`.
+        shrink_at: 0-based block inside which query-based downsampling halves the grid, or None.
+        shrink_queries: How that block's queries are made; see `ShrinkingDecoder`.
         class_token: Whether the class token stays in the sequence. Without it the position embedding's entry for
             it is unused, as in the published models.
         drop_path_rate: Stochastic depth of the last block's MLP branch, linear from 0 over all blocks.
@@ -110,13 +96,13 @@ class PlainBackbone(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(vit, out_layers)
-        check_block_indices(self.name, len(vit.blocks), out_layers, shrink_at)
+        if problems := block_problems(self.name, vit, self.out_layers, shrink_at, drop_path_rate):
+            raise ValueError("; ".join(problems))
         self.shrink_at = shrink_at
         self.num_heads = num_heads_of(vit.blocks[0])
         self.widths = (vit.embed_dim,) * len(out_layers)
         set_drop_path(list(vit.blocks), drop_path_rate)
         if shrink_at is not None:
-            check_known(vit.blocks[shrink_at])
             self.downsampling = GridDownsampling(shrink_queries, vit.embed_dim)
         self.num_unused_tokens = 1 if vit.cls_token is not None and not class_token else 0
         self.num_prefix_tokens: int = vit.num_prefix_tokens - self.num_unused_tokens
@@ -157,12 +143,12 @@ class PlainBackbone(Backbone):
     def downsample(
         self, tokens: Tensor, positions: TokenPositions, grid: tuple[int, int]
     ) -> tuple[Tensor, TokenPositions]:
-        """Tokens (B, prefix + h*w, C) after the downsampling block, (B, prefix + h/2*w/2, C), and their places."""
+        """Tokens (B, prefix + h*w, C) after the downsampling block, (B, prefix + h/2*w/2, C), and their positions."""
         assert self.shrink_at is not None
         prefix = self.num_prefix_tokens
-        places = downsampled_places(positions.of_block(self.shrink_at), grid, prefix, self.downsampling)
+        block_positions = downsampled_positions(positions.of_block(self.shrink_at), grid, prefix, self.downsampling)
         queries = self.downsampling(tokens, grid, prefix)
-        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, places, prefix)
+        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, block_positions, prefix)
         return tokens, positions.halved(grid)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -220,32 +206,31 @@ class PlainBackbone(Backbone):
         self.train(self.training)
 
 
-def check_block_indices(name: str, depth: int, out_layers: Sequence[int], shrink_at: int | None) -> None:
-    """Raise ValueError unless every block index lies in the backbone."""
+def block_problems(
+    name: str, vit: PlainViT, out_layers: tuple[int, ...], shrink_at: int | None, drop_path_rate: float
+) -> list[str]:
+    """Why these blocks of the (uncut) network cannot be read and downsampled; empty where they can."""
+    depth, problems = len(vit.blocks), []
     if max(out_layers) >= depth:
-        raise ValueError(f"out_layers {tuple(out_layers)} do not fit {name}; its blocks are 0 to {depth - 1}")
-    if shrink_at is not None and not 1 <= shrink_at < depth:
-        raise ValueError(f"shrink_at {shrink_at} does not fit {name}; use a block from 1 to {depth - 1}")
+        problems.append(f"out_layers {out_layers} do not fit {name}; its blocks are 0 to {depth - 1}")
+    if shrink_at is not None:
+        if not 1 <= shrink_at < depth:
+            problems.append(f"shrink_at {shrink_at} does not fit {name}; use a block from 1 to {depth - 1}")
+        elif problem := block_problem(vit.blocks[shrink_at]):
+            problems.append(problem)
+    return problems + drop_path_problems(vit.blocks, drop_path_rate)
+
+
+def drop_path_problems(blocks: Iterable[nn.Module], rate: float) -> list[str]:
+    """Why the blocks take no stochastic depth; empty where they do, or where there is none."""
+    without = {type(block).__name__ for block in blocks if not hasattr(block, "drop_path2")} if rate else set()
+    return [f"{kind} has no MLP branch of its own; set drop_path_rate to 0" for kind in sorted(without)]
 
 
 def set_drop_path(blocks: Sequence[nn.Module], rate: float) -> None:
     """Stochastic depth on the MLP branches only, its rate linear from 0 to `rate` over the blocks."""
-    if not rate:
-        return
-    for index, block in enumerate(blocks):
-        if not hasattr(block, "drop_path2"):
-            raise ValueError(f"{type(block).__name__} has no MLP branch of its own; set drop_path_rate to 0")
+    for index, block in enumerate(blocks if rate else ()):
         block.drop_path2 = DropPath(rate * index / max(len(blocks) - 1, 1))
-
-
-def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int) -> Tensor:
-    """Position embedding (1, prefix + h*w, C) of the old grid resized bicubically to the new one."""
-    if old == new:
-        return positions
-    prefix, patches = positions[:, :num_prefix_tokens], positions[:, num_prefix_tokens:]
-    grid = torch.unflatten(at_least_float32(patches).transpose(1, 2), 2, old)  # (1, C, h, w)
-    resized = F.interpolate(grid, size=new, mode="bicubic", align_corners=False)
-    return torch.cat((prefix, resized.flatten(2).transpose(1, 2).to(positions.dtype)), dim=1)
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

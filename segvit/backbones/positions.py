@@ -10,14 +10,14 @@ from torch import Tensor
 
 from segvit.backbones.downsampling import GridDownsampling, halve_nearest
 from segvit.backbones.families import PlainViT
-from segvit.backbones.timm_blocks import Places
+from segvit.backbones.timm_blocks import AttentionPositions
 from segvit.output import at_least_float32
 
 # L tokens with prefix tokens first, h w patch grid, D head width
 
 
 class TokenPositions(NamedTuple):
-    """Places of the current tokens, in units of the patches before any downsampling."""
+    """Positions of the current tokens, in units of the patches before any downsampling."""
 
     vit: PlainViT
     num_prefix_tokens: int
@@ -25,10 +25,10 @@ class TokenPositions(NamedTuple):
     """Sine and cosine (patches, 2D) for all blocks, or (depth, heads, patches, 2D); None: not rotary."""
     bias_index: Tensor | None
     """(L, L) entries of the relative position bias table; None: no such bias."""
-    spread: tuple[Tensor, Tensor] | None
+    interpolation: tuple[Tensor, Tensor] | None
     """Resizes such a table to the grid; None: it has the grid's size."""
 
-    def of_block(self, index: int) -> Places:
+    def of_block(self, index: int) -> AttentionPositions:
         """Positions as the block's attention takes them."""
         rotary = self.rotary
         if rotary is not None and rotary.ndim > 2:
@@ -36,7 +36,7 @@ class TokenPositions(NamedTuple):
         bias = None
         if self.bias_index is not None:
             bias = bias_table(self, index)[self.bias_index].permute(2, 0, 1)
-        return Places(rotary, rotary, bias)
+        return AttentionPositions(rotary, rotary, bias)
 
     def halved(self, grid: tuple[int, int]) -> TokenPositions:
         """Of the tokens that downsampling leaves of (h, w): each stands at the top-left of its 2 x 2 patches.
@@ -54,21 +54,21 @@ class TokenPositions(NamedTuple):
         return self._replace(rotary=rotary, bias_index=index)
 
 
-def downsampled_places(
-    places: Places, grid: tuple[int, int], num_prefix_tokens: int, downsampling: GridDownsampling
-) -> Places:
-    """Places for the block whose queries are downsampled; keys stay where they are.
+def downsampled_positions(
+    positions: AttentionPositions, grid: tuple[int, int], num_prefix_tokens: int, downsampling: GridDownsampling
+) -> AttentionPositions:
+    """Positions for the block whose queries are downsampled; keys stay where they are.
 
     A pooled query's rotation and bias are the means over the patches that it pools (an odd last row or column
     for itself alone), so that what positions contribute to its similarity is the mean of what they would for
     these patches.
     """
-    rotary, bias = places.query_rotary, places.bias
+    rotary, bias = positions.query_rotary, positions.bias
     if rotary is not None:
         rotary = downsampling.positions(rotary, grid, 0)
     if bias is not None:
         bias = downsampling.positions(bias, grid, num_prefix_tokens)
-    return Places(rotary, places.key_rotary, bias)
+    return AttentionPositions(rotary, positions.key_rotary, bias)
 
 
 def token_positions(vit: PlainViT, grid: tuple[int, int], num_prefix_tokens: int) -> TokenPositions:
@@ -79,10 +79,10 @@ def token_positions(vit: PlainViT, grid: tuple[int, int], num_prefix_tokens: int
         return TokenPositions(vit, num_prefix_tokens, rotary, None, None)
     index = relative_index(grid, vit.patch_embed.proj.weight.device)
     stored: Any = vit.patch_embed.grid_size
-    spread = None if grid == stored else spread_matrices(stored, grid)
+    interpolation = None if grid == stored else interpolation_matrices(stored, grid)
     # Without the class token its row and column are left out.
     first = 1 - num_prefix_tokens
-    return TokenPositions(vit, num_prefix_tokens, rotary, index[first:, first:], spread)
+    return TokenPositions(vit, num_prefix_tokens, rotary, index[first:, first:], interpolation)
 
 
 def relative_index(grid: tuple[int, int], device: torch.device) -> Tensor:
@@ -110,20 +110,20 @@ def bias_table(positions: TokenPositions, index: int) -> Tensor:
     tables = [vit.blocks[index].attn.relative_position_bias_table]
     tables += [] if vit.rel_pos_bias is None else [vit.rel_pos_bias.relative_position_bias_table]
     table: Tensor = sum(table for table in tables if table is not None)
-    return table if positions.spread is None else spread_distances(table, positions.spread)
+    return table if positions.interpolation is None else interpolate_distances(table, positions.interpolation)
 
 
 def resize_bias_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Relative position biases (distances + extra, heads) of the old grid for the new one.
 
-    BEiT's rule: the old distances are spread in a geometric progression over the new ones, so that near
+    BEiT's rule: the old distances are stretched in a geometric progression over the new ones, so that near
     distances keep their meaning and far ones are stretched; linear in between. Entries beyond the
     (2h - 1) x (2w - 1) distances are kept. Differentiable.
     """
-    return table if old == new else spread_distances(table, spread_matrices(old, new))
+    return table if old == new else interpolate_distances(table, interpolation_matrices(old, new))
 
 
-def spread_distances(table: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+def interpolate_distances(table: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     """A bias table resized by the matrices of both axes; entries beyond the distances are kept."""
     rows, columns = (matrix.to(at_least_float32(table)) for matrix in matrices)
     num_distances = rows.shape[1] * columns.shape[1]
@@ -133,28 +133,28 @@ def spread_distances(table: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((resized.to(table.dtype), extra))
 
 
-def spread_matrices(old: tuple[int, int], new: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def interpolation_matrices(old: tuple[int, int], new: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Linear interpolation (2 new - 1, 2 old - 1) between distances along the rows and along the columns."""
-    rows, columns = (torch.tensor(spread_weights(*cells)) for cells in zip(old, new, strict=True))
+    rows, columns = (torch.tensor(interpolation_weights(*cells)) for cells in zip(old, new, strict=True))
     return rows, columns
 
 
-def spread_weights(old: int, new: int) -> list[list[float]]:
+def interpolation_weights(old: int, new: int) -> list[list[float]]:
     """Weights of the old distances -(old - 1)..old - 1 along one axis in each of the new."""
-    places = geometric_places(old, new)
+    stretched = geometric_distances(old, new)
     weights = []
     for distance in range(1 - new, new):
-        row = [0.0] * len(places)
-        place = min(max(float(distance), places[0]), places[-1])
-        right = min(max(sum(one < place for one in places), 1), len(places) - 1)
-        share = (place - places[right - 1]) / (places[right] - places[right - 1]) if right else 1.0
+        row = [0.0] * len(stretched)
+        position = min(max(float(distance), stretched[0]), stretched[-1])
+        right = min(max(sum(one < position for one in stretched), 1), len(stretched) - 1)
+        share = (position - stretched[right - 1]) / (stretched[right] - stretched[right - 1]) if right else 1.0
         row[right - 1] = 1.0 - share
         row[right] = share
         weights.append(row)
     return weights
 
 
-def geometric_places(old: int, new: int) -> list[float]:
+def geometric_distances(old: int, new: int) -> list[float]:
     """Where the old distances -(old - 1)..old - 1 lie among the new: 1, 1 + q, 1 + q + q^2, ... to new - 1."""
     low, high = 1.01, 1.5  # BEiT's bounds of the ratio q
     ratio = high
@@ -164,7 +164,7 @@ def geometric_places(old: int, new: int) -> list[float]:
             high = ratio
         else:
             low = ratio
-    places = [0.0]
+    stretched = [0.0]
     for step in range(old - 1):
-        places.append(places[-1] + ratio**step)
-    return [-place for place in places[:0:-1]] + places
+        stretched.append(stretched[-1] + ratio**step)
+    return [-position for position in stretched[:0:-1]] + stretched

@@ -9,7 +9,8 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from segvit.backbones.families import SWIN_STAGES, create_swin, num_heads_of
-from segvit.backbones.plain import Backbone, FeatureMap, pad_to_multiple, set_drop_path
+from segvit.backbones.feature_map import FeatureMap
+from segvit.backbones.plain import Backbone, drop_path_problems, pad_to_multiple, set_drop_path
 from segvit.config import ModelConfig
 
 # B batch, C channels, H W pixels, h w tokens of a stage
@@ -32,12 +33,12 @@ class HierarchicalBackbone(Backbone):
 
     def __init__(self, swin: SwinTransformer, out_layers: Sequence[int], drop_path_rate: float = 0.0) -> None:
         super().__init__(swin, out_layers)
-        if max(out_layers) >= SWIN_STAGES:
-            raise ValueError(f"out_layers {self.out_layers} do not fit {self.name}; its stages are 0 to 3")
+        if problems := stage_problems(self.name, swin, self.out_layers, drop_path_rate):
+            raise ValueError("; ".join(problems))
         self.widths = tuple(swin.feature_info[stage]["num_chs"] for stage in out_layers)
         self.num_heads = num_heads_of(swin.layers[max(out_layers)])
         self.last_stride = self.patch_size * 2 ** (SWIN_STAGES - 1)
-        set_drop_path([block for stage in swin.layers for block in stage.blocks], drop_path_rate)  # type: ignore[union-attr]
+        set_drop_path(blocks_of(swin), drop_path_rate)
         # Parameters that no output depends on would stall distributed training and decay for nothing.
         swin.layers = swin.layers[: max(out_layers) + 1]
         self.vit.norm, self.vit.head = nn.Identity(), nn.Identity()
@@ -75,19 +76,38 @@ class HierarchicalBackbone(Backbone):
 
 
 def build_hierarchical(config: ModelConfig) -> HierarchicalBackbone:
-    """The backbone of a configuration that names a Swin; without `out_layers` the cascade reads all stages.
+    """The backbone of a configuration that names a Swin.
 
     Raises:
         ValueError: A setting that only a plain ViT has a use for, or one that does not fit the network.
     """
-    if config.structure in ("naive_qd", "shrunk"):
-        raise ValueError(
+    if problems := hierarchical_problems(config):
+        raise ValueError("; ".join(problems))
+    out_layers = config.out_layers or config.decoder.default_out_layers(SWIN_STAGES, hierarchical=True)
+    swin = create_swin(config.backbone, config.image_size, config.backbone_options)
+    return HierarchicalBackbone(swin, out_layers, config.drop_path_rate)
+
+
+def hierarchical_problems(config: ModelConfig) -> list[str]:
+    """Settings of a configuration that names a Swin which only a plain ViT has a use for."""
+    problems = []
+    if config.decoder.shrinks:
+        problems.append(
             f"structure {config.structure!r} downsamples inside a plain ViT, and {config.backbone} is hierarchical; "
             "use cascade, single or linear"
         )
     if not config.class_token:
-        raise ValueError(f"class_token False has no meaning for {config.backbone}, which has none; leave it out")
-    every_stage, last_stage = tuple(range(SWIN_STAGES)), (SWIN_STAGES - 1,)
-    out_layers = config.out_layers or (every_stage if config.structure == "cascade" else last_stage)
-    swin = create_swin(config.backbone, config.image_size, config.backbone_options)
-    return HierarchicalBackbone(swin, out_layers, config.drop_path_rate)
+        problems.append(f"class_token False has no meaning for {config.backbone}, which has none; leave it out")
+    return problems
+
+
+def stage_problems(name: str, swin: SwinTransformer, out_layers: tuple[int, ...], drop_path_rate: float) -> list[str]:
+    """Why these stages of the (uncut) network cannot be read; empty where they can."""
+    outside = max(out_layers) >= SWIN_STAGES
+    problem = f"out_layers {out_layers} do not fit {name}; its stages are 0 to {SWIN_STAGES - 1}"
+    return [problem] * outside + drop_path_problems(blocks_of(swin), drop_path_rate)
+
+
+def blocks_of(swin: SwinTransformer) -> list[nn.Module]:
+    """The blocks of all stages, in the order they run."""
+    return [block for stage in swin.layers for block in stage.blocks]  # type: ignore[union-attr]

@@ -24,7 +24,7 @@ KNOWN_BLOCKS = (
 )
 
 
-class Places(NamedTuple):
+class AttentionPositions(NamedTuple):
     """What one block's attention knows of where its queries and keys lie; None where it is not told."""
 
     query_rotary: Tensor | None
@@ -34,45 +34,48 @@ class Places(NamedTuple):
     """(heads, Q, L), added to the similarity."""
 
 
-def check_known(block: nn.Module) -> None:
-    """Raise ValueError unless `query_block` knows everything the block computes."""
+def block_problem(block: nn.Module) -> str | None:
+    """Why `query_block` does not know everything the block computes, or None."""
     attention = getattr(block, "attn", None)
     # Exact types: a subclass may compute what is not written out below.
-    if (type(block), type(attention)) not in KNOWN_BLOCKS:
-        raise ValueError(
-            f"query-based downsampling does not know {type(block).__name__} with {type(attention).__name__}; "
-            "use a plain ViT backbone such as vit_base_patch16_384, or structure 'cascade' or 'single'"
-        )
+    if (type(block), type(attention)) in KNOWN_BLOCKS:
+        return None
+    return (
+        f"query-based downsampling does not know {type(block).__name__} with {type(attention).__name__}; "
+        "use a plain ViT backbone such as vit_base_patch16_384, or a structure that does not downsample"
+    )
 
 
-def run_block(block: nn.Module, tokens: Tensor, places: Places, num_prefix_tokens: int) -> Tensor:
+def run_block(block: nn.Module, tokens: Tensor, positions: AttentionPositions, num_prefix_tokens: int) -> Tensor:
     """A timm block of any kind on tokens (B, L, C)."""
     output: Tensor
     if isinstance(block, BeitBlock):
         # timm's forward knows only the bias of the one grid it was built for.
-        return query_block(block, tokens, tokens, places, num_prefix_tokens)
+        return query_block(block, tokens, tokens, positions, num_prefix_tokens)
     if isinstance(block, EvaBlock | EvaBlockPostNorm):
-        output = block(tokens, rope=places.key_rotary)
+        output = block(tokens, rope=positions.key_rotary)
     else:
         output = block(tokens)
     return output
 
 
-def query_block(block: nn.Module, queries: Tensor, tokens: Tensor, places: Places, num_prefix_tokens: int) -> Tensor:
+def query_block(
+    block: nn.Module, queries: Tensor, tokens: Tensor, positions: AttentionPositions, num_prefix_tokens: int
+) -> Tensor:
     """A timm block whose queries and residual are others than the tokens it reads.
 
     Args:
-        block: A block that `check_known` accepts.
+        block: A block that `block_problem` has nothing against.
         queries: (B, Q, C), before the block's first norm.
         tokens: (B, L, C), likewise.
-        places: Where both lie.
+        positions: Where both lie.
         num_prefix_tokens: Class and register tokens in front of both.
 
     Returns:
         (B, Q, C).
     """
     parts: Any = block
-    attended = query_attention(parts.attn, parts.norm1(queries), parts.norm1(tokens), places, num_prefix_tokens)
+    attended = query_attention(parts.attn, parts.norm1(queries), parts.norm1(tokens), positions, num_prefix_tokens)
     queries = queries + parts.drop_path1(scale_branch(block, 1, attended))
     output: Tensor = queries + parts.drop_path2(scale_branch(block, 2, parts.mlp(parts.norm2(queries))))
     return output
@@ -88,14 +91,16 @@ def scale_branch(block: nn.Module, branch: int, values: Tensor) -> Tensor:
     return values if gamma is None else gamma * values
 
 
-def query_attention(attention: Any, queries: Tensor, tokens: Tensor, places: Places, num_prefix_tokens: int) -> Tensor:
+def query_attention(
+    attention: Any, queries: Tensor, tokens: Tensor, positions: AttentionPositions, num_prefix_tokens: int
+) -> Tensor:
     """timm's self-attention (B, Q, C) with other queries (B, Q, C) than the tokens (B, L, C)."""
     q, k, v = project(attention, queries, tokens)
     if not isinstance(attention, BeitAttention):
         q, k = attention.q_norm(q), attention.k_norm(k)
-    if places.query_rotary is not None and places.key_rotary is not None:
-        q = rotate(q, places.query_rotary, num_prefix_tokens, attention.rotate_half).type_as(v)
-        k = rotate(k, places.key_rotary, num_prefix_tokens, attention.rotate_half).type_as(v)
+    if positions.query_rotary is not None and positions.key_rotary is not None:
+        q = rotate(q, positions.query_rotary, num_prefix_tokens, attention.rotate_half).type_as(v)
+        k = rotate(k, positions.key_rotary, num_prefix_tokens, attention.rotate_half).type_as(v)
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -103,7 +108,7 @@ def query_attention(attention: Any, queries: Tensor, tokens: Tensor, places: Pla
         q,
         k,
         v,
-        attn_mask=None if places.bias is None else places.bias.to(q.dtype).unsqueeze(0),
+        attn_mask=None if positions.bias is None else positions.bias.to(q.dtype).unsqueeze(0),
         dropout_p=attention.attn_drop.p if attention.training else 0.0,
         scale=attention.scale,
     )

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvit.attention import Dropout, FeedForward, MultiheadAttention, attend, initialize_linear
-from segvit.backbones.plain import FeatureMap
+from segvit.attention import Dropout, FeedForward, MultiheadAttention, attend
+from segvit.backbones.feature_map import FeatureMap
+from segvit.decoders.decoder import Decoder, DecoderSpec
 from segvit.output import at_least_float32, full_precision
 
 # B batch, N classes (one query each), L patch tokens on an (h, w) grid, C decoder channels
 
 
-class Prediction(NamedTuple):
-    """Classes and masks of one ATM stage or layer, or of a linear head."""
-
-    class_logits: Tensor | None
-    """(B, N, N + 1); the last column is "no object". None for a linear head."""
-    mask_logits: Tensor
-    """(B, N, h, w), before the sigmoid."""
-
-
-class DecoderOutput(NamedTuple):
-    """All predictions of a decoder, the final one last, and the pixels a mask cell covers on each side."""
-
-    predictions: list[Prediction]
-    stride: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class DecoderSizes:
-    """What all decoders share.
+    """What all parts of an ATM decoder share.
 
     `attention_scale`: factor of ATM's similarity; None: head width ** -0.5.
     """
@@ -46,6 +30,69 @@ class DecoderSizes:
     num_layers: int
     dropout: float
     attention_scale: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ATMDecoder(Decoder):
+    """What the structures with ATM share."""
+
+    attention_scale: float | None = None
+    """Factor of ATM's similarity; None: head width ** -0.5."""
+
+    def problems(self) -> list[str]:
+        """See `Decoder`."""
+        scale = self.attention_scale
+        valid = scale is None or 0.0 < scale < math.inf
+        rule = [] if valid else [f"attention_scale must be > 0, got {scale}; None is head width ** -0.5"]
+        return [*super().problems(), *rule]
+
+    @property
+    def projects(self) -> bool:
+        """Whether features are projected to the decoder's width."""
+        return True
+
+    def sizes(self, spec: DecoderSpec) -> DecoderSizes:
+        """The sizes of all stages; by default half the backbone's width, and its heads."""
+        own_width = spec.feature_widths[-1]
+        return DecoderSizes(
+            num_classes=spec.num_classes,
+            width=spec.width or (own_width // 2 if self.projects else own_width),
+            num_heads=spec.num_heads or spec.backbone_heads,
+            num_layers=spec.num_layers,
+            dropout=spec.dropout,
+            attention_scale=self.attention_scale,
+        )
+
+    def spec_problems(self, spec: DecoderSpec) -> list[str]:
+        """The width must divide into the heads, and be the features' where nothing projects them."""
+        sizes, problems = self.sizes(spec), []
+        if sizes.width % sizes.num_heads:
+            problems.append(
+                f"decoder_width {sizes.width} is not a multiple of decoder_heads {sizes.num_heads}; change one of them"
+            )
+        if not self.projects and set(spec.feature_widths) != {sizes.width}:
+            problems.append(
+                f"decoder_width {sizes.width} is not the features' {', '.join(map(str, spec.feature_widths))}; "
+                "without input_projection they must be the same"
+            )
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ATMOnFeatures(ATMDecoder):
+    """What the structures share whose ATM stages read backbone features."""
+
+    input_projection: bool = True
+    """Whether a linear layer and a norm precede each ATM stage; without them the decoder has the backbone's width."""
+
+    @property
+    def projects(self) -> bool:
+        """See `input_projection`."""
+        return self.input_projection
+
+    def input_widths(self, spec: DecoderSpec) -> list[int | None]:
+        """Channels of the features that are projected, None for those taken as they are."""
+        return [width if self.projects else None for width in spec.feature_widths]
 
 
 class AttentionToMask(nn.Module):
@@ -132,74 +179,3 @@ class InputProjection(nn.Sequential):
 
     def __init__(self, input_width: int, width: int) -> None:
         super().__init__(nn.Linear(input_width, width), nn.LayerNorm(width))
-
-
-class ATMCascade(nn.Module):
-    """ATM stages over several backbone layers, the last layer first (SegViT, figure 2).
-
-    Args:
-        input_widths: Channels of the features, in the backbone's order; None: taken without projection.
-        sizes: What all stages share.
-        chain: Whether a stage starts from the queries of the stage before, or from the table (parallel).
-        share_queries: Whether there is one table of class queries, or one a stage.
-        accumulate: Whether a prediction adds the masks of the stages before.
-    """
-
-    def __init__(
-        self,
-        input_widths: Sequence[int | None],
-        sizes: DecoderSizes,
-        *,
-        chain: bool = True,
-        share_queries: bool = True,
-        accumulate: bool = True,
-    ) -> None:
-        super().__init__()
-        self.chain = chain
-        self.accumulate = accumulate
-        num_tables = 1 if share_queries else len(input_widths)
-        self.class_queries = nn.ModuleList(nn.Embedding(sizes.num_classes, sizes.width) for _ in range(num_tables))
-        self.stages = nn.ModuleList(ATMStage(width, sizes) for width in reversed(input_widths))
-        self.class_head = nn.Linear(sizes.width, sizes.num_classes + 1)
-        self.apply(initialize_linear)
-
-    def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
-        """One prediction a stage, from features in the backbone's order, on the first feature's grid."""
-        batch, grid = len(features[0].tokens), features[0].grid
-        # Through parameters(): the type of a module list's members is not known to be a table.
-        tables = [table.expand(batch, -1, -1) for table in self.class_queries.parameters()]
-        queries = tables[0]
-        predictions: list[Prediction] = []
-        for index, (stage, feature) in enumerate(zip(self.stages, reversed(features), strict=True)):
-            start = queries if self.chain else tables[index % len(tables)]
-            [(queries, mask)] = stage(start, feature, inner_masks=False)
-            if feature.grid != grid:
-                mask = F.interpolate(mask, size=grid, mode="bilinear", align_corners=False)
-            if predictions and self.accumulate:
-                mask = mask + predictions[-1].mask_logits
-            predictions.append(Prediction(at_least_float32(self.class_head(queries)), mask))
-        return DecoderOutput(predictions, features[0].stride)
-
-
-class SingleATM(nn.Module):
-    """One ATM stage, each of whose layers makes a prediction of its own (baseline, and end of Shrunk).
-
-    With `input_width` None the features are taken without projection.
-    """
-
-    def __init__(self, input_width: int | None, sizes: DecoderSizes) -> None:
-        super().__init__()
-        self.class_queries = nn.Embedding(sizes.num_classes, sizes.width)
-        self.stage = ATMStage(input_width, sizes)
-        self.class_head = nn.Linear(sizes.width, sizes.num_classes + 1)
-        self.apply(initialize_linear)
-
-    def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
-        """One prediction a layer, from the last of the features."""
-        feature = features[-1]
-        queries = self.class_queries.weight.expand(len(feature.tokens), -1, -1)
-        predictions = [
-            Prediction(at_least_float32(self.class_head(queries)), mask)
-            for queries, mask in self.stage(queries, feature, inner_masks=True)
-        ]
-        return DecoderOutput(predictions, feature.stride)

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.attention import initialize_linear
-from segvit.backbones.plain import FeatureMap
-from segvit.decoders.atm import DecoderOutput, Prediction
+from segvit.backbones.feature_map import FeatureMap
+from segvit.decoders.decoder import Decoder, DecoderOutput, DecoderSpec, Prediction
 from segvit.output import at_least_float32
 
 # B batch, L tokens on an (h, w) grid, N classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Decoder):
+    """One linear layer on the features of all `out_layers`; the decoder's sizes have no meaning for it."""
+
+    has_masks: ClassVar[bool] = False
+
+    def build(self, spec: DecoderSpec) -> nn.Module:
+        """See `Decoder`."""
+        return LinearHead(spec.feature_widths, spec.num_classes)
 
 
 class LinearHead(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from segvit.attention import DecoderLayer
-from segvit.backbones.plain import FeatureMap
+from segvit.backbones.feature_map import FeatureMap
 from segvit.decoders.shrunk import QueryUpsampling, ShrunkDecoder
 from segvit.inference.predict import evaluating
 from segvit.model import SegViT

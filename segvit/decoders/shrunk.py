@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from segvit.attention import DecoderLayer, initialize_linear
-from segvit.backbones.plain import FeatureMap, resize_positions
-from segvit.decoders.atm import DecoderOutput, DecoderSizes, InputProjection, SingleATM
+from segvit.backbones.feature_map import FeatureMap, resize_positions
+from segvit.decoders.atm import ATMDecoder, ATMStage, DecoderSizes, InputProjection
+from segvit.decoders.decoder import DecoderOutput, DecoderSpec
+from segvit.decoders.shrinking import ShrinkingDecoder
+from segvit.decoders.single import SingleATM
 
 # B batch, Q = h*w grid queries at the backbone's first stride, C decoder channels
 
@@ -29,6 +35,25 @@ class QueryUpsampling(nn.Module):
         for layer in self.layers:
             queries = layer(queries, tokens)
         return queries
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrunk(ATMDecoder, ShrinkingDecoder):
+    """An upsampling layer for each of `out_layers`, one or two, in this order, then one ATM block."""
+
+    max_out_layers: ClassVar[int | None] = 2
+    has_upsampling: ClassVar[bool] = True
+    parts: ClassVar[Mapping[str, type[nn.Module]]] = MappingProxyType(
+        {"upsampling": QueryUpsampling, "atm_stage": ATMStage}
+    )
+
+    def default_out_layers(self, depth: int, hierarchical: bool) -> tuple[int, ...]:
+        """The last block before downsampling and the last of all, as published."""
+        return (self.downsampling(depth).index - 1, depth - 1)
+
+    def build(self, spec: DecoderSpec) -> nn.Module:
+        """See `Decoder`."""
+        return ShrunkDecoder(spec.patch_grid, spec.patch_size, spec.feature_widths, self.sizes(spec))
 
 
 class ShrunkDecoder(nn.Module):

@@ -1,8 +1,8 @@
-"""Focal and dice loss of masks at full resolution, and their gradient on the mask's own grid, in one sweep.
+"""Loss terms of masks at full resolution, and their gradient on the mask's own grid, in one sweep.
 
 A mask is brought to full resolution, compared, and its gradient brought back to the small grid before the next
-mask is looked at. So the maps of full resolution stay in the processor's cache, each costs one exponential and one
-logarithm, and nothing of full resolution waits for the backward pass.
+mask is looked at. So the maps of full resolution stay in the processor's cache, terms with a fused function share
+one exponential and one logarithm a pixel, and nothing of full resolution waits for the backward pass.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from segvit.losses.mask_maps import MaskMaps
+from segvit.losses.term import LossTerm
+
 # P masks, H W pixels, h w mask grid
 
-FOCAL_ALPHA = 0.25
 CACHED_ELEMENTS = 1 << 18  # of one full-resolution map on a CPU: 1 MB in float32
 QUEUED_ELEMENTS = 1 << 24  # of one map on a GPU, where few large kernels beat many small ones
 
 
 class MaskTerms(torch.autograd.Function):
-    """Sigmoid focal loss (mean over pixels) and dice loss of each mask (SegViT, arXiv 2210.05844, section 3.4)."""
+    """Each of some terms' loss of each mask."""
 
     @staticmethod
     def forward(
@@ -32,8 +34,9 @@ class MaskTerms(torch.autograd.Function):
         class_index: Tensor,
         padded_size: tuple[int, int],
         ignore_index: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Focal and dice loss, each (P,).
+        terms: tuple[LossTerm, ...],
+    ) -> tuple[Tensor, ...]:
+        """The loss (P,) of every term, in their order.
 
         Args:
             ctx: What autograd carries to `backward`.
@@ -43,90 +46,67 @@ class MaskTerms(torch.autograd.Function):
             class_index: (P,) class whose pixels each mask should cover.
             padded_size: (height, width) in pixels that the mask grid covers.
             ignore_index: Label of pixels that are left out; None: none are.
+            terms: Those that compare masks.
         """
         num_masks, *grid = logits.shape
         rows, columns = (
             bilinear_matrix(cells, covered, kept, logits)
             for cells, covered, kept in zip(grid, padded_size, labels.shape[1:], strict=True)
         )
-        focal, dice = logits.new_empty(num_masks), logits.new_empty(num_masks)
+        losses = [logits.new_empty(num_masks) for _ in terms]
         with_gradient = ctx.needs_input_grad[0]
-        gradients = logits.new_empty(2 if with_gradient else 0, *logits.shape)
+        gradients = logits.new_empty(len(terms) if with_gradient else 0, *logits.shape)
         limit = CACHED_ELEMENTS if logits.device.type == "cpu" else QUEUED_ELEMENTS
         step = max(1, limit // labels[0].numel())
+        # Fused terms share what the masks are overwritten with, so the others come first.
+        order = sorted(range(len(terms)), key=lambda index: terms[index].fused is not None)
         for start in range(0, num_masks, step):
             some = slice(start, start + step)
             masks = rows @ logits[some] @ columns.T
             pixels = labels[image[some]]
-            positive = torch.eq(pixels, class_index[some, None, None], out=torch.empty_like(masks))
+            target = torch.eq(pixels, class_index[some, None, None], out=torch.empty_like(masks))
             ignored = None if ignore_index is None else pixels == ignore_index
-            focal[some], dice[some], *maps = compare(masks, positive, ignored, with_gradient)
-            for gradient, full in zip(gradients, maps, strict=True):
-                gradient[some] = rows.T @ full @ columns
+            maps: MaskMaps | None = None
+            for index in order:
+                term = terms[index]
+                if term.fused is None:
+                    losses[index][some], gradient = differentiate(term, masks, target, ignored, with_gradient)
+                else:
+                    maps = MaskMaps(masks, target, ignored) if maps is None else maps
+                    losses[index][some], gradient = term.fused(maps, with_gradient)
+                if gradient is not None and with_gradient:
+                    gradients[index, some] = rows.T @ gradient @ columns
         ctx.save_for_backward(gradients)
-        return focal, dice
+        return tuple(losses)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, focal_grad: Tensor, dice_grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *loss_grads: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient with respect to the logits."""
-        focal, dice = ctx.saved_tensors[0]
-        grad = focal * focal_grad[:, None, None] + dice * dice_grad[:, None, None]
-        return grad, None, None, None, None, None
+        (gradients,) = ctx.saved_tensors
+        parts = [gradient * loss_grad[:, None, None] for gradient, loss_grad in zip(gradients, loss_grads, strict=True)]
+        return sum(parts[1:], parts[0]), None, None, None, None, None, None
 
 
-def compare(masks: Tensor, positive: Tensor, ignored: Tensor | None, with_gradient: bool) -> tuple[Tensor, ...]:
-    """Focal and dice loss (P,) of mask logits (P, H, W) and, if asked for, their gradients (P, H, W).
+def differentiate(
+    term: LossTerm, masks: Tensor, target: Tensor, ignored: Tensor | None, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The loss (P,) of a term without a fused function and, if asked for, its gradient (P, H, W), by autograd.
 
-    With s = -1 on the mask and 1 off it: e = sigmoid(s x) is the probability given to the wrong side, and the
-    cross-entropy is softplus(s x).
-
-    Args:
-        masks: Logits; overwritten.
-        positive: Ones where the mask should be, zeros elsewhere, in the logits' type; overwritten.
-        ignored: Booleans, the pixels that are left out; None: none.
-        with_gradient: Whether to return the gradients too.
+    Raises:
+        ValueError: The term's function gives something else than one loss a mask.
     """
-    area = positive.sum((1, 2))
-    sign = positive.mul_(-2.0).add_(1.0)
-    signed = masks.mul_(sign)
-    wrong = torch.sigmoid(signed)
-    entropy = softplus(signed)
-    if ignored is not None:
-        wrong.masked_fill_(ignored, 0.0)
-    count = masks[0].numel() if ignored is None else (~ignored).sum((1, 2)).clamp_(min=1).to(masks.dtype)
-    wrong_squared = wrong.square()
-    # alpha on the mask and 1 - alpha off it is 1/2 + s (1/2 - alpha).
-    tilt = 0.5 - FOCAL_ALPHA
-    weighted = wrong_squared * entropy
-    focal = (0.5 * weighted.sum((1, 2)) + tilt * weighted.mul_(sign).sum((1, 2))) / count
-    # Foreground probability is 1 - e on the mask and e off it.
-    signed_wrong = torch.mul(wrong, sign, out=weighted).sum((1, 2))
-    overlap = area - (wrong.sum((1, 2)) - signed_wrong) / 2
-    total = signed_wrong + 2 * area
-    dice = 1 - (2 * overlap + 1) / (total + 1)
-    if not with_gradient:
-        return focal, dice
-    # d focal / dx = alpha s e^2 (2 (1 - e) softplus + e); alpha s is tilt + s / 2.
-    focal_grad = entropy.addcmul_(entropy, wrong, value=-1.0).mul_(2.0).add_(wrong).mul_(wrong_squared)
-    focal_grad.mul_(torch.mul(sign, 0.5, out=weighted).add_(tilt)).div_(torch.as_tensor(count)[..., None, None])
-    # d dice / dx = e (1 - e) (a - 2 t / (total + 1)), t = (1 - s) / 2.
-    slope = wrong.sub_(wrong_squared)
-    inverse = 1 / (total + 1)
-    everywhere = (2 * overlap + 1) * inverse.square() - inverse
-    dice_grad = slope.mul_(sign.mul_(inverse[:, None, None]).add_(everywhere[:, None, None]))
-    return focal, dice, focal_grad, dice_grad
-
-
-def softplus(values: Tensor) -> Tensor:
-    """log(1 + exp(x)), exact for any x; overwrites x.
-
-    torch's own takes three times as long, for its log1p; here what 1 + u rounds away is added to the logarithm.
-    """
-    small = values.abs().neg_().exp_()
-    rounded = small + 1.0
-    small.sub_(rounded - 1.0)
-    return values.clamp_(min=0.0).add_(rounded.log_()).add_(small)
+    with torch.set_grad_enabled(with_gradient):
+        logits = masks.detach().requires_grad_(with_gradient)
+        loss = term.function(logits, target, None if ignored is None else ~ignored)
+        if loss.shape != masks.shape[:1]:
+            raise ValueError(
+                f"loss term {term.name} gives shape {tuple(loss.shape)} for {len(masks)} masks; "
+                f"return one loss a mask, ({len(masks)},)"
+            )
+        if not with_gradient:
+            return loss, None
+        return loss.detach(), torch.autograd.grad(loss.sum(), logits)[0]
 
 
 def bilinear_matrix(cells: int, covered: int, kept: int, like: Tensor) -> Tensor:

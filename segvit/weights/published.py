@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from segvit.config import ModelConfig, Structure
+from segvit.config import ModelConfig
 from segvit.losses.segmentation_loss import NO_OBJECT_WEIGHT
 from segvit.model import SegViT, build_model
 from segvit.weights.published_names import Layout, tensor_names
@@ -22,6 +22,7 @@ from segvit.weights.published_names import Layout, tensor_names
 # The published backbones are of this architecture, with sizes of their own.
 ARCHITECTURE = "vit_base_patch16_384"
 EMPTY_WEIGHT = "loss_decode.criterion.empty_weight"
+PUBLISHED_STRUCTURES = ("cascade", "single", "naive_qd", "shrunk")
 MOST_NAMED = 20
 PREFIX = "module."
 
@@ -50,7 +51,7 @@ def load_published(
             and plain containers), or its contents: the tensors by name, or a mapping with a ``state_dict``.
         num_heads: Attention heads of backbone and decoder.
         out_layers: 0-based blocks that are read, ascending.
-        shrink_at: 0-based block that query-based downsampling precedes; None: no downsampling.
+        shrink_at: 0-based block inside which query-based downsampling halves the tokens; None: no downsampling.
         image_size: Side, or (height, width), in pixels of the training crop.
         attention_scale: Factor of ATM's similarity; None: head width ** -0.5.
 
@@ -81,11 +82,12 @@ def published_state_dict(model: SegViT) -> dict[str, Tensor]:
     Raises:
         ValueError: The model computes something that the format has no place for.
     """
-    config, defaults = model.config, ModelConfig(backbone=model.config.backbone, image_size=model.config.image_size)
-    fixed = ("chain_stages", "share_queries", "accumulate_masks", "shrink_queries")
-    reasons = [f"{name} {getattr(config, name)}" for name in fixed if getattr(config, name) != getattr(defaults, name)]
-    if config.structure == "linear":
-        reasons.append("structure linear")
+    config = model.config
+    fixed = {"chain_stages": True, "share_queries": True, "accumulate_masks": True, "shrink_queries": "nearest"}
+    values = config.to_dict()
+    reasons = [f"{name} {values[name]}" for name, only in fixed.items() if values.get(name, only) != only]
+    if config.structure not in PUBLISHED_STRUCTURES:
+        reasons.append(f"structure {config.structure}")
     if config.structure == "cascade" and len(model.backbone.widths) < 2:
         reasons.append("a cascade of one stage")
     if config.class_token:
@@ -117,7 +119,7 @@ def rename(model: SegViT) -> dict[str, str]:
             len(blocks),
             len(model.backbone.widths) if config.structure in ("cascade", "shrunk") else 1,
             config.decoder_layers,
-            config.input_projection,
+            config.to_dict().get("input_projection", True),
         )
     )
     if strange := sorted(set(own) ^ set(names.values())):
@@ -169,7 +171,6 @@ def read_layout(state: Mapping[str, Tensor], *, shrinks: bool) -> Layout:
     num_stages = count(state, r"decode_head\.decoder_(\d+)\.", first=1)
     layers_of = r"decode_head\.decoder_\d+\.layers\.(\d+)\."
     projection = any(name.startswith(("decode_head.input_proj_", "decode_head.proj_norm_")) for name in state)
-    structure: Structure
     if any(name.startswith("decode_head.atm.") for name in state):
         structure = "shrunk"
     elif num_stages > 1:
@@ -266,7 +267,7 @@ def check_image_size(size: tuple[int, int], patch_size: int, num_patches: int) -
     )
 
 
-def class_head(structure: Structure) -> str:
+def class_head(structure: str) -> str:
     """The name of the tensor (N + 1, C) that tells the number of classes and the decoder's width."""
     return "decode_head.atm.class_embed.weight" if structure == "shrunk" else "decode_head.class_embed.weight"
 
@@ -283,7 +284,7 @@ def check_state(state: Mapping[str, Tensor], needed: Mapping[str, Shape], num_cl
     width = needed["backbone.pos_embed"][-1]
     allowed |= {f"backbone.ln1.{part}": (width,) for part in ("weight", "bias")}
     shapes = {**needed, **allowed}
-    misshapen = [
+    of_another_shape = [
         f"{name} {tuple(tensor.shape)} instead of {shapes[name]}"
         for name, tensor in state.items()
         if name in shapes and tuple(tensor.shape) != shapes[name]
@@ -291,7 +292,7 @@ def check_state(state: Mapping[str, Tensor], needed: Mapping[str, Shape], num_cl
     problems = {
         "missing": [name for name in needed if name not in state],
         "unknown": [name for name in state if name not in shapes],
-        "of another shape": misshapen,
+        "of another shape": of_another_shape,
     }
     if found := [f"{kind}: {listing(names)}" for kind, names in problems.items() if names]:
         raise ValueError(f"the checkpoint does not fit the structure its names tell; {'; '.join(found)}")

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from segvit.config import Structure
-
 
 class Layout(NamedTuple):
     """How many of each part a checkpoint has: enough to name all of its tensors."""
 
-    structure: Structure
+    structure: str
     num_blocks: int
     num_stages: int
     """ATM stages of a cascade, upsampling stages of Shrunk, otherwise 1."""

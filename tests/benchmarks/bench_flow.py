@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.records import Report
-from pipeline.workflow.graph import Recipe
+from pipeline.workflow.graph import Graph
 from pipeline.workflow.step import StepContext, step
 from pipeline.workflow.tracking import Tracking
 from tests.faults.tracking_server import TrackingServer
@@ -39,7 +39,7 @@ def link(context: StepContext, number: int, before: Report | None = None) -> Rep
     return Report(uri=str(target), digest=f"{number} {before.digest if before else ''}"[:40])
 
 
-def recipe(flow: Recipe, chain: int, fan: int) -> None:
+def recipe(flow: Graph, chain: int, fan: int) -> None:
     """`chain` steps one after the other, then `fan` steps beside each other."""
     last = None
     for number in range(chain):

@@ -91,12 +91,12 @@ def inside(disk: Path, elsewhere: Path) -> None:
         ballast = fill(disk)
         expect(f"full logs, {kind}", run(workspace, store, str(elsewhere), kind, 1), RunState.FAILED, log=False)
         ballast.unlink()
-        expect(f"room again, {kind}", run(workspace, store, str(elsewhere), kind, 1), RunState.RUN)
+        expect(f"room again, {kind}", run(workspace, store, str(elsewhere), kind, 1), RunState.DONE)
         expect(f"remembered, {kind}", run(workspace, store, str(elsewhere), kind, 1), RunState.REUSED)
     store = Tracking.for_workspace(str(disk / "store"))
     workspace = elsewhere / "outputs"
     flow_before = run(workspace, store, str(elsewhere), "file", 1)
-    expect("store with room", flow_before, RunState.RUN)
+    expect("store with room", flow_before, RunState.DONE)
     flow = store.create_run("flow", {Tag.KIND: "flow", **liveness.identity_tags()})
     arguments = {"kind": "file", "mib": 2}
     request = StepRequest(
@@ -114,7 +114,7 @@ def inside(disk: Path, elsewhere: Path) -> None:
     expect("full store", outcome, RunState.FAILED, log=True)
     print(f"store: {outcome.error}")
     ballast.unlink()
-    expect("store with room again", execute_step(request), RunState.RUN)
+    expect("store with room again", execute_step(request), RunState.DONE)
     expect("store remembers", execute_step(request), RunState.REUSED)
     print("full disk: every failure one line, nothing half-published, every rerun complete")
 

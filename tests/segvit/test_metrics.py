@@ -71,7 +71,7 @@ def test_merge__equals_counting_in_one_place() -> None:
 
 def test_update__bad_input_is_refused() -> None:
     for accumulator in (ConfusionMatrix(3), BoundaryIoU(3)):
-        with pytest.raises(ValueError, match="label ids run from 0 to 7; allowed are 0 to 2"):
+        with pytest.raises(ValueError, match="labels hold 7; allowed are the classes 0 to 2 and 255 for ignored"):
             accumulator.update(np.zeros((1, 2), dtype=int), np.array([[0, 7]]))
         with pytest.raises(ValueError, match="predicted ids run from 0 to 3"):
             accumulator.update(np.array([[0, 3]]), np.zeros((1, 2), dtype=int))

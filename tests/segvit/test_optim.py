@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segvit.model import SegViT
-from segvit.optim import parameter_groups, poly_lambda
+from segvit.optim import parameter_groups
 
 MakeModel = Callable[..., SegViT]
 
@@ -39,22 +39,3 @@ def test_parameter_groups__fully_frozen_backbone_leaves_the_decoder(make_model: 
     model = make_model("cascade")
     model.freeze_blocks(4)
     assert [group["name"] for group in parameter_groups(model, 1e-4, 0.01)] == ["decoder"]
-
-
-def test_poly_lambda__published_schedule() -> None:
-    factor = poly_lambda(warmup_steps=100, total_steps=1000, power=1.0)
-    assert factor(0) == pytest.approx(1e-6)
-    assert factor(50) == pytest.approx(0.95 * (0.5 + 0.5e-6))
-    assert factor(100) == pytest.approx(0.9)
-    assert factor(500) == pytest.approx(0.5)
-    assert factor(1000) == factor(2000) == 0.0
-
-
-def test_poly_lambda__power_and_no_warmup() -> None:
-    factor = poly_lambda(warmup_steps=0, total_steps=10, power=2.0)
-    assert [factor(step) for step in (0, 5, 10)] == pytest.approx([1.0, 0.25, 0.0])
-
-
-def test_poly_lambda__warmup_longer_than_training() -> None:
-    with pytest.raises(ValueError, match="warmup_steps 20 must be between 0 and total_steps 10"):
-        poly_lambda(20, 10, 1.0)

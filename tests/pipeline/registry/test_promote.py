@@ -96,9 +96,9 @@ def test_promote_version__killed_before_the_alias_moved_is_mended(
 @pytest.mark.usefixtures("trusting")
 def test_verify_decision__holds_while_the_champion_stays(tracking: Tracking, trained: Any, register: Register) -> None:
     decision = promote_version(tracking, register(), PromotionPolicy())
-    assert verify_decision(decision, tracking) is None
+    assert verify_decision(decision, tracking, {}) is None
     promote_version(tracking, register(trained.scored(0.6)), PromotionPolicy())
-    assert verify_decision(decision, tracking) == f"the champion of {decision.name} is now version 2"
+    assert verify_decision(decision, tracking, {}) == f"the champion of {decision.name} is now version 2"
 
 
 def test_promote_version__artifact_that_predicts_otherwise_is_refused(
@@ -260,12 +260,12 @@ def test_roll_back__the_next_flow_does_not_promote_it_again(
     first, second = register(), register(trained.scored(0.6))
     decision = [promote_version(tracking, one, PromotionPolicy()) for one in (first, second)][1]
     roll_back(tracking, first.name, decided_by="ann")
-    assert verify_decision(decision, tracking) == f"the champion of {first.name} is now version 1"
+    assert verify_decision(decision, tracking, {}) == f"the champion of {first.name} is now version 1"
     refused = promote_version(tracking, second, PromotionPolicy())
     assert not refused.promoted
     assert refused.reason.startswith("refused: version 2 was rolled back to version 1 by ann at 20")
     assert refused.reason.endswith(f"; to have it all the same, run segvit promote {first.name} 2")
-    assert verify_decision(refused, tracking) is None
+    assert verify_decision(refused, tracking, {}) is None
     assert promote_version(tracking, second, PromotionPolicy(), by_hand=True).promoted
     assert decisions.why_left(tracking, first.name, 2) == ""
     assert store.find_alias(tracking, first.name, "champion") == 2

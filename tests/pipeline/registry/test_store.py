@@ -80,14 +80,14 @@ def test_mark_candidate__best_score_then_fewest_flops(tracking: Tracking, traine
 
 def test_verify_version__tells_what_is_gone(tracking: Tracking, register: Register) -> None:
     version = register()
-    assert store.verify_version(version, tracking) is None
+    assert store.verify_version(version, tracking, {}) is None
     other = version.model_copy(update={"checkpoint_digest": "0" * 64})
-    assert store.verify_version(other, tracking) == f"{version.model_uri} is of another checkpoint"
+    assert store.verify_version(other, tracking, {}) == f"{version.model_uri} is of another checkpoint"
     weights = Path(store.version_location(tracking, version.name, 1)) / "artifacts/checkpoint/model.safetensors"
     weights.unlink()
-    assert store.verify_version(version, tracking) == f"{version.model_uri} has lost its weights"
+    assert store.verify_version(version, tracking, {}) == f"{version.model_uri} has lost its weights"
     tracking.client().delete_model_version(version.name, "1")
-    assert str(store.verify_version(version, tracking)).startswith(f"model {version.name} has no version 1 in")
+    assert str(store.verify_version(version, tracking, {})).startswith(f"model {version.name} has no version 1 in")
 
 
 @pytest.mark.parametrize(

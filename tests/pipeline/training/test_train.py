@@ -27,7 +27,7 @@ from pipeline.shards.shards import ShardSetError
 from pipeline.training import train
 from pipeline.training.loop import micro_batches, run_training
 from pipeline.training.train import MetricsToTracking, StopOnUserError, scaling
-from pipeline.training.train_run import mend_run
+from pipeline.training.train_run import repair_run
 from pipeline.training.trainer import TrainJob, WorkerPlace
 from pipeline.workflow import execution, ray_session
 from pipeline.workflow.tracking import MetricLog, Tracking
@@ -222,7 +222,7 @@ def test_train_variant__killed_broken_mended_and_published(
         curve = [(one.step, one.value) for one in tracking.client().get_metric_history(run_id, name)]
         assert curve == [(row["step"], row[name]) for row in undisturbed.history if name in row]
     # The two best and the last, whole.
-    saved = mend_run(str(tmp_path / "ray/run"), "best")
+    saved = repair_run(str(tmp_path / "ray/run"), "best")
     assert {5, 8} <= {one.step for one in saved}
     assert len(saved) <= 3
 

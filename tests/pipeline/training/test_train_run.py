@@ -10,7 +10,7 @@ import pytest
 import ray.train
 
 from pipeline.training.train_checkpoint import FILES, SUMS_FILE, _sha256, damage_of
-from pipeline.training.train_run import RAY_LIST, chosen_checkpoint, listed_checkpoints, mend_run
+from pipeline.training.train_run import RAY_LIST, chosen_checkpoint, listed_checkpoints, repair_run
 
 # Step and mIoU of each checkpoint; the best is the second.
 SCORES = ((5, -1.0), (10, 0.6), (15, -1.0), (20, 0.4))
@@ -33,12 +33,12 @@ def run(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     for step, miou in SCORES:
         write_checkpoint(run, step, miou)
-    mend_run(str(run), "last", say=lambda _line: None)
+    repair_run(str(run), "last", say=lambda _line: None)
     return run
 
 
 def steps(run: Path, keep: str, said: list[str] | None = None) -> list[int]:
-    return [one.step for one in mend_run(str(run), keep, say=(said if said is not None else []).append)]
+    return [one.step for one in repair_run(str(run), keep, say=(said if said is not None else []).append)]
 
 
 def test_mend_run__ray_reads_the_list_that_is_made(run: Path) -> None:
@@ -142,7 +142,7 @@ def test_mend_run__nothing_whole_starts_anew(run: Path) -> None:
 
 
 def test_chosen_checkpoint__best_or_last(run: Path) -> None:
-    saved = mend_run(str(run), "best")
+    saved = repair_run(str(run), "best")
     assert chosen_checkpoint(saved, "best").step == 10
     assert chosen_checkpoint(saved, "last").step == 20
     equal = [one._replace(val_miou=0.5) for one in saved]

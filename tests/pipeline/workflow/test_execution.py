@@ -16,7 +16,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Report
 from pipeline.workflow import claims, execution, liveness, runs
-from pipeline.workflow.execution import Outcome, StepRef, StepRequest, execute_step, one_line, recall, resolve
+from pipeline.workflow.execution import Outcome, StepRef, StepRequest, execute_step, look_up, one_line, resolve
 from pipeline.workflow.step import Step, StepContext, step
 from pipeline.workflow.tracking import RECORD_FILE, TRACEBACK_FILE, RunState, Tag, Tracking
 
@@ -67,7 +67,7 @@ def test_execute_step__records_and_is_then_reused(make_request: Any, tracking: T
     calls: list[str] = []
     first = execute_step(make_request(make_writer(calls), "hello"))
     again = execute_step(make_request(make_writer(calls), "hello", label="other"))
-    assert (first.state, again.state, calls) == (RunState.RUN, RunState.REUSED, ["write"])
+    assert (first.state, again.state, calls) == (RunState.DONE, RunState.REUSED, ["write"])
     assert again.record == first.record
     tags = tags_of(first, tracking)
     assert tags[Tag.DONE] == tags[Tag.FINGERPRINT] == tags_of(again, tracking)[Tag.FINGERPRINT]
@@ -84,7 +84,7 @@ def test_execute_step__takes_records_for_references(make_request: Any) -> None:
     known = Outcome(label="shards", state=RunState.REUSED, record=before)
     outcome = execute_step(request, known)
     direct = execute_step(make_request(make_writer(calls), "t", before=before))
-    assert (outcome.state, direct.state) == (RunState.RUN, RunState.REUSED)
+    assert (outcome.state, direct.state) == (RunState.DONE, RunState.REUSED)
 
 
 def test_execute_step__failure_is_recorded_with_its_traceback(make_request: Any, tracking: Tracking) -> None:
@@ -126,7 +126,7 @@ def test_execute_step__goes_on_under_the_run_of_a_crashed_attempt(make_request: 
     request = make_request(make_writer([]), "t")
     crashed = begin(request)
     outcome = execute_step(request)
-    assert (outcome.state, outcome.run_id) == (RunState.RUN, crashed)
+    assert (outcome.state, outcome.run_id) == (RunState.DONE, crashed)
     assert tracking.client().get_run(crashed).info.status == "FINISHED"
 
 
@@ -147,7 +147,7 @@ def test_execute_step__damaged_results_are_computed_again(make_request: Any, tra
         tracking.client().set_tag(str(first.run_id), Tag.RECORD_DIGEST, execution._sha256(text))
         note = f"the record of run {str(first.run_id)[:8]} is of another form"
     again = execute_step(make_request(make_writer(calls), damage))
-    assert (again.state, again.note, len(calls)) == (RunState.RUN, note, 2)
+    assert (again.state, again.note, len(calls)) == (RunState.DONE, note, 2)
     assert execute_step(make_request(make_writer(calls), damage)).state == RunState.REUSED
 
 
@@ -155,7 +155,7 @@ def test_execute_step__a_kill_before_the_done_mark_means_run_again(make_request:
     calls: list[str] = []
     first = execute_step(make_request(make_writer(calls), "t"))
     tracking.client().delete_tag(str(first.run_id), Tag.DONE)
-    assert execute_step(make_request(make_writer(calls), "t")).state == RunState.RUN
+    assert execute_step(make_request(make_writer(calls), "t")).state == RunState.DONE
     assert len(calls) == 2
 
 
@@ -190,7 +190,7 @@ def test_claims__of_a_dead_driver_lapse_with_the_step_s_process(
     tracking.client().set_tag(dead.flow_run_id, liveness.STARTED_TAG, "1")
     # Its process lives: it is given time to end.
     begun = time.monotonic()
-    assert execute_step(make_request(make_writer([]), "t")).state == RunState.RUN
+    assert execute_step(make_request(make_writer([]), "t")).state == RunState.DONE
     assert time.monotonic() - begun > 2
     tracking.set_tags(orphan, {Tag.FINGERPRINT: "another"})
 
@@ -199,7 +199,7 @@ def test_claims__of_a_dead_process_lapse_though_its_driver_lives(make_request: A
     # Else steps with one fingerprint could wait, in every slot that Ray has, for one whose next attempt finds none.
     crashed = begin(make_request(make_writer([]), "t"))
     tracking.client().set_tag(crashed, liveness.STARTED_TAG, "1")
-    assert execute_step(make_request(make_writer([]), "t")).state == RunState.RUN
+    assert execute_step(make_request(make_writer([]), "t")).state == RunState.DONE
 
 
 @pytest.mark.parametrize(("silent_s", "waits"), [(10, True), (400, False)])
@@ -219,7 +219,7 @@ def test_claims__on_another_machine_lapse_with_the_driver_s_heartbeat(
     tracking.set_tags(far.flow_run_id, elsewhere | {liveness.HEARTBEAT_TAG: beat})
     monkeypatch.setattr(claims, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     outcome = execute_step(make_request(make_writer([]), "t"))
-    assert (outcome.state, outcome.error) == ((RunState.FAILED, "Waited") if waits else (RunState.RUN, None))
+    assert (outcome.state, outcome.error) == ((RunState.FAILED, "Waited") if waits else (RunState.DONE, None))
 
 
 def test_claims__what_finished_between_the_last_look_and_the_turn_is_reused(
@@ -231,7 +231,7 @@ def test_claims__what_finished_between_the_last_look_and_the_turn_is_reused(
 
     def begin_late(request: StepRequest, *rest: Any) -> str:
         if request is second:
-            assert execute_step(first).state == RunState.RUN
+            assert execute_step(first).state == RunState.DONE
         return begin_run(request, *rest)
 
     monkeypatch.setattr(execution, "_begin", begin_late)
@@ -244,7 +244,7 @@ def test_claims__a_twin_of_the_own_run_is_deleted(make_request: Any, tracking: T
     request = make_request(make_writer([]), "t")
     run_id, twin = begin(request), begin(request)
     outcome = execute_step(request)
-    assert (outcome.state, outcome.run_id in (run_id, twin)) == (RunState.RUN, True)
+    assert (outcome.state, outcome.run_id in (run_id, twin)) == (RunState.DONE, True)
     (left,) = tracking.runs(f"tags.`{Tag.PARENT}` = '{request.flow_run_id}'")
     assert left.info.run_id == outcome.run_id
 
@@ -255,7 +255,7 @@ def test_execute_step__killed_after_the_done_mark_is_taken_over(make_request: An
     first = execute_step(request)
     tracking.client().update_run(str(first.run_id), status="RUNNING")
     again = execute_step(request)
-    assert (again.state, again.run_id, len(calls)) == (RunState.RUN, first.run_id, 1)
+    assert (again.state, again.run_id, len(calls)) == (RunState.DONE, first.run_id, 1)
     assert tracking.client().get_run(str(first.run_id)).info.status == "FINISHED"
     # The same, with the driver dead: whoever marks what it left ends the step as finished.
     tracking.client().update_run(str(first.run_id), status="RUNNING")
@@ -278,7 +278,7 @@ def test_execute_step__one_flipped_byte_in_an_output(make_request: Any, keep_tim
     if keep_times:
         os.utime(output, ns=(about.st_atime_ns, about.st_mtime_ns))
     again = execute_step(make_request(make_writer(calls), "hello"))
-    assert (again.state, again.note, len(calls)) == (RunState.RUN, f"{output} has changed", 2)
+    assert (again.state, again.note, len(calls)) == (RunState.DONE, f"{output} has changed", 2)
     assert output.read_text() == "hello"
     assert execute_step(make_request(make_writer(calls), "hello")).state == RunState.REUSED
 
@@ -301,7 +301,7 @@ def test_record_failed__tells_the_cause_though_nothing_can_be_written(
 
 
 def test_recall__says_nothing_where_nothing_was_done(tracking: Tracking) -> None:
-    assert recall(tracking, make_writer([]), "f" * 64) == (None, None, None)
+    assert look_up(tracking, make_writer([]), "f" * 64) == (None, None, None)
 
 
 def test_resolve__at_any_depth() -> None:

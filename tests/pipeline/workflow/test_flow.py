@@ -20,7 +20,7 @@ from pipeline.records import Report
 from pipeline.workflow import driver_watch, liveness, runs
 from pipeline.workflow import flow as workflow
 from pipeline.workflow.flow import Flow, FlowEvent, FlowFailed, FlowTerminated, StepRef
-from pipeline.workflow.graph import Recipe
+from pipeline.workflow.graph import Graph
 from pipeline.workflow.runs import RunSummary, RunTree
 from pipeline.workflow.step import Step, StepContext, step
 from pipeline.workflow.tracking import TRACEBACK_FILE, RunState, Tag, Tracking
@@ -105,7 +105,7 @@ def make_steps() -> tuple[Step[..., Report], Step[..., Report]]:
     return source, join
 
 
-def diamond(flow: Recipe, left: str = "l") -> StepRef[Report]:
+def diamond(flow: Graph, left: str = "l") -> StepRef[Report]:
     source, join = make_steps()
     top = flow.step(source, "t", label="top")
     sides = [flow.step(join, [top], suffix, label=name) for name, suffix in (("left", left), ("right", "r"))]
@@ -117,7 +117,7 @@ def test_flow__rerun_reuses_all_and_a_change_runs_its_dependants_only(lab: Lab) 
         bottom = diamond(flow)
         assert flow.result(bottom).digest == "tl+tr"
     assert lab.executed() == ["bottom", "left", "right", "top"]
-    assert set(lab.ended().values()) == {RunState.RUN}
+    assert set(lab.ended().values()) == {RunState.DONE}
     tree = lab.tree()
     assert (tree.run.state, tree.run.steps) == (RunState.FINISHED, {"run": 4})
     assert [(one.label, one.depends_on) for one in tree.steps] == [
@@ -174,7 +174,7 @@ def test_flow__failure_takes_its_dependants_and_the_other_branch_finishes(lab: L
     def broken(context: StepContext, before: Report) -> Report:
         raise ZeroDivisionError("by\n zero")
 
-    def recipe(flow: Recipe) -> None:
+    def recipe(flow: Graph) -> None:
         top = flow.step(source, "t", label="top")
         bad = flow.step(broken, top, label="train/full")
         flow.step(join, [flow.step(join, [bad], label="evaluate/full"), top], label="report")
@@ -246,7 +246,7 @@ def test_flow__step_goes_on_after_its_process_was_killed(lab: Lab) -> None:
     with lab.flow() as flow:
         flow.step(fragile)
     (only,) = lab.tree().steps
-    assert only.state == RunState.RUN
+    assert only.state == RunState.DONE
     assert len(list(lab.tracking.runs("tags.`segvit.kind` = 'step'"))) == 1
 
 

@@ -12,7 +12,7 @@ import pytest
 from pipeline.records import Report
 from pipeline.workflow import execution
 from pipeline.workflow.execution import StepRef, StepRequest, execute_step
-from pipeline.workflow.graph import Plan, Recipe
+from pipeline.workflow.graph import Graph, Plan
 from pipeline.workflow.step import Step, StepContext, step
 from pipeline.workflow.tracking import Tag, Tracking
 
@@ -44,7 +44,7 @@ def remember(tracking: Tracking, workspace: Path, made: Step[..., Any], *args: A
     assert execute_step(request).record is not None
 
 
-def two_branches(flow: Recipe) -> None:
+def two_branches(flow: Graph) -> None:
     shards = flow.step(prepare, "t")
     for name in ("full", "shrunk"):
         flow.step(train, shards, len(name), label=f"train/{name}")
@@ -104,16 +104,16 @@ def test_plan__ends_where_a_recipe_asks_for_what_is_not_known(tracking: Tracking
     assert [one.label for one in plan.steps] == ["prepare", "train"]
 
 
-def taken_label(flow: Recipe) -> None:
+def taken_label(flow: Graph) -> None:
     flow.step(prepare, "a")
     flow.step(prepare, "b")
 
 
-def foreign_reference(flow: Recipe) -> None:
+def foreign_reference(flow: Graph) -> None:
     flow.step(train, StepRef("prepare", "prepare"))
 
 
-def odd_argument(flow: Recipe) -> None:
+def odd_argument(flow: Graph) -> None:
     shards = flow.step(prepare, "a")
     flow.step(train, shards, [shards, len])
 
@@ -127,7 +127,7 @@ def odd_argument(flow: Recipe) -> None:
     ],
 )
 def test_step__mistakes_are_told_at_once(
-    tracking: Tracking, tmp_path: Path, recipe: Callable[[Recipe], None], error: type[Exception], message: str
+    tracking: Tracking, tmp_path: Path, recipe: Callable[[Graph], None], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message), Plan(str(tmp_path), tracking) as plan:
         recipe(plan)
@@ -140,4 +140,4 @@ def test_step__equal_references_share_a_fingerprint_with_records(tracking: Track
         plan.step(train, shards)
     record = Report(uri="elsewhere", digest="t")
     assert plan.steps[1].fingerprint == train.fingerprint(train.bind((record,), {}))
-    assert execution.recall(tracking, train, str(plan.steps[1].fingerprint)).record is None
+    assert execution.look_up(tracking, train, str(plan.steps[1].fingerprint)).record is None

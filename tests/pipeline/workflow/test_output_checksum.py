@@ -9,7 +9,7 @@ import pytest
 from pipeline import storage
 from pipeline.records import Report
 from pipeline.storage.file_stamps import file_stamps
-from pipeline.workflow.output_checksum import broken_seal, seal_outputs
+from pipeline.workflow.output_checksum import changed_outputs, output_checksums
 
 
 @pytest.fixture
@@ -18,13 +18,13 @@ def output_uri() -> str:
 
 
 @pytest.mark.parametrize("name", ["", "inner/page.html"])
-def test_seal__of_a_file_and_of_a_folder_that_are_remote(output_uri: str, name: str) -> None:
+def test_output_checksums__of_a_file_and_of_a_folder_that_are_remote(output_uri: str, name: str) -> None:
     page = f"{output_uri}/inner/page.html"
     storage.publish_bytes(page, b"one")
-    seal = seal_outputs(Report(uri=f"{output_uri}/{name}".rstrip("/"), digest="d"), output_uri)
-    assert broken_seal(seal) is None
+    checksums = output_checksums(Report(uri=f"{output_uri}/{name}".rstrip("/"), digest="d"), output_uri)
+    assert changed_outputs(checksums) is None
     storage.publish_bytes(page, b"two")
-    assert broken_seal(seal) == f"{page} has changed"
+    assert changed_outputs(checksums) == f"{page} has changed"
 
 
 @pytest.mark.parametrize("recursive", [False, True])

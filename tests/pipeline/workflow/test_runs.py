@@ -41,7 +41,7 @@ def test_mark_abandoned__dead_driver_with_steps_and_trials(tracking: Tracking) -
     flow = make_flow(tracking, {liveness.PID_TAG: dead_pid()})
     running = make_step(tracking, flow, "tune")
     trial = make_step(tracking, running, "trial")
-    finished = make_step(tracking, flow, "prepare", RunState.RUN)
+    finished = make_step(tracking, flow, "prepare", RunState.DONE)
     tracking.end_run(finished, "FINISHED", {})
     alive = make_flow(tracking)
     assert runs.mark_abandoned(tracking) == [flow]
@@ -75,7 +75,7 @@ def test_list_runs__empty_where_there_is_no_store() -> None:
 def test_run_tree__in_the_flow_s_order_with_waiting_steps_and_records(tracking: Tracking) -> None:
     flow = make_flow(tracking)
     train = make_step(tracking, flow, "train/full")
-    prepare = make_step(tracking, flow, "prepare", RunState.RUN)
+    prepare = make_step(tracking, flow, "prepare", RunState.DONE)
     tracking.client().log_text(prepare, '{"digest": "d"}', RECORD_FILE)
     tracking.end_run(prepare, "FINISHED", {})
     plan = [
@@ -85,7 +85,7 @@ def test_run_tree__in_the_flow_s_order_with_waiting_steps_and_records(tracking: 
     tracking.client().log_text(flow, json.dumps([step.model_dump(mode="json") for step in plan]), "plan.json")
     tree = runs.run_tree(tracking, flow[:8], records=True)
     assert [(step.label, step.state) for step in tree.steps] == [
-        ("prepare", RunState.RUN),
+        ("prepare", RunState.DONE),
         ("train/full", RunState.RUNNING),
         ("evaluate", RunState.WAITING),
     ]
@@ -130,7 +130,7 @@ def test_cancel_run__a_driver_that_does_not_answer_is_told_after_the_bound(track
 
 def test_mark_abandoned__finishes_what_was_done_and_deletes_twins(tracking: Tracking) -> None:
     flow = make_flow(tracking, {liveness.HOST_TAG: "gone", liveness.HEARTBEAT_TAG: "2001-01-01T00:00:00+00:00"})
-    done = make_step(tracking, flow, "prepare", RunState.RUN)
+    done = make_step(tracking, flow, "prepare", RunState.DONE)
     tracking.set_tags(done, {Tag.DONE: "f" * 64})
     reused = make_step(tracking, flow, "train/full", RunState.REUSED)
     tracking.end_run(reused, "FINISHED", {})

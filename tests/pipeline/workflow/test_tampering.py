@@ -145,7 +145,7 @@ def test_flipped_byte__in_a_record(chain: Chain, tracking: Tracking) -> None:
     (run,) = (
         run
         for run in tracking.runs(f"tags.`{Tag.LABEL}` = 'fit'")
-        if Tag.DONE in run.data.tags and run.data.tags[Tag.STATE] == RunState.RUN
+        if Tag.DONE in run.data.tags and run.data.tags[Tag.STATE] == RunState.DONE
     )
     flip(Path(run.info.artifact_uri) / RECORD_FILE, 20)
     assert chain.run() == {"prepare": "reused", "fit": "run", "score": "reused"}

@@ -122,10 +122,10 @@ def test_client__a_patient_one_waits_for_the_server_to_come(monkeypatch: pytest.
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         tracking = Tracking(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        assert not tracking.answers()
+        assert not tracking.is_reachable()
         threading.Timer(1.0, listener.listen).start()
         tracking.patient()._require_answer()
-        assert tracking.answers()
+        assert tracking.is_reachable()
     assert tracking.patient().patience_s == 240
 
 

@@ -8,12 +8,11 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from segvit.backbones.downsampling import GridDownsampling, halve_mean, halve_nearest
+from segvit.backbones.downsampling import SHRINK_QUERIES, GridDownsampling, ShrinkQueries, halve_mean, halve_nearest
 from segvit.backbones.families import create_vit
 from segvit.backbones.plain import PlainBackbone
 from segvit.backbones.positions import TokenPositions, downsampled_places, token_positions
 from segvit.backbones.timm_blocks import Places, check_known, query_block, run_block
-from segvit.config import SHRINK_QUERIES, ShrinkQueries
 
 FAMILIES = [
     ("vit_tiny_patch16_224", 1),

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.backbones.families import create_vit
-from segvit.backbones.plain import FeatureMap, PlainBackbone, pad_to_multiple
+from segvit.backbones.feature_map import FeatureMap
+from segvit.backbones.plain import PlainBackbone, pad_to_multiple
 from segvit.backbones.positions import bias_table, geometric_places, token_positions
 from segvit.config import ModelConfig
 from segvit.model import build_backbone, build_model

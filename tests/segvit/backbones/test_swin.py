@@ -126,7 +126,7 @@ def test_build_model__cascade_predicts_on_the_finest_grid() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": (64, 100)}, f"crop 100 is not a multiple of {NAME}'s last stride 32; use 96 or 128"),
+        ({"image_size": (64, 100)}, f"image_size 100 is not a multiple of {NAME}'s last stride 32; use 96 or 128"),
         ({"structure": "shrunk"}, "structure 'shrunk' downsamples inside a plain ViT, and swin_tiny"),
         ({"structure": "naive_qd"}, "is hierarchical; use cascade, single or linear"),
         ({"class_token": False}, f"class_token False has no meaning for {NAME}"),

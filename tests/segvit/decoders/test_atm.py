@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segvit.attention import DecoderLayer, MultiheadAttention
-from segvit.backbones.plain import FeatureMap
-from segvit.decoders.atm import ATMCascade, AttentionToMask, DecoderSizes, SingleATM
+from segvit.backbones.feature_map import FeatureMap
+from segvit.decoders.atm import AttentionToMask, DecoderSizes
+from segvit.decoders.cascade import ATMCascade
+from segvit.decoders.single import SingleATM
 
 
 def sizes(**settings: Any) -> DecoderSizes:

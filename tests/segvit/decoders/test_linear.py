@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from segvit.backbones.plain import FeatureMap
+from segvit.backbones.feature_map import FeatureMap
 from segvit.decoders.linear import LinearHead
 
 

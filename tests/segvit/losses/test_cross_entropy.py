@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from segvit.inference.predict import semantic_scores
-from segvit.losses.cross_entropy import PixelNormalizer, SemanticCrossEntropy
+from segvit.losses.segmentation_loss import LossNormalizer, SegmentationLoss
 from segvit.model import SegViT
 
 MakeModel = Callable[..., SegViT]
+
+
+def cross_entropy() -> SegmentationLoss:
+    return SegmentationLoss(4, {"cross_entropy": 1.0})
 
 
 def some_labels(*shape: int) -> torch.Tensor:
@@ -23,7 +27,7 @@ def test_cross_entropy__linear_head_equals_torch(make_model: MakeModel) -> None:
     output = make_model("linear", out_layers=(3,))(torch.randn(2, 3, 40, 64))
     labels = some_labels(2, 40, 64)
     logits = F.interpolate(output.mask_logits, size=(48, 64), mode="bilinear")[:, :, :40]
-    terms = SemanticCrossEntropy(4)(output, labels)
+    terms = cross_entropy()(output, labels)
     assert terms["total"].item() == pytest.approx(F.cross_entropy(logits, labels, ignore_index=255).item(), rel=1e-5)
     assert set(terms) == {"cross_entropy", "total"}
 
@@ -31,7 +35,7 @@ def test_cross_entropy__linear_head_equals_torch(make_model: MakeModel) -> None:
 def test_cross_entropy__of_semantic_scores(make_model: MakeModel) -> None:
     output = make_model("single", out_layers=None)(torch.randn(1, 3, 48, 64))
     labels = some_labels(1, 48, 64)
-    terms = SemanticCrossEntropy(4)(output, labels)
+    terms = cross_entropy()(output, labels)
     for name, prediction in {"": output, "auxiliary.0.": output.auxiliary[0]}.items():
         expected = F.cross_entropy(semantic_scores(prediction, (48, 64)), labels, ignore_index=255)
         torch.testing.assert_close(terms[f"{name}cross_entropy"], expected)
@@ -39,10 +43,10 @@ def test_cross_entropy__of_semantic_scores(make_model: MakeModel) -> None:
 
 
 def test_normalizer__mean_of_shares_is_the_whole_batch(make_model: MakeModel) -> None:
-    model, loss = make_model("linear", out_layers=(3,)), SemanticCrossEntropy(4)
+    model, loss = make_model("linear", out_layers=(3,)), cross_entropy()
     images, labels = torch.randn(2, 3, 32, 32), some_labels(2, 32, 32)
     whole = loss(model(images), labels)["total"]
-    shared = PixelNormalizer(loss.normalizer(labels).num_pixels / 2)
+    shared = LossNormalizer(*(scalar / 2 for scalar in loss.normalizer(labels)))
     parts = [loss(model(images[i : i + 1]), labels[i : i + 1], shared)["total"] for i in range(2)]
     torch.testing.assert_close(torch.stack(parts).mean(), whole)
     assert loss.normalizer(labels).num_pixels.item() == 2 * 32 * 32 - 5 * 32
@@ -50,4 +54,4 @@ def test_normalizer__mean_of_shares_is_the_whole_batch(make_model: MakeModel) ->
 
 def test_cross_entropy__no_labelled_pixel_is_zero(make_model: MakeModel) -> None:
     output = make_model("linear", out_layers=(3,))(torch.randn(1, 3, 32, 32))
-    assert SemanticCrossEntropy(4)(output, torch.full((1, 32, 32), 255))["total"].item() == 0.0
+    assert cross_entropy()(output, torch.full((1, 32, 32), 255))["total"].item() == 0.0

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segvit.losses import mask_terms
-from segvit.losses.mask_terms import MaskTerms, bilinear_matrix, compare, softplus
+from segvit.losses.dice import DICE, fused_dice_loss
+from segvit.losses.focal import FOCAL, fused_focal_loss
+from segvit.losses.mask_maps import MaskMaps, softplus
+from segvit.losses.mask_terms import MaskTerms, bilinear_matrix
+from segvit.losses.term import LossTerm
 
 
 def some_case(height: int, width: int, **options: Any) -> tuple[Tensor, tuple[Any, ...]]:
@@ -22,21 +29,28 @@ def some_case(height: int, width: int, **options: Any) -> tuple[Tensor, tuple[An
     return logits, (labels, torch.tensor([0, 0, 1]), torch.tensor([0, 2, 1]), covered, options.get("ignore_index"))
 
 
+# The published terms as they are, in one sweep, and by autograd through their plain functions.
+FUSED = (FOCAL, DICE)
+PLAIN = (replace(FOCAL, fused=None), replace(DICE, fused=None))
+
+
 @pytest.mark.parametrize("ignore_index", [None, 255])
+@pytest.mark.parametrize("terms", [FUSED, PLAIN, (PLAIN[1], FOCAL, DICE)])
 @pytest.mark.parametrize("cached_elements", [1, 1 << 18])
 def test_mask_terms__gradient_check(
-    monkeypatch: pytest.MonkeyPatch, ignore_index: int | None, cached_elements: int
+    monkeypatch: pytest.MonkeyPatch, ignore_index: int | None, cached_elements: int, terms: tuple[LossTerm, ...]
 ) -> None:
     """One mask at a time, and all at once."""
     monkeypatch.setattr(mask_terms, "CACHED_ELEMENTS", cached_elements)
     logits, others = some_case(5, 7, ignore_index=ignore_index)
-    assert torch.autograd.gradcheck(lambda x: MaskTerms.apply(x, *others), (logits,))
+    assert torch.autograd.gradcheck(lambda x: MaskTerms.apply(x, *others, terms), (logits,))
 
 
 @pytest.mark.parametrize("ignore_index", [None, 255])
-def test_mask_terms__equals_the_formulas(ignore_index: int | None) -> None:
+@pytest.mark.parametrize("terms", [FUSED, PLAIN])
+def test_mask_terms__equals_the_formulas(ignore_index: int | None, terms: tuple[LossTerm, ...]) -> None:
     logits, (labels, image, class_index, covered, _) = some_case(6, 8)
-    focal, dice = MaskTerms.apply(logits, labels, image, class_index, covered, ignore_index)
+    focal, dice = MaskTerms.apply(logits, labels, image, class_index, covered, ignore_index, terms)
     for index in range(3):
         full = F.interpolate(logits[None, index : index + 1], size=covered, mode="bilinear", align_corners=False)
         x, pixels = full[0, 0, :6, :8], labels[image[index]]
@@ -50,26 +64,38 @@ def test_mask_terms__equals_the_formulas(ignore_index: int | None) -> None:
         torch.testing.assert_close(dice[index], expected, rtol=1e-12, atol=0)
 
 
-def test_mask_terms__keeps_nothing_of_full_resolution() -> None:
+@pytest.mark.parametrize("terms", [FUSED, PLAIN])
+def test_mask_terms__keeps_nothing_of_full_resolution(terms: tuple[LossTerm, ...]) -> None:
     logits = torch.randn(1, 4, 4, requires_grad=True)
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):  # type: ignore[func-returns-value]
-        MaskTerms.apply(logits, torch.zeros(1, 64, 64).long(), torch.tensor([0]), torch.tensor([0]), (64, 64), None)
-    assert saved == [2 * logits.numel()]
+    saved: list[weakref.ref[Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    index = torch.tensor([0])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = MaskTerms.apply(logits, torch.zeros(1, 64, 64).long(), index, index, (64, 64), None, terms)
+    gc.collect()
+    kept = [tensor.numel() for one in saved if (tensor := one()) is not None]
+    assert kept == [2 * logits.numel()]
+    assert len(losses) == 2
 
 
-def test_compare__extreme_logits_stay_finite() -> None:
+def test_fused__extreme_logits_stay_finite() -> None:
     masks = torch.tensor([-1e4, 1e4, -1e4, 1e4]).view(1, 2, 2)
     positive = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 2, 2)
-    focal, dice, *gradients = compare(masks, positive, None, with_gradient=True)
+    maps = MaskMaps(masks, positive, None)
+    focal, *gradients = (tensor.clone() for tensor in fused_focal_loss(maps, True) if tensor is not None)
+    dice, *others = (tensor for tensor in fused_dice_loss(maps, True) if tensor is not None)
     assert focal.item() == pytest.approx((0.25 * 1e4 + 0.75 * 1e4) / 4)
     assert dice.item() == pytest.approx(1 - (2 * 1 + 1) / (2 + 2 + 1))
-    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert all(gradient.isfinite().all() for gradient in (*gradients, *others))
 
 
-def test_compare__confident_and_right_costs_its_own_probability() -> None:
+def test_fused__confident_and_right_costs_its_own_probability() -> None:
     """Where 1 - p rounds to 1, the cross-entropy is still p."""
-    focal, _ = compare(torch.full((1, 1, 1), -20.0), torch.zeros(1, 1, 1), None, False)
+    focal, _ = fused_focal_loss(MaskMaps(torch.full((1, 1, 1), -20.0), torch.zeros(1, 1, 1), None), False)
     wrong = torch.tensor(-20.0, dtype=torch.float64).sigmoid()
     assert focal.item() == pytest.approx(0.75 * wrong.item() ** 3, rel=1e-5)
 

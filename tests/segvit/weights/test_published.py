@@ -5,7 +5,6 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +384,6 @@ def test_published_state_dict__models_without_a_counterpart(settings: dict[str, 
         backbone="vit_tiny_patch16_224", image_size=(64, 64), out_layers=(1, 3), decoder_layers=1, class_token=False
     )
     with torch.device("meta"):
-        model = build_model(replace(base, **settings), 4)
+        model = build_model(base.replace(**settings), 4)
     with pytest.raises(ValueError, match=f"no place for .*{reason}.*; use segvit.save_checkpoint"):
         published_state_dict(model)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import ExperimentConfig
+from pipeline.config.experiment import ExperimentConfig
+from pipeline.config.former import rename_former_keys
 from pipeline.errors import UserError
 
+C = TypeVar("C", bound=ExperimentConfig)
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> ExperimentConfig:
-    """Read, override (`a.b=c`, values as YAML), expand `${NAME}` from the environment, and check an experiment file.
 
-    Raises UserError listing every problem with its place, value and rule.
+def read_tree(path: str | Path, overrides: Sequence[str] = (), *, expand: bool = True) -> dict[str, Any]:
+    """Read an experiment file, override (`a.b=c`, values as YAML) and, with `expand`, fill in `${NAME}`s.
+
+    Keys of earlier releases get today's names, each with a note on standard error. Raises UserError for a file that
+    is not one mapping of YAML.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -27,20 +33,32 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Experim
         raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"config {path} holds {type(tree).__name__}, not a mapping of sections; see flows/configs")
-    for override in overrides or []:
+    for override in overrides:
         _apply_override(tree, override)
-    return parse_config(expand_variables(tree), source=str(path))
+    for change in rename_former_keys(tree):
+        print(f"note: {path}: {change}; the former name is still read", file=sys.stderr)
+    expanded: dict[str, Any] = expand_variables(tree) if expand else tree
+    return expanded
 
 
-def parse_config(tree: dict[str, Any], source: str = "config") -> ExperimentConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """`read_tree`, checked as a whole; raises UserError listing every problem with its place, value and rule."""
+    return parse_config(read_tree(path, overrides), str(path))
+
+
+def parse_config(
+    tree: dict[str, Any],
+    source: str = "config",
+    config_type: type[C] = ExperimentConfig,  # type: ignore[assignment]
+) -> C:
     """Check a parsed experiment tree; raises UserError listing every problem."""
     try:
-        return ExperimentConfig.model_validate(tree)
+        return config_type.model_validate(tree)
     except ValidationError as error:
         lines = [f"{source}: {error.error_count()} problem(s)"]
         for problem in error.errors():
-            place = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
-            lines.append(f"  {place}: {explain_problem(problem)}")
+            key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+            lines.append(f"  {key}: {explain_problem(problem)}")
         raise UserError("\n".join(lines)) from error
 
 

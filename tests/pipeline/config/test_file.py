@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipeline.config import DigitsConfig
-from pipeline.config_file import load_config, parse_config
+from pipeline.config.file import load_config, parse_config
 from pipeline.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "flows" / "configs"

@@ -46,7 +46,7 @@ def cancel(
 ) -> None:
     """End a running flow, wherever its driver is; a later run goes on with what had finished."""
     from pipeline.workflow.runs import cancel_run
-    from pipeline.workflow.tracking import Tracking, who
+    from pipeline.workflow.tracking import Tracking, current_user
 
     tracking = Tracking.for_workspace(workspace, tracking_uri)
     with facts_output(as_json) as (console, give):
@@ -54,6 +54,6 @@ def cancel(
         def say(line: str) -> None:
             console.print(line, markup=False, soft_wrap=True)
 
-        ended = cancel_run(tracking, run_id, who(), say=say)
+        ended = cancel_run(tracking, run_id, current_user(), say=say)
         say(f"run {ended.run_id[:12]} of flow {ended.flow} is {ended.state} ({ended.error or 'it ended by itself'})")
         give(ended.model_dump(mode="json"))

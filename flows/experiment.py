@@ -1,0 +1,66 @@
+"""An experiment file with the recipe that it names, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from flows.recipes import RECIPES, Recipe
+from pipeline.config import ExperimentConfig
+from pipeline.config.file import parse_config, read_tree
+from pipeline.errors import UserError
+from pipeline.workflow.graph import Graph, Plan
+from pipeline.workflow.tracking import Tracking
+
+
+class Experiment(NamedTuple):
+    """What is to run; `source` is the file's name, for messages."""
+
+    source: str
+    recipe: Recipe
+    config: ExperimentConfig
+
+    def build(self, flow: Graph) -> None:
+        """Call the recipe."""
+        self.recipe.build(flow, self.config)
+
+    def check(self, workspace: str | None) -> None:
+        """Raise UserError listing every misfit of configuration, data set, models and machine.
+
+        Without a `workspace` the experiment runs elsewhere, and only its configuration and models are judged.
+        """
+        from pipeline.preflight import find_problems
+
+        problems = [*find_problems(self.config, workspace), *self.recipe.problems(self.config)]
+        if problems:
+            lines = [f"{self.source}: {len(problems)} problem(s), found before anything started", *problems]
+            raise UserError("\n  ".join(lines))
+
+    def plan(self, workspace: str, tracking: Tracking) -> Plan:
+        """The steps looked up; nothing is executed."""
+        planned = Plan(workspace, tracking)
+        with planned:
+            self.build(planned)
+        return planned
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = (), *, expand: bool = True) -> Experiment:
+    """Read an experiment file and look up its recipe; raises UserError with every problem of the file's own.
+
+    `expand`: whether `${NAME}` stands for this process's environment.
+    """
+    tree = read_tree(path, overrides, expand=expand)
+    try:
+        recipe = RECIPES.get(str(tree.get("recipe", "segmentation")))
+    except ValueError as error:
+        raise UserError(f"{path}: recipe: {error}") from error
+    return Experiment(str(path), recipe, parse_config(tree, str(path), recipe.config))
+
+
+def check_before_submit(path: Path, overrides: Sequence[str]) -> None:
+    """What can be told here of an experiment that will run elsewhere, where data, weights and machine are others.
+
+    Raises UserError as `load_experiment` does, and for misfits of the configuration and its models.
+    """
+    load_experiment(path, overrides, expand=False).check(None)

@@ -1,0 +1,53 @@
+"""What a flow came to, whatever its recipe: its records, each kind in its own form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from flows.present.runs import variants_table
+from pipeline.records import Evaluation, ModelVersion, PromotionDecision, Record, Report, SearchResult
+
+
+def print_results(console: Console, records: Mapping[str, Record]) -> None:
+    """Evaluations side by side, then a line for each search, decision and report."""
+    evaluations = [one for one in records.values() if isinstance(one, Evaluation)]
+    decision = next((one for one in records.values() if isinstance(one, PromotionDecision)), None)
+    if evaluations:
+        console.print(variants_table(evaluations, _versions(records), decision))
+    for record in records.values():
+        match record:
+            case SearchResult():
+                found = ", ".join(f"{path} {_figure(value)}" for path, value in record.values.items())
+                console.print(f"search    {found}", markup=False, soft_wrap=True)
+            case PromotionDecision():
+                console.print(f"decision  {record.reason}", markup=False, soft_wrap=True)
+            case Report():
+                console.print(f"report    {record.uri}", markup=False, soft_wrap=True)
+
+
+def facts(records: Mapping[str, Record]) -> dict[str, Any]:
+    """The records as JSON: evaluations, versions, decision and report by themselves, and all of them by step."""
+    found: dict[str, Any] = {
+        "evaluations": {
+            one.variant: one.model_dump(mode="json") for one in records.values() if isinstance(one, Evaluation)
+        },
+        "versions": {name: version.version for name, version in _versions(records).items()},
+    }
+    for record in records.values():
+        match record:
+            case PromotionDecision():
+                found["decision"] = record.model_dump(mode="json")
+            case Report():
+                found["report"] = record.uri
+    return {**found, "records": {label: record.model_dump(mode="json") for label, record in records.items()}}
+
+
+def _versions(records: Mapping[str, Record]) -> dict[str, ModelVersion]:
+    return {one.variant: one for one in records.values() if isinstance(one, ModelVersion)}
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,102 @@
+"""What recipes share: the same steps, called the same way, so that recipes reuse one another's results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from pipeline import steps
+from pipeline.config import ExperimentConfig
+from pipeline.datasets import open_dataset
+from pipeline.records import (
+    BackboneRecord,
+    Checkpoint,
+    Evaluation,
+    ModelVersion,
+    PromotionDecision,
+    Report,
+    SearchResult,
+    ShardSet,
+)
+from pipeline.workflow.execution import StepRef
+from pipeline.workflow.graph import Graph
+
+
+def prepare(flow: Graph, config: ExperimentConfig) -> StepRef[ShardSet]:
+    """The shard set; raises UserError for a data root that is not there."""
+    return flow.step(steps.prepare, config.data, open_dataset(config.data).source_digest())
+
+
+def fetch_backbones(flow: Graph, config: ExperimentConfig) -> dict[str, StepRef[BackboneRecord]]:
+    """Backbone weights by variant, each found once; raises UserError for a weights file that is not there."""
+    wanted = {
+        name: (str(config.variant_settings(name).model.get("backbone")), config.backbone_weights(name))
+        for name in config.variants
+    }
+    found = {}
+    for backbone, weights in dict.fromkeys(wanted.values()):
+        label = "fetch_backbone" if len(set(wanted.values())) == 1 else f"fetch_backbone/{len(found)}-{backbone}"
+        sources = steps.backbone_sources(weights)
+        found[backbone, weights] = flow.step(steps.fetch_backbone, backbone, weights, sources, label=label)
+    return {name: found[key] for name, key in wanted.items()}
+
+
+def tune(
+    flow: Graph,
+    config: ExperimentConfig,
+    shards: StepRef[ShardSet],
+    backbones: Mapping[str, StepRef[BackboneRecord]],
+) -> StepRef[SearchResult] | None:
+    """The search, where the experiment asks for one."""
+    if not config.tune.num_trials:
+        return None
+    name = config.tune.variant
+    return flow.step(steps.tune, shards, backbones[name], config.variant_settings(name), config.tune)
+
+
+def train_and_evaluate(
+    flow: Graph,
+    config: ExperimentConfig,
+    shards: StepRef[ShardSet],
+    backbones: Mapping[str, StepRef[BackboneRecord]],
+    search: StepRef[SearchResult] | None,
+) -> tuple[dict[str, StepRef[Checkpoint]], dict[str, StepRef[Evaluation]]]:
+    """Every variant's checkpoint and its evaluation, by variant."""
+    checkpoints: dict[str, StepRef[Checkpoint]] = {}
+    evaluations: dict[str, StepRef[Evaluation]] = {}
+    for name in config.variants:
+        settings = config.variant_settings(name)
+        checkpoints[name] = flow.step(
+            steps.train, name, shards, backbones[name], search, settings, label=f"train/{name}"
+        )
+        evaluations[name] = flow.step(
+            steps.evaluate, checkpoints[name], shards, config.evaluate, label=f"evaluate/{name}"
+        )
+    return checkpoints, evaluations
+
+
+def report(
+    flow: Graph,
+    config: ExperimentConfig,
+    shards: StepRef[ShardSet],
+    backbones: Mapping[str, StepRef[BackboneRecord]],
+    search: StepRef[SearchResult] | None,
+    checkpoints: Sequence[StepRef[Checkpoint]] = (),
+    evaluations: Sequence[StepRef[Evaluation]] = (),
+    versions: Sequence[StepRef[ModelVersion]] = (),
+    decision: StepRef[PromotionDecision] | None = None,
+) -> StepRef[Report]:
+    """The page about all of it."""
+    return flow.step(
+        steps.report,
+        config.name,
+        yaml.safe_dump(config.model_dump(mode="json", exclude={"runtime"}), sort_keys=False),
+        shards,
+        list(dict.fromkeys(backbones.values())),
+        search,
+        list(checkpoints),
+        list(evaluations),
+        list(versions),
+        decision,
+    )

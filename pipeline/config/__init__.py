@@ -1,0 +1,32 @@
+"""The experiment file: strict models for every section, read and checked as a whole."""
+
+from pipeline.config.data import DataConfig, DigitsConfig, FolderConfig
+from pipeline.config.evaluate import EvaluateConfig, InferenceConfig
+from pipeline.config.experiment import ExperimentConfig
+from pipeline.config.policy import PromotionPolicy
+from pipeline.config.runtime import RuntimeConfig
+from pipeline.config.section import Section
+from pipeline.config.train import AugmentationConfig, ScheduleConfig, TrainConfig
+from pipeline.config.tune import SearchRange, TuneConfig
+from pipeline.config.variant import LossConfig, ModelSection, VariantConfig, VariantSettings
+
+__all__ = [
+    "AugmentationConfig",
+    "DataConfig",
+    "DigitsConfig",
+    "EvaluateConfig",
+    "ExperimentConfig",
+    "FolderConfig",
+    "InferenceConfig",
+    "LossConfig",
+    "ModelSection",
+    "PromotionPolicy",
+    "RuntimeConfig",
+    "ScheduleConfig",
+    "SearchRange",
+    "Section",
+    "TrainConfig",
+    "TuneConfig",
+    "VariantConfig",
+    "VariantSettings",
+]

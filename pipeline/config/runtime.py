@@ -1,0 +1,44 @@
+"""Where and how fast a flow runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from pipeline.config.section import Positive, Section
+
+
+class RuntimeConfig(Section):
+    """Where and how fast it runs; none of this changes what is computed beyond rounding.
+
+    Attributes:
+        num_workers: training processes of one training run, one a GPU; or [least, most], as many as there is room
+            for: a run goes on with fewer when nodes are lost, and with more when they come. The global batch stays.
+        cpus_per_worker: CPU cores reserved for, and threads used by, each.
+        use_gpu: None means: when the machine (or the cluster) has one.
+        loader_workers: loader processes beside each training process.
+        trials_at_once: concurrent trials of the search.
+    """
+
+    num_workers: Positive | tuple[Positive, Positive] = 1
+    cpus_per_worker: Positive = 1
+    use_gpu: bool | None = None
+    loader_workers: Annotated[int, Field(ge=0)] = 0
+    compile: bool = False
+    trials_at_once: Positive = 2
+    prepare_tasks: Positive = 8
+    log_every_steps: Positive = 10
+    max_failures: Annotated[int, Field(ge=-1)] = 2
+
+    @field_validator("num_workers")
+    @classmethod
+    def _least_and_most(cls, num_workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(num_workers, tuple) and num_workers[0] > num_workers[1]:
+            raise ValueError(f"num_workers {list(num_workers)} is [least, most]; swap them")
+        return num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """The most training processes of one run."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

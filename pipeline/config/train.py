@@ -1,0 +1,108 @@
+"""Optimisation and augmentation of one training run; lengths are pixels."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.config.section import Fraction, Positive, PositiveFloat, Range, Section
+from pipeline.workflow.step import NotFingerprinted
+
+
+class AugmentationConfig(Section):
+    """Training augmentation (SegViT section 6): resize, crop, flip, photometric distortion.
+
+    The image is scaled to fit `resize_long` x `resize_short` (both None: its own size), times a factor drawn from
+    `scale_range`; a crop is drawn again, `crop_tries` times at most, while one class covers more than
+    `max_class_fraction` of it. Brightness is in levels, hue in half degrees.
+    `strength` fills in what is not given: `published`, the values below, which the paper trains with, or `strong`,
+    large-scale jitter from a tenth to twice the size, smaller images padded to the crop.
+    """
+
+    strength: Literal["published", "strong"] = "published"
+    resize_long: Positive | None = None
+    resize_short: Positive | None = None
+    scale_range: Range = (0.5, 2.0)
+    max_class_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.75
+    crop_tries: Positive = 10
+    flip_probability: Fraction = 0.5
+    brightness: Annotated[float, Field(ge=0.0, le=128.0)] = 32.0
+    contrast: Range = (0.5, 1.5)
+    saturation: Range = (0.5, 1.5)
+    hue: Annotated[float, Field(ge=0.0, le=75.0)] = 18.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("strength") == "strong":
+            return {"scale_range": (0.1, 2.0), **given}
+        return given
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.resize_long is None) != (self.resize_short is None):
+            raise ValueError("resize_long and resize_short go together; give both or neither")
+        return self
+
+
+class ScheduleConfig(BaseModel):
+    """The learning rate over the steps after the warm-up: `poly`, `cosine`, `constant`, or one that was registered.
+
+    A name alone stands for the schedule with its own defaults; other keys are its options (`power` of poly).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: str = "poly"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is given beside the name."""
+        return dict(self.model_extra or {})
+
+
+class TrainConfig(Section):
+    """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step.
+
+    `repeat_factor_threshold`: images with a class that fewer than this share of the images hold come more often,
+    sqrt(threshold / share) times an epoch (LVIS); left out, every image comes once.
+    `stream_buffer`: read shards from front to back, this many samples a request, for storage where a request is
+    slow; left out, samples are read one by one in a full shuffle.
+    `keep_checkpoints`: so many of the best checkpoints are kept while training runs, and always the last one.
+    """
+
+    steps: Positive
+    batch_size: Positive
+    accumulation_steps: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    freeze_blocks: Annotated[int, Field(ge=0)] = 0
+    learning_rate: PositiveFloat = 2e-5
+    decoder_lr_multiplier: PositiveFloat = 10.0
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    warmup_steps: Annotated[int, Field(ge=0)] = 1500
+    schedule: ScheduleConfig = ScheduleConfig()
+    gradient_clip_norm: PositiveFloat = 35.0
+    validate_every_steps: Positive
+    checkpoint_every_steps: Annotated[Positive, NotFingerprinted]
+    keep: Literal["best", "last"] = "best"
+    keep_checkpoints: Annotated[Positive, NotFingerprinted] = 2
+    seed: int = 0
+    repeat_factor_threshold: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    stream_buffer: Positive | None = None
+    augmentation: AugmentationConfig = AugmentationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation_steps {self.accumulation_steps}"
+            )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}; lower it")
+        return self

@@ -1,0 +1,165 @@
+"""What is trained: the model section, its variants, the loss, and all of it resolved for one variant.
+
+A model is described by the fields of segvit.ModelConfig, flat: those that all structures share and the options of the
+variant's own. They are judged by segvit, in the preflight; here they only come together.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.config.section import PositiveFloat, Section
+from pipeline.config.train import TrainConfig
+
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class LossConfig(Section):
+    """Weights of the loss terms (SegViT section 5), by the terms' names; 0 leaves a term out.
+
+    Attributes:
+        with_published: whether terms that are not named have their published weights, or none.
+        count_ignored_as_background: whether ignored pixels count as "not this class" in mask terms, as published.
+    """
+
+    weights: dict[str, Weight] = {}
+    with_published: bool = True
+    count_ignored_as_background: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_by_name(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        own = {name: value for name, value in given.items() if name in cls.model_fields}
+        return {**own, "weights": {**given.get("weights", {}), **{k: v for k, v in given.items() if k not in own}}}
+
+    def resolved(self) -> dict[str, float]:
+        """The weights of all terms that there are."""
+        from segvit.losses.segmentation_loss import PUBLISHED_WEIGHTS
+
+        return {**PUBLISHED_WEIGHTS, **self.weights} if self.with_published else dict(self.weights)
+
+
+class _ModelFields(BaseModel):
+    """Fields of segvit.ModelConfig, kept as they are given."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    preset: str | None = None
+    weights: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of segvit.ModelConfig that are given."""
+        return {name: value for name, value in (self.model_extra or {}).items() if value is not None}
+
+
+class ModelSection(_ModelFields):
+    """What all variants share: any field of segvit.ModelConfig, over those of a `preset` where one is named.
+
+    `weights`: of the backbone: auto, random, or a safetensors file.
+    """
+
+
+class VariantConfig(_ModelFields):
+    """One model to train and compare: any field of segvit.ModelConfig, over the model section's; or a preset.
+
+    What is written out, here or in the model section, wins over what a preset says.
+
+    Attributes:
+        loss: weights of all loss terms that this variant trains with; left out, those of the experiment (of a
+            preset that is trained with another loss: the preset's).
+        localize_upsampling: start the upsampling layers of `shrunk` from least-squares position maps instead of
+            at random, without which short training runs do not learn them (segvit.decoders.localize).
+        learning_rate: where train.learning_rate does not suit it.
+    """
+
+    loss: dict[str, Weight] | None = None
+    localize_upsampling: bool = False
+    learning_rate: PositiveFloat | None = None
+
+
+class VariantSettings(Section):
+    """How one variant trains, resolved; what a search may change, by dotted path.
+
+    Attributes:
+        model: fields of segvit.ModelConfig.
+        own: dotted paths that the variant sets itself; what another variant's search found does not change them.
+    """
+
+    model: dict[str, Any]
+    loss: LossConfig
+    train: TrainConfig
+    localize_upsampling: bool = False
+    own: tuple[str, ...] = ()
+
+    def value(self, path: str) -> Any:
+        """The setting at a dotted path, as JSON has it; raises ValueError, naming the nearest, for one that is not."""
+        node: Any = self._tree()
+        for part in path.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                raise ValueError(f"{path} is no setting of a training run; {self._nearest(path)}")
+            node = node[part]
+        return node
+
+    def with_values(self, values: Mapping[str, Any]) -> VariantSettings:
+        """With other values at dotted paths; raises ValueError naming the path and the rule that a value breaks."""
+        from segvit.config import ModelConfig
+
+        tree = self._tree()
+        for path, value in values.items():
+            self.value(path)
+            *above, last = path.split(".")
+            node = tree
+            for part in above:
+                node = node[part]
+            node[last] = value
+        changed = {path.split(".")[1] for path in values if path.startswith("model.")}
+        model = ModelConfig.from_dict(self.model).replace(**{name: tree["model"][name] for name in changed})
+        try:
+            return VariantSettings.model_validate({**tree, "model": model.to_dict(), "own": self.own})
+        except ValidationError as error:
+            problems = (f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            raise ValueError("; ".join(problems)) from None
+
+    def for_search_of(self, variant: str, own_name: str, values: Mapping[str, Any]) -> VariantSettings:
+        """With what a search found on `variant`: all of it on that variant, else what this one does not set itself."""
+        if variant != own_name:
+            known = [*_paths(self._tree())]
+            values = {path: value for path, value in values.items() if path in known and path not in self.own}
+        return self.with_values(values)
+
+    def _tree(self) -> dict[str, Any]:
+        """All settings as an experiment file would have them, defaults included."""
+        from segvit.config import ModelConfig
+
+        return {
+            "model": ModelConfig.from_dict(self.model).to_dict(),
+            "loss": {
+                **self.loss.resolved(),
+                "with_published": False,
+                "count_ignored_as_background": self.loss.count_ignored_as_background,
+            },
+            "train": self.train.model_dump(mode="json"),
+            "localize_upsampling": self.localize_upsampling,
+        }
+
+    def _nearest(self, path: str) -> str:
+        known = [*_paths(self._tree())]
+        close = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
+        close = close or [one for one in known if one.rpartition(".")[2] == path.rpartition(".")[2]]
+        return f"did you mean {', '.join(close)}?" if close else f"it begins with {', '.join(self._tree())}"
+
+
+def _paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in tree.items():
+        found.append(f"{prefix}{name}")
+        if isinstance(value, Mapping):
+            found += _paths(value, f"{prefix}{name}.")
+    return found

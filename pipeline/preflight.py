@@ -1,0 +1,224 @@
+"""Before anything starts: does the experiment fit its data set, its models and the machine?
+
+A misfit that would show in a worker, minutes or hours later, is found here, all of them at once and each with value,
+rule and remedy. Nothing is decoded, no weight is read or allocated, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline import storage
+from pipeline.config import ExperimentConfig, SearchRange, VariantSettings
+from pipeline.datasets.summary import SourceSummary, describe_source
+from pipeline.errors import UserError
+from pipeline.registry.gate import policy_problems
+from segvit.config import ModelConfig
+from segvit.flops import count_parameters
+from segvit.model_check import model_problems
+from segvit.schedules import build_schedule
+from segvit.weights.pretrained import WEIGHTS_VARIABLE, weights_problem
+
+# Weights and AdamW's two moments, float32.
+_CHECKPOINT_BYTES_PER_PARAMETER = 12
+_SOME_CLASSES = 2
+
+
+class Machine(NamedTuple):
+    """What this machine offers to a local Ray."""
+
+    num_cpus: int
+    num_gpus: int
+
+    @classmethod
+    def here(cls) -> Machine | None:
+        """None beside a cluster, whose machines may come with the work."""
+        if os.environ.get("RAY_ADDRESS"):
+            return None
+        import torch
+
+        return cls(os.cpu_count() or 1, torch.cuda.device_count())
+
+
+def find_problems(config: ExperimentConfig, workspace: str | None) -> list[str]:
+    """Everything that does not fit, a line each; empty where the experiment can start.
+
+    Without a `workspace` it will run elsewhere: data, weights and machine are not looked at.
+    """
+    source: SourceSummary | None = None
+    problems: list[str] = []
+    if workspace is not None:
+        try:
+            source = describe_source(config.data)
+        except UserError as error:
+            problems.append(f"data: {error}")
+    num_classes = len(source.class_names) if source else _SOME_CLASSES
+    problems += _of_variants(config, num_classes)
+    problems += _of_search(config, num_classes)
+    if source is not None:
+        problems += _of_data(config, source)
+    if workspace is not None:
+        problems += _of_weights(config)
+        problems += _of_machine(config, Machine.here())
+        if not problems and source is not None:
+            problems += _of_disk(config, source, workspace)
+    return problems
+
+
+def _of_variants(config: ExperimentConfig, num_classes: int) -> list[str]:
+    found: dict[str, list[str]] = {}
+    for name in config.variants:
+        for problem in _of_settings(config, name, num_classes):
+            found.setdefault(problem, []).append(name)
+    everywhere = len(config.variants)
+    return [
+        f"variants.{', '.join(names)}: {problem}" if len(names) < everywhere or everywhere == 1 else problem
+        for problem, names in found.items()
+    ]
+
+
+def _of_settings(config: ExperimentConfig, name: str, num_classes: int) -> list[str]:
+    try:
+        settings = config.variant_settings(name)
+        model = ModelConfig.from_dict(settings.model)
+    except (UserError, ValueError) as error:
+        return [str(error)]
+    return [*_model_problems(settings, model, num_classes), *_schedule_problems(settings)]
+
+
+def _model_problems(settings: VariantSettings, model: ModelConfig, num_classes: int) -> list[str]:
+    return model_problems(
+        model,
+        num_classes,
+        freeze_blocks=settings.train.freeze_blocks,
+        loss=settings.loss.resolved(),
+        localize_upsampling=settings.localize_upsampling,
+    )
+
+
+def _schedule_problems(settings: VariantSettings) -> list[str]:
+    train = settings.train
+    try:
+        build_schedule(train.schedule.name, train.steps, train.warmup_steps, **train.schedule.options)
+    except (ValueError, TypeError) as error:
+        return [f"train.schedule: {error}"]
+    return []
+
+
+def _of_search(config: ExperimentConfig, num_classes: int) -> Iterator[str]:
+    tune = config.tune
+    if not tune.num_trials:
+        return
+    if tune.report_every_steps > tune.steps:
+        yield (
+            f"tune.report_every_steps {tune.report_every_steps} exceeds tune.steps {tune.steps}, so that no trial would "
+            "have a score; lower it"
+        )
+    try:
+        settings = config.variant_settings(tune.variant)
+        ModelConfig.from_dict(settings.model)
+    except (UserError, ValueError):
+        return  # told of the variant
+    if not tune.space and not any(settings.loss.resolved().values()):
+        yield "tune.space is empty and the variant has no loss term to search; give a path with its range"
+    for path, wanted in tune.space.items():
+        for value in _extremes(wanted):
+            problem = _search_problem(settings, path, value, num_classes)
+            if problem:
+                yield f"tune.space.{path}: {problem}"
+                break
+
+
+def _search_problem(settings: VariantSettings, path: str, value: Any, num_classes: int) -> str | None:
+    try:
+        changed = settings.with_values({path: value})
+        if path.startswith("model."):
+            found = _model_problems(changed, ModelConfig.from_dict(changed.model), num_classes)
+            known = _model_problems(settings, ModelConfig.from_dict(settings.model), num_classes)
+            return next((f"with {value}: {one}" for one in found if one not in known), None)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _extremes(wanted: SearchRange) -> tuple[Any, ...]:
+    if wanted.choice is not None:
+        return wanted.choice
+    bounds = wanted.log_uniform or wanted.uniform or wanted.int_uniform
+    assert bounds is not None
+    return bounds
+
+
+def _of_data(config: ExperimentConfig, source: SourceSummary) -> Iterator[str]:
+    splits = ", ".join(source.splits)
+    needed = {"train": "training reads", "val": "validation reads"}
+    for split, reader in needed.items():
+        if split not in source.splits:
+            yield f"data: {source.name} has no split {split!r}, which {reader}; it has {splits}"
+    if config.evaluate.split not in (*source.splits, "train", "val"):
+        yield f"evaluate.split {config.evaluate.split!r} is no split of {source.name}; choose from {splits}"
+    for problem in policy_problems(config.promote, source.class_names):
+        yield f"promote.{problem}"
+
+
+def _of_weights(config: ExperimentConfig) -> Iterator[str]:
+    asked: set[tuple[str, str]] = set()
+    for name in config.variants:
+        try:
+            model = ModelConfig.from_dict(config.variant_settings(name).model)
+        except (UserError, ValueError):
+            continue
+        weights = config.backbone_weights(name)
+        key = "model.weights"
+        if weights == "auto":
+            # Weights of another backbone in the variable are passed over, a file that is not there is a mistake.
+            weights, key = os.environ.get(WEIGHTS_VARIABLE, ""), WEIGHTS_VARIABLE
+            if not weights or storage.exists(weights):
+                continue
+        if weights == "random" or (model.backbone, weights) in asked:
+            continue
+        asked.add((model.backbone, weights))
+        if not storage.exists(weights):
+            yield f"{key}: no weights file at {weights}; correct the path, or use weights: auto without it"
+        elif (problem := weights_problem(model, weights)) is not None:
+            yield f"{key} {weights}: {problem}"
+
+
+def _of_machine(config: ExperimentConfig, machine: Machine | None) -> Iterator[str]:
+    runtime = config.runtime
+    if machine is None:
+        return
+    if runtime.use_gpu and not machine.num_gpus:
+        yield "runtime.use_gpu is true, and this machine has no GPU; set it to false, or run on a cluster that has"
+    use_gpu = machine.num_gpus > 0 if runtime.use_gpu is None else runtime.use_gpu
+    least = runtime.num_workers if isinstance(runtime.num_workers, int) else runtime.num_workers[0]
+    if least * runtime.cpus_per_worker > machine.num_cpus:
+        yield (
+            f"runtime.num_workers {least} x runtime.cpus_per_worker {runtime.cpus_per_worker} exceed the "
+            f"{machine.num_cpus} CPUs of this machine, and would be waited for for ever; lower one of them"
+        )
+    if use_gpu and machine.num_gpus and least > machine.num_gpus:
+        yield f"runtime.num_workers {least}, one a GPU, exceed the {machine.num_gpus} GPUs of this machine; lower it"
+
+
+def _of_disk(config: ExperimentConfig, source: SourceSummary, workspace: str) -> Iterator[str]:
+    if not storage.is_local(workspace):
+        return
+    folder = storage.local_path(workspace).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    needed = source.num_bytes or 0
+    for name in config.variants:
+        model = ModelConfig.from_dict(config.variant_settings(name).model)
+        kept = config.train.keep_checkpoints + 2  # the last one, and the one that is being written
+        needed += count_parameters(model, len(source.class_names)) * _CHECKPOINT_BYTES_PER_PARAMETER * kept
+    free = shutil.disk_usage(Path(folder)).free
+    if needed > free:
+        yield (
+            f"workspace {workspace} has {free / 1e9:.1f} GB free, shards and checkpoints need about {needed / 1e9:.1f} GB;"
+            " free some space or choose another workspace"
+        )

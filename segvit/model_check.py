@@ -1,0 +1,101 @@
+"""Whether a configuration can be built and trained: everything that is wrong with it at once, before it is tried."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from timm.models.swin_transformer import SwinTransformer
+
+from segvit.backbones.families import (
+    SWIN_STAGES,
+    PlainViT,
+    image_size_problems,
+    num_heads_of,
+    outline_backbone,
+)
+from segvit.backbones.plain import block_problems
+from segvit.backbones.swin import hierarchical_problems, stage_problems
+from segvit.config import ModelConfig
+from segvit.flops import WithoutInitialization
+from segvit.losses.segmentation_loss import loss_problems
+from segvit.model import build_model, decoder_spec
+
+
+def model_problems(
+    config: ModelConfig,
+    num_classes: int,
+    *,
+    freeze_blocks: int = 0,
+    loss: Mapping[str, float] | None = None,
+    localize_upsampling: bool = False,
+) -> list[str]:
+    """Everything that does not fit, each with value, rule and remedy; empty where the model can be trained.
+
+    Allocates no weights and reads no file.
+
+    Args:
+        config: The model.
+        num_classes: Number of its classes.
+        freeze_blocks: Backbone blocks to be frozen, see `SegViT.freeze_blocks`.
+        loss: Weights of `SegmentationLoss` by term; None: not judged.
+        localize_upsampling: Whether `segvit.localize_upsampling` is to be called.
+    """
+    problems = [f"num_classes must be >= 1, got {num_classes}"] if num_classes < 1 else []
+    if loss is not None:
+        problems += loss_problems(loss, config.structure)
+    if localize_upsampling and not config.decoder.has_upsampling:
+        problems.append(
+            f"localize_upsampling initialises upsampling layers, which structure {config.structure} has not; "
+            "leave it out, or use shrunk"
+        )
+    try:
+        outline = outline_backbone(config.backbone, config.backbone_options)
+    except ValueError as error:
+        return [*problems, str(error)]
+    problems += image_size_problems(outline, config.image_size)
+    problems += fit_problems(config, outline, max(num_classes, 1), freeze_blocks)
+    return problems or build_problems(config, num_classes)
+
+
+def fit_problems(
+    config: ModelConfig, outline: PlainViT | SwinTransformer, num_classes: int, freeze_blocks: int
+) -> list[str]:
+    """What of the configuration does not fit the backbone's blocks and widths."""
+    name = config.backbone.partition(".")[0]
+    hierarchical = isinstance(outline, SwinTransformer)
+    depth = SWIN_STAGES if isinstance(outline, SwinTransformer) else len(outline.blocks)
+    out_layers = config.out_layers or config.decoder.default_out_layers(depth, hierarchical)
+    if isinstance(outline, SwinTransformer):
+        problems = hierarchical_problems(config) + stage_problems(name, outline, out_layers, config.drop_path_rate)
+        widths = tuple(outline.feature_info[min(stage, depth - 1)]["num_chs"] for stage in out_layers)
+        heads = num_heads_of(outline.layers[min(max(out_layers), depth - 1)])
+    else:
+        downsampling = config.decoder.downsampling(depth)
+        shrink_at = downsampling.index if downsampling else None
+        problems = block_problems(name, outline, out_layers, shrink_at, config.drop_path_rate)
+        if shrink_at is not None and max(out_layers) < shrink_at < depth:
+            problems.append(
+                f"shrink_at {shrink_at} lies after the last of out_layers {out_layers}, so that nothing would be "
+                f"downsampled; read block {shrink_at} or a later one"
+            )
+        widths, heads = (outline.embed_dim,) * len(out_layers), num_heads_of(outline.blocks[0])
+    spec = decoder_spec(config, num_classes, widths, heads, outline.patch_embed.patch_size[0])
+    problems += config.decoder.spec_problems(spec)
+    most = min(max(out_layers) + 1, depth)
+    if not 0 <= freeze_blocks <= most:
+        part = "stages" if hierarchical else "blocks"
+        problems.append(
+            f"freeze_blocks {freeze_blocks} does not fit {name}, of which {most} {part} run; use 0 to {most}"
+        )
+    return problems
+
+
+def build_problems(config: ModelConfig, num_classes: int) -> list[str]:
+    """What building the model on the meta device finds besides; a decoder of another package may have rules there."""
+    try:
+        with torch.device("meta"), WithoutInitialization():
+            build_model(config, num_classes)
+    except ValueError as error:
+        return [str(error)]
+    return []
