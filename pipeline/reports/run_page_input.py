@@ -81,7 +81,7 @@ class ReportInput:
     shard_set: ShardSet
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    backbone: BackboneRecord
+    backbones: tuple[BackboneRecord, ...]
     found: SearchResult | None
     search: SearchSummary | None
     variants: tuple[VariantReport, ...]
@@ -95,8 +95,8 @@ def load_report_input(
     created_at: datetime,
     config_yaml: str,
     shard_set: ShardSet,
-    backbone: BackboneRecord,
-    found: SearchResult | None,
+    backbones: Sequence[BackboneRecord],
+    search: SearchResult | None,
     checkpoints: Sequence[Checkpoint],
     evaluations: Sequence[Evaluation],
     versions: Sequence[ModelVersion] = (),
@@ -115,9 +115,9 @@ def load_report_input(
         if checkpoint is None or checkpoint.digest != evaluation.checkpoint_digest:
             raise ValueError(f"evaluation of variant {evaluation.variant!r} has no matching checkpoint; pass both")
         variants.append(_load_variant(checkpoint, evaluation, registered.get(evaluation.variant)))
-    search = None
-    if found is not None and found.trials_uri is not None:
-        search = read_search(found.trials_uri.rpartition("/")[0], run_id, experiment, RunState.FINISHED)
+    trials = None
+    if search is not None:
+        trials = read_search(search.trials_uri.rpartition("/")[0], run_id, experiment, RunState.FINISHED)
     return ReportInput(
         experiment=experiment,
         run_id=run_id,
@@ -126,9 +126,9 @@ def load_report_input(
         shard_set=shard_set,
         class_names=tuple(manifest["classes"]),
         palette=tuple((red, green, blue) for red, green, blue in manifest["palette"]),
-        backbone=backbone,
-        found=found,
-        search=search,
+        backbones=tuple(backbones),
+        found=search,
+        search=trials,
         variants=tuple(variants),
         decision=decision,
     )
