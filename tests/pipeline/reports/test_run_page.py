@@ -213,8 +213,8 @@ def _jpeg(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
 def _write_search(uri: str, rng: np.random.Generator, count: int) -> SearchResult:
     space = {
         "loss.focal": SearchRange(log_uniform=(5.0, 80.0)),
-        "model.decoder_layers": SearchRange(choice=[1, 2, 3]),
-        "train.augmentation.scale_range": SearchRange(choice=[[0.5, 2.0], [0.8, 1.2]]),
+        "model.decoder_layers": SearchRange(choice=(1, 2, 3)),
+        "train.augmentation.scale_range": SearchRange(choice=([0.5, 2.0], [0.8, 1.2])),
     }
     record = SearchRecord.take_over(f"{uri}/trials", TuneConfig(num_trials=count, space=space))
     for number in range(count):

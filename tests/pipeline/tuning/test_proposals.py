@@ -23,8 +23,8 @@ SPACE = {
     "train.learning_rate": SearchRange(log_uniform=(1e-5, 1e-3)),
     "train.weight_decay": SearchRange(uniform=(0.0, 0.1)),
     "model.decoder_layers": SearchRange(int_uniform=(1, 6)),
-    "model.shrink_queries": SearchRange(choice=["nearest", "average", None]),
-    "train.augmentation.scale_range": SearchRange(choice=[[0.8, 1.25], [0.5, 2]]),
+    "model.shrink_queries": SearchRange(choice=("nearest", "average", None)),
+    "train.augmentation.scale_range": SearchRange(choice=([0.8, 1.25], [0.5, 2])),
 }
 TUNE = TuneConfig(num_trials=40, steps=60, report_every_steps=20, space=SPACE, seed=3)
 

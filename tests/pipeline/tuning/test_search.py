@@ -21,7 +21,7 @@ from pipeline.workflow.tracking import Tracking
 SPACE = {
     "loss.dice": SearchRange(log_uniform=(0.3, 3.0)),
     "model.decoder_layers": SearchRange(int_uniform=(1, 3)),
-    "train.augmentation.scale_range": SearchRange(choice=[[0.5, 2.0], [0.8, 1.2]]),
+    "train.augmentation.scale_range": SearchRange(choice=([0.5, 2.0], [0.8, 1.2])),
 }
 Search = Callable[..., SearchResult]
 

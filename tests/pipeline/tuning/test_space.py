@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -16,7 +18,7 @@ from pipeline.tuning.space import (
 )
 from segvit.losses import LOSS_TERMS
 
-CHOICES = [[1, 2], {"a": [0.5]}, "nearest", None, 3]
+CHOICES: tuple[Any, ...] = ([1, 2], {"a": [0.5]}, "nearest", None, 3)
 
 
 def test_default_space__is_the_terms_that_the_variant_is_trained_with() -> None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -27,9 +28,9 @@ SPACE = {
 MIXED = SPACE | {
     "train.learning_rate": SearchRange(log_uniform=(1e-6, 1e-3)),
     "train.weight_decay": SearchRange(uniform=(0.0, 0.1)),
-    "model.shrink_queries": SearchRange(choice=["nearest", "average", None]),
-    "train.augmentation.scale_range": SearchRange(choice=[[0.5, 2.0], [0.8, 1.2]]),
-    "model.seed": SearchRange(choice=[1, 2]),
+    "model.shrink_queries": SearchRange(choice=("nearest", "average", None)),
+    "train.augmentation.scale_range": SearchRange(choice=([0.5, 2.0], [0.8, 1.2])),
+    "model.seed": SearchRange(choice=(1, 2)),
     "train.seed": SearchRange(int_uniform=(1, 9)),
 }
 TUNE = TuneConfig(num_trials=6, steps=60, report_every_steps=20, reduction_factor=2, space=SPACE)
@@ -126,7 +127,7 @@ def test_values_against_miou__the_ring_is_at_the_chosen_values(tmp_path: Path) -
     search = read_search(str(tmp_path), "0123", "camvid", RunState.FINISHED)
     axes = {axis.get_xlabel(): axis for axis in values_against_miou(search).axes[: len(MIXED)]}
     assert set(axes) == set(short_names(MIXED).values())
-    rings = {name: axis.collections[-1].get_offsets().tolist() for name, axis in axes.items()}
+    rings = {name: np.asarray(axis.collections[-1].get_offsets()).tolist() for name, axis in axes.items()}
     chosen = search.trials[0]
     assert {tuple(y for _, y in ring) for ring in rings.values()} == {(chosen.miou,)}
     for path in ("loss.dice", "model.decoder_layers", "train.weight_decay", "train.seed"):
