@@ -84,19 +84,6 @@ class SearchResult(Record):
     trials_digest: str
 
 
-class SearchResult(Record):
-    """What a search found."""
-
-    identity_fields: ClassVar[tuple[str, ...]] = ("variant", "values")
-
-    variant: str
-    values: dict[str, Any]
-    miou: float | None = None
-    num_trials: int = 0
-    trials_uri: str | None = None
-    trials_digest: str | None = None
-
-
 class Checkpoint(Record):
     """A trained model: `uri` holds model.safetensors and config.json; `digest` is the sha256 of the former."""
 

@@ -81,7 +81,7 @@ class ReportInput:
     shard_set: ShardSet
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
-    backbone: BackboneRecord
+    backbones: tuple[BackboneRecord, ...]
     found: SearchResult | None
     search: SearchSummary | None
     variants: tuple[VariantReport, ...]
@@ -95,7 +95,7 @@ def load_report_input(
     created_at: datetime,
     config_yaml: str,
     shard_set: ShardSet,
-    backbone: BackboneRecord,
+    backbones: Sequence[BackboneRecord],
     found: SearchResult | None,
     checkpoints: Sequence[Checkpoint],
     evaluations: Sequence[Evaluation],
@@ -116,7 +116,7 @@ def load_report_input(
             raise ValueError(f"evaluation of variant {evaluation.variant!r} has no matching checkpoint; pass both")
         variants.append(_load_variant(checkpoint, evaluation, registered.get(evaluation.variant)))
     search = None
-    if found is not None and found.trials_uri is not None:
+    if found is not None:
         search = read_search(found.trials_uri.rpartition("/")[0], run_id, experiment, RunState.FINISHED)
     return ReportInput(
         experiment=experiment,
@@ -126,7 +126,7 @@ def load_report_input(
         shard_set=shard_set,
         class_names=tuple(manifest["classes"]),
         palette=tuple((red, green, blue) for red, green, blue in manifest["palette"]),
-        backbone=backbone,
+        backbones=tuple(backbones),
         found=found,
         search=search,
         variants=tuple(variants),

@@ -24,7 +24,7 @@ from pipeline.training.loop import run_training
 from pipeline.training.train import StopOnUserError, scaling, train_worker
 from pipeline.training.train_checkpoint import HISTORY_FILE, damage_of
 from pipeline.training.train_run import repair_run
-from pipeline.training.trainer import TrainJob, WorkerPlace
+from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.tuning.proposals import METRIC, STEP
 from pipeline.tuning.record import SearchTakenOver, TrialPlace, remove_folder, require_owner, trial_name
 from pipeline.tuning.space import values_text
@@ -105,7 +105,9 @@ def _train_here(job: TrainJob, place: TrialPlace, number: int) -> None:
                 ray.tune.report({STEP: metrics[STEP], METRIC: metrics[METRIC]})
 
         device = torch.device("cuda", 0) if wants_gpu(job.runtime.use_gpu) else torch.device("cpu")
-        run_training(job, WorkerPlace(0, 1, device), report, resume_from=resume, work_folder=Path(folder) / "work")
+        run_training(
+            job, DistributedContext(0, 1, device), report, resume_from=resume, work_folder=Path(folder) / "work"
+        )
 
 
 def _train_on_workers(job: TrainJob, tune: TuneConfig, place: TrialPlace, number: int) -> None:
