@@ -234,7 +234,7 @@ def report(
             config_yaml=config_yaml,
             shard_set=shard_set,
             backbones=backbones,
-            found=search,
+            search=search,
             checkpoints=checkpoints,
             evaluations=evaluations,
             versions=versions,

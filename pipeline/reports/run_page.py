@@ -27,11 +27,11 @@ _NUM_CONFUSIONS = 10
 
 
 def build_report(report: ReportInput) -> str:
-    """The HTML page."""
+    """The HTML page; sections about variants are left out where none was trained."""
     from pipeline.reports import run_plots
 
     variants = {variant.name: variant for variant in report.variants}
-    evaluations = {name: variant.evaluation for name, variant in variants.items()}
+    class_iou = {name: variant.evaluation.per_class_iou for name, variant in variants.items()}
     curves = run_plots.training_curves({name: variant.history for name, variant in variants.items()})
     return render_page(
         _TEMPLATE,
@@ -42,11 +42,7 @@ def build_report(report: ReportInput) -> str:
         result_rows=_result_rows(report),
         legend=list(zip(report.class_names, (_hex(colour) for colour in report.palette), strict=True)),
         curves=Markup(curves) if curves else None,
-        class_iou=Markup(
-            run_plots.class_iou_bars(
-                report.class_names, {name: item.per_class_iou for name, item in evaluations.items()}
-            )
-        ),
+        class_iou=Markup(run_plots.class_iou_bars(report.class_names, class_iou)) if variants else None,
         image_miou=Markup(run_plots.image_miou_histogram({name: item.image_mious for name, item in variants.items()})),
         confusion={
             name: Markup(run_plots.confusion_heat_map(item.confusion, report.class_names, f"confusion-{index}"))

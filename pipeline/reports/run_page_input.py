@@ -96,7 +96,7 @@ def load_report_input(
     config_yaml: str,
     shard_set: ShardSet,
     backbones: Sequence[BackboneRecord],
-    found: SearchResult | None,
+    search: SearchResult | None,
     checkpoints: Sequence[Checkpoint],
     evaluations: Sequence[Evaluation],
     versions: Sequence[ModelVersion] = (),
@@ -115,9 +115,9 @@ def load_report_input(
         if checkpoint is None or checkpoint.digest != evaluation.checkpoint_digest:
             raise ValueError(f"evaluation of variant {evaluation.variant!r} has no matching checkpoint; pass both")
         variants.append(_load_variant(checkpoint, evaluation, registered.get(evaluation.variant)))
-    search = None
-    if found is not None:
-        search = read_search(found.trials_uri.rpartition("/")[0], run_id, experiment, RunState.FINISHED)
+    trials = None
+    if search is not None:
+        trials = read_search(search.trials_uri.rpartition("/")[0], run_id, experiment, RunState.FINISHED)
     return ReportInput(
         experiment=experiment,
         run_id=run_id,
@@ -127,8 +127,8 @@ def load_report_input(
         class_names=tuple(manifest["classes"]),
         palette=tuple((red, green, blue) for red, green, blue in manifest["palette"]),
         backbones=tuple(backbones),
-        found=found,
-        search=search,
+        found=search,
+        search=trials,
         variants=tuple(variants),
         decision=decision,
     )

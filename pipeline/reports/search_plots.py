@@ -19,7 +19,6 @@ from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
-from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, create_trial
 from optuna.visualization.matplotlib import plot_intermediate_values, plot_parallel_coordinate, plot_slice
 
@@ -41,12 +40,12 @@ def values_against_miou(search: SearchSummary) -> Figure:
         figure = _finish(axes, (max(WIDTH_IN, 2.2 * len(search.space)), 3.2))
         for axis in axes if study.trials else []:
             name = axis.get_xlabel()
-            is_choice = isinstance(study.trials[0].distributions[name], CategoricalDistribution)
+            has_words = axis.xaxis.have_units()
             if chosen is not None:
-                value = repr(chosen.params[name]) if is_choice else chosen.params[name]
+                value = repr(chosen.params[name]) if has_words else chosen.params[name]
                 ring = axis.scatter([value], np.array([chosen.value]), s=190, linewidths=1.6, zorder=4)
                 ring.set(facecolors="none", edgecolors=TEXT)
-            if is_choice:
+            if has_words:
                 axis.margins(x=0.2)
                 axis.autoscale(axis="x")
                 texts = axis.xaxis.get_major_formatter().format_ticks(list(axis.get_xticks()))

@@ -22,7 +22,7 @@ def default_space(settings: VariantSettings) -> dict[str, SearchRange]:
     """The weights of the loss terms that `settings` trains with, each over the range that its term names."""
     from segvit.losses import LOSS_TERMS
 
-    terms = [name for name, weight in settings.loss.weights.items() if weight > 0]
+    terms = [name for name, weight in settings.loss.resolved().items() if weight > 0]
     return {f"loss.{name}": SearchRange(log_uniform=LOSS_TERMS.get(name).search_range) for name in terms}
 
 

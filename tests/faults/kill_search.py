@@ -78,7 +78,7 @@ flow = Flow(
 with flow:
     shards = flow.step(steps.prepare, DataConfig(dataset="digits", samples_per_shard=6, digits=digits), "source")
     backbone = flow.step(steps.fetch_backbone, model.backbone, "random", {{}})
-    found = flow.step(steps.tune, shards, backbone, "full", settings, search)
+    found = flow.step(steps.tune, shards, backbone, settings, search)
     print("CHOSEN", flow.result(found).model_dump_json(), flush=True)
 """
 TRIAL_PID = re.compile(r"\(run_trial pid=(\d+)\)")

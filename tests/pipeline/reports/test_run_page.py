@@ -100,14 +100,16 @@ def write_run(
                 "val": SplitInfo(num_samples=101, num_shards=1, digest="b" * 64),
             },
         ),
-        "backbone": BackboneRecord(
-            backbone="vit_small_patch14_dinov2",
-            uri=f"{folder}/backbone.safetensors",
-            digest="c" * 64,
-            source="local file",
-            message="read from weights.safetensors",
-        ),
-        "found": _write_search(f"{folder}/search", rng, num_trials) if num_trials else None,
+        "backbones": [
+            BackboneRecord(
+                backbone="vit_small_patch14_dinov2",
+                uri=f"{folder}/backbone.safetensors",
+                digest="c" * 64,
+                source="local file",
+                message="read from weights.safetensors",
+            )
+        ],
+        "search": _write_search(f"{folder}/search", rng, num_trials) if num_trials else None,
         "checkpoints": checkpoints,
         "evaluations": evaluations,
         "versions": versions,
@@ -234,7 +236,14 @@ def _write_search(uri: str, rng: np.random.Generator, count: int) -> SearchResul
         )
     best = best_trial(record.trials.values())
     values = best.values if best is not None else {}
-    return SearchResult(variant="full", values=values, num_trials=count, trials_uri=f"{uri}/trials.json")
+    return SearchResult(
+        variant="full",
+        values=values,
+        miou=best.miou if best is not None else None,
+        num_trials=count,
+        trials_uri=f"{uri}/trials.json",
+        trials_digest="",
+    )
 
 
 class Page(HTMLParser):
@@ -448,6 +457,16 @@ def test_build_report__one_variant_no_search_no_decision(tmp_path: Path) -> None
     assert page.row("registered version") == ["not registered"]
     assert page.row("decision") == [DASH]
     assert sum(tag == "svg" for tag, _ in page.tags) == 4
+
+
+def test_build_report__a_search_alone_has_no_sections_about_variants(tmp_path: Path) -> None:
+    arguments = write_run(tmp_path, variants=())
+    page = Page(build_report(load_report_input(**{**arguments, "decision": None})))
+    assert [text.strip() for text in page.text["h2"]] == ["Search", "Configuration"]
+    assert [target for target in page.values("href") if target.startswith("#s")] == ["#search"]
+    assert [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"] == [
+        "val mIoU of 5 trials against focal, decoder_layers, scale_range"
+    ]
 
 
 def test_build_report__refused_candidate_keeps_the_champion(loaded: ReportInput) -> None:

@@ -71,7 +71,12 @@ def search(
         shard_set=None,
         variant="full",
         settings=VariantSettings(
-            model={"decoder_layers": 3},
+            model={
+                "backbone": "vit_tiny_patch16_224",
+                "structure": "cascade",
+                "out_layers": [1, 3],
+                "image_size": [48, 64],
+            },
             loss=LossConfig(),
             train=TrainConfig(steps=9, batch_size=1, warmup_steps=0, validate_every_steps=9, checkpoint_every_steps=9),
         ),

@@ -3,10 +3,30 @@ from __future__ import annotations
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from pipeline.config import SearchRange
-from pipeline.tuning.space import distributions, from_params, short_names, to_params, value_text, values_text, within
+from pipeline.config import LossConfig, SearchRange, TrainConfig, VariantSettings
+from pipeline.tuning.space import (
+    default_space,
+    distributions,
+    from_params,
+    short_names,
+    to_params,
+    value_text,
+    values_text,
+    within,
+)
+from segvit.losses import LOSS_TERMS
 
 CHOICES = [[1, 2], {"a": [0.5]}, "nearest", None, 3]
+
+
+def test_default_space__is_the_terms_that_the_variant_is_trained_with() -> None:
+    train = TrainConfig(steps=9, batch_size=1, warmup_steps=0, validate_every_steps=9, checkpoint_every_steps=9)
+    settings = VariantSettings(model={}, loss=LossConfig(), train=train)
+    ranges = {name: SearchRange(log_uniform=LOSS_TERMS.get(name).search_range) for name in ("class", "focal", "dice")}
+    assert default_space(settings) == {f"loss.{name}": one for name, one in ranges.items()}
+    loss = LossConfig(weights={"dice": 0.0, "cross_entropy": 2.0})
+    changed = default_space(settings.model_copy(update={"loss": loss}))
+    assert list(changed) == ["loss.class", "loss.focal", "loss.cross_entropy"]
 
 
 def test_distributions__one_for_each_kind_of_range() -> None:

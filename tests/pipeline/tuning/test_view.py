@@ -14,6 +14,7 @@ from flows.present.search import search_view
 from pipeline.config import SearchRange, TuneConfig
 from pipeline.errors import UserError
 from pipeline.reports.search_page import write_search_report
+from pipeline.reports.search_plots import values_against_miou
 from pipeline.tuning.record import SearchRecord, TrialRecord, TrialScore
 from pipeline.tuning.space import short_names
 from pipeline.tuning.view import SearchSummary, load_search, read_search
@@ -118,6 +119,21 @@ def test_write_search_report__three_plots_and_a_page_of_its_own(tmp_path: Path, 
         write_search_report(summary, tmp_path / "out")
     write_search_report(summary, tmp_path / "out", overwrite=True)
     assert [file.read_bytes() for file in files] == before
+
+
+def test_values_against_miou__the_ring_is_at_the_chosen_values(tmp_path: Path) -> None:
+    write_search(tmp_path, MIXED)
+    search = read_search(str(tmp_path), "0123", "camvid", RunState.FINISHED)
+    axes = {axis.get_xlabel(): axis for axis in values_against_miou(search).axes[: len(MIXED)]}
+    assert set(axes) == set(short_names(MIXED).values())
+    rings = {name: axis.collections[-1].get_offsets().tolist() for name, axis in axes.items()}
+    chosen = search.trials[0]
+    assert {tuple(y for _, y in ring) for ring in rings.values()} == {(chosen.miou,)}
+    for path in ("loss.dice", "model.decoder_layers", "train.weight_decay", "train.seed"):
+        assert rings[short_names(MIXED)[path]][0][0] == chosen.values[path]
+    for name, word in (("scale_range", "[0.8, 1.2]"), ("model.seed", "1"), ("shrink_queries", "nearest")):
+        words = [text.get_text() for text in axes[name].get_xticklabels()]
+        assert words[round(rings[name][0][0])] == word
 
 
 def test_write_search_report__a_search_without_a_score(tmp_path: Path) -> None:
