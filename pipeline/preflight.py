@@ -18,7 +18,7 @@ from pipeline.datasets.summary import SourceSummary, describe_source
 from pipeline.errors import UserError
 from pipeline.registry.gate import policy_problems
 from segvit.config import ModelConfig
-from segvit.flops import count_parameters
+from segvit.flops import count_parameters, outline_model
 from segvit.model_check import model_problems
 from segvit.schedules import build_schedule
 from segvit.weights.pretrained import WEIGHTS_VARIABLE, weights_problem
@@ -115,8 +115,8 @@ def _of_search(config: ExperimentConfig, num_classes: int) -> Iterator[str]:
         return
     if tune.report_every_steps > tune.steps:
         yield (
-            f"tune.report_every_steps {tune.report_every_steps} exceeds tune.steps {tune.steps}, so that no trial would "
-            "have a score; lower it"
+            f"tune.report_every_steps {tune.report_every_steps} exceeds tune.steps {tune.steps}: no trial would have a "
+            "score; lower it"
         )
     try:
         settings = config.variant_settings(tune.variant)
@@ -215,10 +215,11 @@ def _of_disk(config: ExperimentConfig, source: SourceSummary, workspace: str) ->
     for name in config.variants:
         model = ModelConfig.from_dict(config.variant_settings(name).model)
         kept = config.train.keep_checkpoints + 2  # the last one, and the one that is being written
-        needed += count_parameters(model, len(source.class_names)) * _CHECKPOINT_BYTES_PER_PARAMETER * kept
+        parameters = count_parameters(outline_model(model, len(source.class_names)))
+        needed += parameters * _CHECKPOINT_BYTES_PER_PARAMETER * kept
     free = shutil.disk_usage(Path(folder)).free
     if needed > free:
         yield (
-            f"workspace {workspace} has {free / 1e9:.1f} GB free, shards and checkpoints need about {needed / 1e9:.1f} GB;"
-            " free some space or choose another workspace"
+            f"workspace {workspace} has {free / 1e9:.1f} GB free, shards and checkpoints need about "
+            f"{needed / 1e9:.1f} GB; free some space or choose another workspace"
         )

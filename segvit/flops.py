@@ -86,12 +86,21 @@ def model_cost(config: ModelConfig, num_classes: int, size: tuple[int, int]) -> 
     Raises:
         ValueError: The configuration does not fit the backbone.
     """
-    with torch.device("meta"), WithoutInitialization():
-        model = build_model(config, num_classes)
+    model = outline_model(config, num_classes)
     kept = activation_bytes(model, size)
     parts = count_parts(model.eval().requires_grad_(False), size)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return ModelCost(sum(parts.values()), parameters, parts, kept)
+    return ModelCost(sum(parts.values()), count_parameters(model), parts, kept)
+
+
+def outline_model(config: ModelConfig, num_classes: int) -> SegViT:
+    """The model on the meta device: names and shapes without weights; raises ValueError as `build_model` does."""
+    with torch.device("meta"), WithoutInitialization():
+        return build_model(config, num_classes)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that training learns or keeps frozen."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()

@@ -23,7 +23,8 @@ def data(
 ) -> None:
     """Show what a shard set holds: images and pixels of every class in every split."""
     from flows.present import runs as present
-    from pipeline.reports.data_page import summarize_shard_set, write_data_report
+    from pipeline.reports.data_page import write_data_report
+    from pipeline.reports.data_summary import summarize_shard_set
 
     summary = summarize_shard_set(shard_set)
     with facts_output(as_json) as (console, give):

@@ -18,7 +18,7 @@ from pipeline.workflow.runs import PlannedStep, RunSummary, RunTree, StepSummary
 from pipeline.workflow.tracking import RunState
 
 if TYPE_CHECKING:
-    from pipeline.reports.data_page import DataSummary, SplitSummary
+    from pipeline.reports.data_summary import DataSummary, SplitSummary
     from segvit.flops import PresetCost
 
 BAR_WIDTH = 24  # characters

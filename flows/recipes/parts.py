@@ -34,7 +34,7 @@ def fetch_backbones(flow: Graph, config: ExperimentConfig) -> dict[str, StepRef[
         name: (str(config.variant_settings(name).model.get("backbone")), config.backbone_weights(name))
         for name in config.variants
     }
-    found = {}
+    found: dict[tuple[str, str], StepRef[BackboneRecord]] = {}
     for backbone, weights in dict.fromkeys(wanted.values()):
         label = "fetch_backbone" if len(set(wanted.values())) == 1 else f"fetch_backbone/{len(found)}-{backbone}"
         sources = steps.backbone_sources(weights)

@@ -53,7 +53,7 @@ class TuneConfig(Section):
     steps: Positive = 60
     report_every_steps: Positive = 20
     max_val_samples: Positive | None = None
-    space: dict[str, SearchRange] = {}
+    space: dict[str, SearchRange] = Field(default_factory=dict)
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0
     max_failed_fraction: Annotated[Fraction, NotFingerprinted] = 0.3
     trial_retries: Annotated[int, Field(ge=0), NotFingerprinted] = 1

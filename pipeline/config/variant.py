@@ -26,7 +26,7 @@ class LossConfig(Section):
         count_ignored_as_background: whether ignored pixels count as "not this class" in mask terms, as published.
     """
 
-    weights: dict[str, Weight] = {}
+    weights: dict[str, Weight] = Field(default_factory=dict)
     with_published: bool = True
     count_ignored_as_background: bool = True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeline.config import PromotionPolicy
@@ -17,6 +18,15 @@ class GateDecision(NamedTuple):
     promoted: bool
     reason: str
     checks: tuple[Check, ...]
+
+
+def policy_problems(policy: PromotionPolicy, class_names: Sequence[str]) -> list[str]:
+    """What of a policy does not fit a data set, a line each."""
+    return [
+        f"protected_classes names {name!r}; choose from {', '.join(class_names)}"
+        for name in policy.protected_classes
+        if name not in class_names
+    ]
 
 
 def decide(candidate: Evaluation, champion: Evaluation | None, policy: PromotionPolicy) -> GateDecision:

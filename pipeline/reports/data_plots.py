@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pipeline.reports.data_page import DataSummary
+from pipeline.reports.data_summary import DataSummary
 from pipeline.reports.style import WIDTH_IN, colours_of, plot_style, png
 
 _MAX_CLASSES_WITH_VALUES = 60

@@ -105,7 +105,9 @@ def _train_here(job: TrainJob, place: TrialPlace, number: int) -> None:
                 ray.tune.report({STEP: metrics[STEP], METRIC: metrics[METRIC]})
 
         device = torch.device("cuda", 0) if wants_gpu(job.runtime.use_gpu) else torch.device("cpu")
-        run_training(job, DistributedContext(0, 1, device), report, resume_from=resume, work_folder=Path(folder) / "work")
+        run_training(
+            job, DistributedContext(0, 1, device), report, resume_from=resume, work_folder=Path(folder) / "work"
+        )
 
 
 def _train_on_workers(job: TrainJob, tune: TuneConfig, place: TrialPlace, number: int) -> None:

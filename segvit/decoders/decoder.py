@@ -34,7 +34,7 @@ class DecoderOutput(NamedTuple):
 class DownsamplingBlock(NamedTuple):
     """The backbone block inside which query-based downsampling halves the grid, and how its queries are made."""
 
-    index: int
+    block: int
     queries: ShrinkQueries
 
 

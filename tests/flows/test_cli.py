@@ -9,7 +9,7 @@ import typer
 from flows.cli import app, main
 from flows.present.runs import BAR_WIDTH, bar
 from pipeline.config import DataConfig, DigitsConfig
-from pipeline.reports.data_page import summarize_shard_set
+from pipeline.reports.data_summary import summarize_shard_set
 from pipeline.shards.prepare import prepare_shards
 
 CONFIG = str(Path(__file__).parents[2] / "flows" / "configs" / "quickstart.yaml")

@@ -10,7 +10,7 @@ from pipeline.config import DigitsConfig
 from pipeline.config.file import load_config, parse_config
 from pipeline.errors import UserError
 
-CONFIGS = Path(__file__).parents[2] / "flows" / "configs"
+CONFIGS = Path(__file__).parents[3] / "flows" / "configs"
 
 
 def tree(**sections: Any) -> dict[str, Any]:
@@ -30,10 +30,10 @@ def test_load_config__every_shipped_file_is_valid(name: str, monkeypatch: pytest
 
 def test_parse_config__lists_all_problems_with_place_value_and_remedy() -> None:
     with pytest.raises(UserError) as caught:
-        parse_config(tree(model={"crop": [112, 100]}, train={"stepz": 3, "batch_size": 0}), source="x.yaml")
+        parse_config(tree(tune={"variant": ["a"]}, train={"stepz": 3, "batch_size": 0}), source="x.yaml")
     lines = str(caught.value).splitlines()
     assert lines[0] == "x.yaml: 3 problem(s)"
-    assert "  model: crop 100 is not a multiple of patch size 14; use 98 or 112" in lines
+    assert any(line.startswith("  tune.variant: ['a']: ") for line in lines)
     assert "  train.stepz: unknown key; remove it or correct its spelling" in lines
     assert any(line.startswith("  train.batch_size: 0: ") and "greater than 0" in line for line in lines)
 
@@ -46,30 +46,6 @@ def test_parse_config__every_worker_has_a_sample() -> None:
         parse_config(tree(runtime={"num_workers": [2, 5]}, train={"accumulation_steps": 4}))
     with pytest.raises(UserError, match=r"num_workers \[5, 2\] is \[least, most\]; swap them"):
         parse_config(tree(runtime={"num_workers": [5, 2]}))
-
-
-@pytest.mark.parametrize(
-    ("variant", "message"),
-    [
-        ({"structure": "shrunk"}, "structure shrunk needs shrink_at"),
-        ({"structure": "cascade", "out_layers": [1], "shrink_at": 2}, "does not shrink; leave shrink_at out"),
-        ({"structure": "cascade"}, "structure cascade needs out_layers"),
-        ({"structure": "single", "out_layers": [1, 3]}, r"structure single reads 1 to 1 of out_layers, got \(1, 3\)"),
-        ({"structure": "linear"}, "loss mask compares masks, which structure linear has none of; use cross_entropy"),
-        ({"structure": "single", "accumulate_masks": False}, "has no stages; leave accumulate_masks out"),
-        ({"structure": "single", "shrink_queries": "average"}, "does not shrink; leave shrink_queries out"),
-        (
-            {"structure": "cascade", "out_layers": [1, 3], "share_queries": False},
-            "share_queries false needs chain_stages false",
-        ),
-        ({"structure": "single", "localize_upsampling": True}, "leave localize_upsampling out"),
-    ],
-)
-def test_parse_config__variant_parts_must_match(variant: dict[str, Any], message: str) -> None:
-    whole = tree()
-    whole["variants"]["full"] = variant
-    with pytest.raises(UserError, match=message):
-        parse_config(whole)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +73,10 @@ def test_parse_config__stream_and_repeat_settings_are_bounded() -> None:
 
 def test_load_config__overrides_nested_values_as_yaml(tmp_path: Path) -> None:
     config = load_config(
-        CONFIGS / "quickstart.yaml", ["train.steps=77", "train.learning_rate=3e-5", "model.crop=[56, 70]"]
+        CONFIGS / "quickstart.yaml", ["train.steps=77", "train.learning_rate=3e-5", "model.image_size=[56, 70]"]
     )
-    assert (config.train.steps, config.train.learning_rate, config.model.crop) == (77, 3e-5, (56, 70))
+    assert (config.train.steps, config.train.learning_rate) == (77, 3e-5)
+    assert config.model.fields["image_size"] == [56, 70]
     with pytest.raises(UserError, match=r"--set 'train\.steps' is not of the form a\.b=c"):
         load_config(CONFIGS / "quickstart.yaml", ["train.steps"])
     with pytest.raises(UserError, match="'name' is a value, not a section"):

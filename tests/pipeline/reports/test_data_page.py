@@ -12,7 +12,8 @@ import segvit
 from pipeline.config import DataConfig, DigitsConfig
 from pipeline.datasets.digits import Digits
 from pipeline.errors import UserError
-from pipeline.reports.data_page import CAPTION, CELL, GAP, contact_sheet, summarize_shard_set, write_data_report
+from pipeline.reports.data_page import CAPTION, CELL, GAP, contact_sheet, write_data_report
+from pipeline.reports.data_summary import summarize_shard_set
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.shard_reader import ShardReader
 from pipeline.shards.shards import ShardSetError
