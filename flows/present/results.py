@@ -9,6 +9,7 @@ from rich.console import Console
 
 from flows.present.runs import variants_table
 from pipeline.records import Evaluation, ModelVersion, PromotionDecision, Record, Report, SearchResult
+from pipeline.tuning.space import value_text
 
 
 def print_results(console: Console, records: Mapping[str, Record]) -> None:
@@ -20,7 +21,7 @@ def print_results(console: Console, records: Mapping[str, Record]) -> None:
     for record in records.values():
         match record:
             case SearchResult():
-                found = ", ".join(f"{path} {_figure(value)}" for path, value in record.values.items())
+                found = ", ".join(f"{path} {value_text(value)}" for path, value in record.values.items())
                 console.print(f"search    {found}", markup=False, soft_wrap=True)
             case PromotionDecision():
                 console.print(f"decision  {record.reason}", markup=False, soft_wrap=True)
@@ -47,7 +48,3 @@ def facts(records: Mapping[str, Record]) -> dict[str, Any]:
 
 def _versions(records: Mapping[str, Record]) -> dict[str, ModelVersion]:
     return {one.variant: one for one in records.values() if isinstance(one, ModelVersion)}
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -152,7 +152,7 @@ class SearchRecord:
         return 1 + max((score.order for trial in self.trials.values() for score in trial.scores), default=-1)
 
 
-class TrialPlace(Record):
+class TrialUris(Record):
     """Where the search's trials keep what they need to continue.
 
     Attributes:

@@ -23,8 +23,8 @@ from pipeline.tuning.record import (
     RECORD_FOLDER,
     TRIALS_FILE,
     SearchRecord,
-    TrialPlace,
     TrialRecord,
+    TrialUris,
     best_trial,
     max_failed,
     remove_folder,
@@ -66,11 +66,11 @@ def search_settings(
     record = SearchRecord.take_over(storage.join(target_uri, RECORD_FOLDER), tune)
     retry_failed(record, tune)
     ray_uri = storage.join(storage_uri, run_name)
-    place = TrialPlace(uri=record.uri, token=record.token, train_uri=ray_uri)
+    uris = TrialUris(uri=record.uri, token=record.token, train_uri=ray_uri)
     runs = TrialRuns(tracking, parent_run_id, run_name)
     runs.settle(record.trials.values())
     configured = {path: job.settings.value(path) for path in tune.space}
-    driver = SearchDriver(tune, configured, record, runs, ended=place.discard)
+    driver = SearchDriver(tune, configured, record, runs, ended=uris.discard)
     if driver.num_waiting:
         _print_restored(record)
         # Ray Tune's own progress table repeats what the trials print.
@@ -78,7 +78,7 @@ def search_settings(
         _remove_sessions(ray_uri)
         run_trials(
             driver,
-            ray.tune.with_parameters(run_trial, job=job, tune=tune, place=place),
+            ray.tune.with_parameters(run_trial, job=job, tune=tune, uris=uris),
             resources=trial_resources(job.runtime),
             trials_at_once=job.runtime.trials_at_once,
             session_uri=ray_uri,
@@ -91,7 +91,7 @@ def search_settings(
     result = publish_trials(record, target_uri, job.variant)
     for trial in trials:
         # The last start may have died between a trial's end and this.
-        place.discard(trial.number)
+        uris.discard(trial.number)
     with suppress(OSError):
         remove_folder(ray_uri)
     return result

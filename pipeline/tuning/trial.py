@@ -26,7 +26,7 @@ from pipeline.training.train_checkpoint import HISTORY_FILE, damage_of
 from pipeline.training.train_run import repair_run
 from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.tuning.proposals import METRIC, STEP
-from pipeline.tuning.record import SearchTakenOver, TrialPlace, remove_folder, require_owner, trial_name
+from pipeline.tuning.record import SearchTakenOver, TrialUris, remove_folder, require_owner, trial_name
 from pipeline.tuning.space import values_text
 from pipeline.workflow.ray_session import wants_gpu
 
@@ -69,7 +69,7 @@ def trial_job(job: TrainJob, tune: TuneConfig, number: int, values: Mapping[str,
     )
 
 
-def run_trial(sampled: dict[str, Any], job: TrainJob, tune: TuneConfig, place: TrialPlace) -> None:
+def run_trial(sampled: dict[str, Any], job: TrainJob, tune: TuneConfig, uris: TrialUris) -> None:
     """What Ray Tune runs: train with the values of `sampled`, from the trial's last checkpoint where it has one.
 
     A failure of the training is reported as the trial's last result; only the death of the process, or a search
@@ -79,17 +79,17 @@ def run_trial(sampled: dict[str, Any], job: TrainJob, tune: TuneConfig, place: T
     try:
         short = trial_job(job, tune, number, sampled[VALUES])
         if in_process(job.runtime):
-            _train_here(short, place, number)
+            _train_here(short, uris, number)
         else:
-            _train_on_workers(short, tune, place, number)
+            _train_on_workers(short, tune, uris, number)
     except SearchTakenOver:
         raise
     except Exception as error:
         ray.tune.report({STEP: 0.0, METRIC: -1.0, CAUSE: one_line(error)})
 
 
-def _train_here(job: TrainJob, place: TrialPlace, number: int) -> None:
-    folder_uri = place.trial_uri(number)
+def _train_here(job: TrainJob, uris: TrialUris, number: int) -> None:
+    folder_uri = uris.trial_uri(number)
     with tempfile.TemporaryDirectory(prefix="segvit-trial-") as folder:
         resume = _fetch_checkpoint(folder_uri, Path(folder) / "resume")
         if resume is not None:
@@ -97,7 +97,7 @@ def _train_here(job: TrainJob, place: TrialPlace, number: int) -> None:
 
         def report(metrics: dict[str, float], checkpoint: Path | None) -> None:
             if checkpoint is not None:
-                require_owner(place.uri, place.token)
+                require_owner(uris.uri, uris.token)
                 _publish_checkpoint(checkpoint, folder_uri)
                 _remove_local(checkpoint)
             # Told last: what the search has heard of, the trial can continue from.
@@ -110,10 +110,10 @@ def _train_here(job: TrainJob, place: TrialPlace, number: int) -> None:
         )
 
 
-def _train_on_workers(job: TrainJob, tune: TuneConfig, place: TrialPlace, number: int) -> None:
+def _train_on_workers(job: TrainJob, tune: TuneConfig, uris: TrialUris, number: int) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    require_owner(place.uri, place.token)
-    run_uri = storage.join(place.train_uri, place.train_name(number))
+    require_owner(uris.uri, uris.token)
+    run_uri = storage.join(uris.train_uri, uris.train_name(number))
     checkpoints = repair_run(run_uri, "last")
     if checkpoints:
         _report_again(checkpoints[-1].uri)
@@ -125,8 +125,8 @@ def _train_on_workers(job: TrainJob, tune: TuneConfig, place: TrialPlace, number
         scaling_config=scaling(job.runtime, cpus=_cpus_beside_trial(job.runtime.cpus_per_worker)),
         # Ray's type stubs know only the former RunConfig.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]
-            name=place.train_name(number),
-            storage_path=place.train_uri,
+            name=uris.train_name(number),
+            storage_path=uris.train_uri,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=FailureConfig(max_failures=tune.trial_retries),
             logging_config=LoggingConfig(log_level="WARNING"),

@@ -90,13 +90,13 @@ def test_rungs__rebuilt_from_the_record_decide_as_those_that_lived(cut: int) -> 
     rng = random.Random(cut)
     scores = [(number, step, rng.random()) for number in range(20) for step in range(10, 100, 10)]
     # Trials run side by side, each in the order of its steps.
-    order = sorted(range(len(scores)), key=lambda place: scores[place][1] + 35 * rng.random())
-    order.sort(key=lambda place: scores[place][1] // 40)
+    order = sorted(range(len(scores)), key=lambda index: scores[index][1] + 35 * rng.random())
+    order.sort(key=lambda index: scores[index][1] // 40)
     live, stopped = Rungs(tune, []), []
     trials = {number: TrialRecord(number=number, values={}) for number in range(20)}
     rebuilt: Rungs | None = None
-    for position, place in enumerate(order):
-        number, step, miou = scores[place]
+    for position, index in enumerate(order):
+        number, step, miou = scores[index]
         if position == cut:
             rebuilt = Rungs(tune, [TrialRecord.from_json(trial.to_json()) for trial in trials.values()])
         decision = live.stops(number, step, miou)

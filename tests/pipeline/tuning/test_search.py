@@ -44,7 +44,7 @@ def search(
     plan, started = str(tmp_path / "plan.json"), str(tmp_path / "started")
 
     # Within a function, so that workers get it by value: they cannot import tests.
-    def light_trial(sampled: dict[str, Any], job: Any, tune: TuneConfig, place: Any) -> None:
+    def light_trial(sampled: dict[str, Any], job: Any, tune: TuneConfig, uris: Any) -> None:
         import json
         import os
         from pathlib import Path

@@ -17,7 +17,7 @@ def step_run(tracking: Tracking) -> str:
 
 
 def trial(number: int, count: int, **changes: Any) -> TrialRecord:
-    scores = tuple(TrialScore(step=10 * place, miou=place / 10, order=place) for place in range(1, count + 1))
+    scores = tuple(TrialScore(step=10 * index, miou=index / 10, order=index) for index in range(1, count + 1))
     return TrialRecord(number=number, values=VALUES, scores=scores).model_copy(update=changes)
 
 

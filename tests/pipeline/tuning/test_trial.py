@@ -11,7 +11,7 @@ import ray.tune
 from pipeline.config import RuntimeConfig, TuneConfig
 from pipeline.training.trainer import TrainJob
 from pipeline.tuning import trial as search_trial
-from pipeline.tuning.record import SearchRecord, SearchTakenOver, TrialPlace
+from pipeline.tuning.record import SearchRecord, SearchTakenOver, TrialUris
 from pipeline.tuning.trial import history_scores, in_process, run_trial, trial_job, trial_resources
 
 MakeJob = Callable[..., TrainJob]
@@ -24,9 +24,9 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> TrialPlace:
+def uris(tmp_path: Path) -> TrialUris:
     record = SearchRecord.take_over(str(tmp_path / "trials"), TUNE)
-    return TrialPlace(uri=record.uri, token=record.token, train_uri=str(tmp_path / "ray"))
+    return TrialUris(uri=record.uri, token=record.token, train_uri=str(tmp_path / "ray"))
 
 
 @pytest.fixture
@@ -57,14 +57,14 @@ def test_trial_job__is_short_and_has_the_sampled_values(make_job: MakeJob) -> No
 
 
 def test_run_trial__values_that_do_not_fit_are_a_failed_trial(
-    make_job: MakeJob, place: TrialPlace, told: list[dict[str, Any]]
+    make_job: MakeJob, uris: TrialUris, told: list[dict[str, Any]]
 ) -> None:
-    run_trial({"trial": 2, "values": {"train.warmup_steps": 7}}, make_job(), TUNE, place)
+    run_trial({"trial": 2, "values": {"train.warmup_steps": 7}}, make_job(), TUNE, uris)
     assert [(row["step"], row["val_miou"]) for row in told] == [(0.0, -1.0)]
     assert told[0]["cause"].startswith("its values (warmup_steps 7) do not fit the variant: ")
     assert "warmup_steps 7 must be below steps 5" in told[0]["cause"]
     told.clear()
-    run_trial({"trial": 2, "values": {"model.decoder_heads": 5}}, make_job(), TUNE, place)
+    run_trial({"trial": 2, "values": {"model.decoder_heads": 5}}, make_job(), TUNE, uris)
     assert re.search(r"heads|divi", told[0]["cause"])
 
 
@@ -77,14 +77,14 @@ def test_trial_resources__one_worker_runs_in_the_trials_own_process(monkeypatch:
 
 def test_run_trial__killed_goes_on_behind_its_checkpoint_to_the_same_scores(
     make_job: MakeJob,
-    place: TrialPlace,
+    uris: TrialUris,
     told: list[dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = make_job()
-    whole = TrialPlace(uri=str(tmp_path / "whole"), token=place.token, train_uri=place.train_uri)
+    whole = TrialUris(uri=str(tmp_path / "whole"), token=uris.token, train_uri=uris.train_uri)
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "owner.json").write_bytes((tmp_path / "trials" / "owner.json").read_bytes())
     run_trial(SAMPLED, job, TUNE, whole)
@@ -102,51 +102,51 @@ def test_run_trial__killed_goes_on_behind_its_checkpoint_to_the_same_scores(
     with monkeypatch.context() as patch:
         patch.setattr(ray.tune, "report", die_at_four)
         with pytest.raises(Killed):
-            run_trial(SAMPLED, job, TUNE, place)
-    folder = Path(place.trial_uri(2))
+            run_trial(SAMPLED, job, TUNE, uris)
+    folder = Path(uris.trial_uri(2))
     assert sorted(path.name for path in folder.iterdir()) == ["latest.json", "step-00000004"]
     (folder / "step-00000005.0a1b2c3d.partial").mkdir()
     told.clear()
     capsys.readouterr()
-    run_trial(SAMPLED, job, TUNE, place)
+    run_trial(SAMPLED, job, TUNE, uris)
     assert told == expected
     trained = [line for line in capsys.readouterr().out.splitlines() if "  loss " in line]
     assert len(trained) == 1
     assert "step 5/5" in trained[0]
     assert sorted(path.name for path in folder.iterdir()) == ["latest.json", "step-00000005"]
-    place.discard(2)
+    uris.discard(2)
     assert not folder.exists()
 
 
 def test_run_trial__damaged_checkpoint_is_not_used(
-    make_job: MakeJob, place: TrialPlace, told: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    make_job: MakeJob, uris: TrialUris, told: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tune = TUNE.model_copy(update={"steps": 2})
-    run_trial(SAMPLED, make_job(), tune, place)
+    run_trial(SAMPLED, make_job(), tune, uris)
     first = list(told)
-    weights = Path(place.trial_uri(2)) / "step-00000002" / "model.safetensors"
+    weights = Path(uris.trial_uri(2)) / "step-00000002" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     told.clear()
-    run_trial(SAMPLED, make_job(), tune, place)
+    run_trial(SAMPLED, make_job(), tune, uris)
     assert told == first
     assert "model.safetensors has another sha256 than when it was written; starting the trial anew" in (
         capsys.readouterr().out
     )
-    (Path(place.trial_uri(2)) / "latest.json").write_text("{")
+    (Path(uris.trial_uri(2)) / "latest.json").write_text("{")
     told.clear()
-    run_trial(SAMPLED, make_job(), tune, place)
+    run_trial(SAMPLED, make_job(), tune, uris)
     assert told == first
 
 
 def test_run_trial__failure_is_told_in_one_line_and_a_lost_search_ends_it(
-    make_job: MakeJob, place: TrialPlace, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    make_job: MakeJob, uris: TrialUris, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ValueError("no such\n thing")
 
-    run_trial({"trial": 2, "values": {"train.learning_rate": 1e30}}, make_job(), TUNE, place)
+    run_trial({"trial": 2, "values": {"train.learning_rate": 1e30}}, make_job(), TUNE, uris)
     assert [(row["step"], row["val_miou"]) for row in told] == [(0.0, -1.0)]
     assert re.match(
         r"the (loss|gradient's norm) is (nan|inf) at step [12]\b.*Lower train\.learning_rate", told[0]["cause"]
@@ -155,13 +155,13 @@ def test_run_trial__failure_is_told_in_one_line_and_a_lost_search_ends_it(
     told.clear()
     with monkeypatch.context() as patch:
         patch.setattr(search_trial, "run_training", fail)
-        run_trial(SAMPLED, make_job(), TUNE, place)
+        run_trial(SAMPLED, make_job(), TUNE, uris)
     assert told == [{"step": 0.0, "val_miou": -1.0, "cause": "ValueError: no such thing"}]
-    SearchRecord.take_over(place.uri, TUNE)
+    SearchRecord.take_over(uris.uri, TUNE)
     with pytest.raises(SearchTakenOver):
-        run_trial(SAMPLED, make_job(), TUNE, place)
+        run_trial(SAMPLED, make_job(), TUNE, uris)
     assert len(told) == 1
-    assert not Path(place.trial_uri(2)).exists()
+    assert not Path(uris.trial_uri(2)).exists()
 
 
 def test_history_scores__are_the_validations() -> None:
