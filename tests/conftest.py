@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig, VariantSettings
-from pipeline.records import BackboneRecord, ShardSet
+from pipeline.config import DataConfig, DigitsConfig
+from pipeline.records import ShardSet
 from pipeline.training.trainer import TrainJob
+from tests.jobs import tiny_job
 
 MakeJob = Callable[..., TrainJob]
 
@@ -35,34 +36,6 @@ def make_job(digits_shards: ShardSet) -> MakeJob:
     """A training job on the digits that takes seconds; keywords override its train section."""
 
     def make(structure: str = "cascade", **train: Any) -> TrainJob:
-        model: dict[str, Any] = {
-            "backbone": "vit_tiny_patch16_224",
-            "image_size": [48, 64],
-            "structure": structure,
-            "out_layers": [1, 3],
-            "decoder_layers": 1,
-            "drop_path_rate": 0.0,
-            "dropout": 0.0,
-        }
-        if structure == "shrunk":
-            model |= {"shrink_at": 2}
-            del model["out_layers"]
-        settings: dict[str, Any] = {
-            "steps": 4,
-            "batch_size": 4,
-            "learning_rate": 1e-4,
-            "warmup_steps": 0,
-            "validate_every_steps": 4,
-            "checkpoint_every_steps": 4,
-        }
-        return TrainJob(
-            variant="full",
-            settings=VariantSettings(model=model, loss=LossConfig(), train=TrainConfig(**settings | train)),
-            shard_set=digits_shards,
-            backbone=BackboneRecord(
-                backbone="vit_tiny_patch16_224", uri=None, digest="random", source="random", message=""
-            ),
-            runtime=RuntimeConfig(log_every_steps=1),
-        )
+        return tiny_job(digits_shards, structure, **train)
 
     return make

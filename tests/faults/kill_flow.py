@@ -50,7 +50,7 @@ EXPERIMENT: dict[str, Any] = {
     "model": {
         "backbone": "vit_tiny_patch16_224",
         "weights": "random",
-        "crop": [48, 64],
+        "image_size": [48, 64],
         "decoder_layers": 1,
         "dropout": 0.1,
     },

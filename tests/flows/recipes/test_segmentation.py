@@ -22,7 +22,7 @@ EXPERIMENT: dict[str, Any] = {
     "model": {
         "backbone": "vit_tiny_patch16_224",
         "weights": "random",
-        "crop": [48, 64],
+        "image_size": [48, 64],
         "decoder_layers": 1,
         "dropout": 0.0,
     },
@@ -83,7 +83,7 @@ def test_plan__changed_loss_weight_trains_again_but_does_not_prepare(
     finished: tuple[Path, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     workspace, config = finished
-    steps = facts(capfd, "plan", config, "--workspace", str(workspace), "--set", "loss.dice_weight=3")
+    steps = facts(capfd, "plan", config, "--workspace", str(workspace), "--set", "loss.dice=3")
     cached = {step["label"]: step["cached"] for step in steps}
     assert cached["prepare"]
     assert cached["fetch_backbone"]
@@ -116,8 +116,9 @@ def test_run__search_trials_are_visible_and_their_best_weights_trained_with(
     records = {step["label"]: step["record"] for step in tree["steps"]}
     trials = json.loads(Path(records["tune"]["trials_uri"]).read_text())
     assert len(trials) == 2
-    assert trials[0]["focal_weight"] != trials[1]["focal_weight"]
-    chosen = [trial for trial in trials if trial["focal_weight"] == pytest.approx(records["tune"]["focal_weight"])]
+    assert set(trials[0]["values"]) == {"loss.class", "loss.focal", "loss.dice"}
+    assert trials[0]["values"] != trials[1]["values"]
+    chosen = [trial for trial in trials if trial["values"] == records["tune"]["values"]]
     assert chosen[0]["miou"] == max(trial["miou"] for trial in trials)
     tracking = Tracking.for_workspace(str(workspace))
     logged = list(tracking.runs("tags.`segvit.kind` = 'trial'"))

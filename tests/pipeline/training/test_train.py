@@ -28,9 +28,10 @@ from pipeline.training import train
 from pipeline.training.loop import micro_batches, run_training
 from pipeline.training.train import MetricsToTracking, StopOnUserError, scaling
 from pipeline.training.train_run import repair_run
-from pipeline.training.trainer import TrainJob, WorkerPlace
+from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.workflow import execution, ray_session
 from pipeline.workflow.tracking import MetricLog, Tracking
+from tests.jobs import with_settings
 
 MakeJob = Callable[..., TrainJob]
 UPLOAD_S = 1.5
@@ -161,9 +162,9 @@ def test_train_variant__killed_broken_mended_and_published(
     two_cores: None, make_job: MakeJob, tracking: Tracking, tmp_path: Path
 ) -> None:
     job = make_job(steps=STEPS, validate_every_steps=5, checkpoint_every_steps=2, keep="last")
-    job = job.model_copy(update={"model": job.model | {"dropout": 0.2, "drop_path_rate": 0.2}})
-    alone = WorkerPlace(0, 1, torch.device("cpu"))
-    undisturbed = run_training(job, alone, lambda *_: None, say=lambda _: None, work_folder=tmp_path / "alone")
+    job = with_settings(job, model={"dropout": 0.2, "drop_path_rate": 0.2})
+    alone = DistributedContext(0, 1, torch.device("cpu"))
+    undisturbed = run_training(job, alone, lambda *_: None, log=lambda _: None, work_folder=tmp_path / "alone")
 
     def fit(worker: Any) -> tuple[Checkpoint, str]:
         run_id = tracking.client().create_run(tracking.experiment_id()).info.run_id

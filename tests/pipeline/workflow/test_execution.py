@@ -300,8 +300,8 @@ def test_record_failed__tells_the_cause_though_nothing_can_be_written(
     assert outcome.error == full.format(" at /w/x")
 
 
-def test_recall__says_nothing_where_nothing_was_done(tracking: Tracking) -> None:
-    assert look_up(tracking, make_writer([]), "f" * 64) == (None, None, None)
+def test_look_up__says_nothing_where_nothing_was_done(tracking: Tracking) -> None:
+    assert look_up(tracking, make_writer([]), "f" * 64, {}) == (None, None, None)
 
 
 def test_resolve__at_any_depth() -> None:
