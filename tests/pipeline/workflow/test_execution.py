@@ -5,7 +5,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,7 +171,7 @@ def test_claims__of_many_at_once_one_executes(
     for thread in threads:
         thread.join()
     assert len(calls) == 1
-    assert sorted(outcome.state for outcome in outcomes) == ["reused", "reused", "reused", "run"]
+    assert sorted(outcome.state for outcome in outcomes) == ["reused", "reused", "reused", "done"]
     assert len({outcome.record.content_digest() for outcome in outcomes if outcome.record}) == 1
 
 
@@ -202,9 +201,9 @@ def test_claims__of_a_dead_process_lapse_though_its_driver_lives(make_request: A
     assert execute_step(make_request(make_writer([]), "t")).state == RunState.DONE
 
 
-@pytest.mark.parametrize(("silent_s", "waits"), [(10, True), (400, False)])
+@pytest.mark.parametrize(("stale_after_s", "waits"), [(300.0, True), (0.0, False)])
 def test_claims__on_another_machine_lapse_with_the_driver_s_heartbeat(
-    make_request: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch, silent_s: int, waits: bool
+    make_request: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch, stale_after_s: float, waits: bool
 ) -> None:
     class Waited(Exception):  # noqa: N818
         pass
@@ -214,9 +213,10 @@ def test_claims__on_another_machine_lapse_with_the_driver_s_heartbeat(
 
     far = make_request(make_writer([]), "t")
     elsewhere = {liveness.HOST_TAG: "elsewhere"}
-    beat = (datetime.now(UTC) - timedelta(seconds=silent_s)).isoformat(timespec="seconds")
     tracking.set_tags(begin(far), elsewhere)
-    tracking.set_tags(far.flow_run_id, elsewhere | {liveness.HEARTBEAT_TAG: beat})
+    tracking.set_tags(far.flow_run_id, elsewhere)
+    runs.mark_abandoned(tracking)
+    monkeypatch.setattr(liveness, "STALE_AFTER_S", stale_after_s)
     monkeypatch.setattr(claims, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     outcome = execute_step(make_request(make_writer([]), "t"))
     assert (outcome.state, outcome.error) == ((RunState.FAILED, "Waited") if waits else (RunState.DONE, None))
@@ -262,7 +262,7 @@ def test_execute_step__killed_after_the_done_mark_is_taken_over(make_request: An
     tracking.client().set_tag(request.flow_run_id, liveness.STARTED_TAG, "1")
     runs.mark_abandoned(tracking)
     run = tracking.client().get_run(str(first.run_id))
-    assert (run.info.status, run.data.tags[Tag.STATE]) == ("FINISHED", "run")
+    assert (run.info.status, run.data.tags[Tag.STATE]) == ("FINISHED", "done")
 
 
 @pytest.mark.parametrize("keep_times", [False, True])
@@ -301,7 +301,7 @@ def test_record_failed__tells_the_cause_though_nothing_can_be_written(
 
 
 def test_recall__says_nothing_where_nothing_was_done(tracking: Tracking) -> None:
-    assert look_up(tracking, make_writer([]), "f" * 64) == (None, None, None)
+    assert look_up(tracking, make_writer([]), "f" * 64, {}) == (None, None, None)
 
 
 def test_resolve__at_any_depth() -> None:
