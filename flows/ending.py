@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-END_WITHIN_S = 9.0
+END_WITHIN_S = 8.5
 
 
 @contextmanager
