@@ -35,7 +35,7 @@ from pipeline.records import (
     ShardSet,
 )
 from pipeline.registry import decisions, store
-from pipeline.registry.promote import promote_version, verify_decision
+from pipeline.registry.promote import promote_best, verify_decision
 from pipeline.workflow.step import StepContext, step
 from pipeline.workflow.tracking import MetricLog, Tracking
 
@@ -198,12 +198,11 @@ def register(
     )
 
 
-@step(version=2, verify=verify_decision)
+@step(version=3, verify=verify_decision)
 def promote(context: StepContext, versions: Sequence[ModelVersion], policy: PromotionPolicy) -> PromotionDecision:
-    """Make the best version the candidate and ask the gate about it."""
-    candidate = store.mark_candidate(context.tracking, versions)
+    """Ask the gate about the versions, the best first; the one decided about is the candidate."""
     decisions.keep_policy(context.tracking, versions, policy)
-    decision = promote_version(context.tracking, candidate, policy)
+    decision = promote_best(context.tracking, versions, policy)
     print(decision.reason, flush=True)
     return decision
 

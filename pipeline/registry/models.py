@@ -40,6 +40,7 @@ class VersionSummary(Record):
     gflops: float
     parameters: int
     latency_ms: float
+    latency_reliable: bool
     created: str
     checkpoint_digest: str
     data_digest: str
@@ -131,6 +132,7 @@ def _summary(version: MlflowVersion, aliases: dict[str, int]) -> VersionSummary:
         gflops=record.evaluation.gflops,
         parameters=record.evaluation.parameters,
         latency_ms=record.evaluation.latency_ms,
+        latency_reliable=record.evaluation.latency_reliable,
         created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         checkpoint_digest=record.checkpoint_digest,
         data_digest=record.evaluation.data_digest,
