@@ -20,11 +20,23 @@ from pipeline import storage
 from pipeline.config import EvaluateConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.latency import Latency, machine_lock, time_prediction
-from pipeline.evaluation.per_image import COUNTS_FILE, ImageCounts, write_counts
+from pipeline.evaluation.per_image import ImageCounts, write_counts
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import Checkpoint, Evaluation, ShardSet
 from pipeline.shards.loader import EvalLoader, EvalSample
 from pipeline.shards.shard_check import check_shard_set
+from pipeline.storage.names import (
+    CONFIG_FILE,
+    CONFUSION_FILE,
+    COUNTS_FILE,
+    EXAMPLES_FILE,
+    EXAMPLES_FOLDER,
+    MANIFEST,
+    PROBE_FOLDER,
+    PROBE_IMAGES,
+    PROBE_LABELS,
+    SCORES_FILE,
+)
 from pipeline.workflow.ray_session import wants_gpu
 from segvit.checkpoint import read_config
 from segvit.flops import model_cost
@@ -143,7 +155,7 @@ def evaluate_checkpoint(
         raise UserError(f"evaluate.split {config.split!r} is not prepared; choose from {', '.join(shard_set.splits)}")
     check_shard_set(shard_set, [config.split], say=print)
     with tempfile.TemporaryDirectory(prefix="segvit-config-") as folder:
-        config_file = storage.fetch_file(storage.join(checkpoint.uri, "config.json"), folder)
+        config_file = storage.fetch_file(storage.join(checkpoint.uri, CONFIG_FILE), folder)
         model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])
     world_size = min(runtime.max_workers, shard_set.splits[config.split].num_samples)
     on_worker = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime.use_gpu) else 0)
@@ -162,7 +174,7 @@ def evaluate_checkpoint(
     scores = sorted((score for part in parts for score in part.scores), key=lambda score: (score.miou, score.key))
     best = sorted((one for part in parts for one in part.best), key=lambda one: -one.score.miou)
     worst = sorted((one for part in parts for one in part.worst), key=lambda one: one.score.miou)
-    manifest = storage.read_json(storage.join(shard_set.uri, "manifest.json"))
+    manifest = storage.read_json(storage.join(shard_set.uri, MANIFEST))
     with tempfile.TemporaryDirectory(prefix="segvit-evaluation-") as folder:
         write_evaluation_folder(
             Path(folder),
@@ -217,14 +229,14 @@ def write_evaluation_folder(
 ) -> None:
     """Write confusion.json, images.json, examples.json with its pictures, and probe/ with images and predictions."""
     storage.publish_json(
-        str(folder / "confusion.json"), {"class_names": class_names, "matrix": confusion.matrix.tolist()}
+        str(folder / CONFUSION_FILE), {"class_names": class_names, "matrix": confusion.matrix.tolist()}
     )
-    storage.publish_json(str(folder / "images.json"), [score._asdict() for score in scores])
+    storage.publish_json(str(folder / SCORES_FILE), [score._asdict() for score in scores])
     listed: list[dict[str, object]] = []
-    (folder / "examples").mkdir()
+    (folder / EXAMPLES_FOLDER).mkdir()
     for kind, chosen in examples.items():
         for example in chosen:
-            stem = f"examples/{len(listed)}"
+            stem = f"{EXAMPLES_FOLDER}/{len(listed)}"
             pictures = {
                 "image": example.image,
                 "truth": segvit.overlay(example.image, example.label, palette),
@@ -240,11 +252,12 @@ def write_evaluation_folder(
                     **{name: f"{stem}-{name}.jpg" for name in pictures},
                 }
             )
-    storage.publish_json(str(folder / "examples.json"), listed)
-    (folder / "probe").mkdir()
-    np.save(folder / "probe/images.npy", np.stack([one.image for one in probe]), allow_pickle=False)
+    storage.publish_json(str(folder / EXAMPLES_FILE), listed)
+    probe_folder = folder / PROBE_FOLDER
+    probe_folder.mkdir()
+    np.save(probe_folder / PROBE_IMAGES, np.stack([one.image for one in probe]), allow_pickle=False)
     labels = np.stack([one.predicted for one in probe]).astype(np.uint16)
-    np.save(folder / "probe/labels.npy", labels, allow_pickle=False)
+    np.save(probe_folder / PROBE_LABELS, labels, allow_pickle=False)
 
 
 def _jpeg(picture: NDArray[np.uint8]) -> bytes:

@@ -13,8 +13,8 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.registry import store
-from pipeline.registry.model_package import CHECKPOINT_FILES, CHECKPOINT_FOLDER
 from pipeline.registry.store import all_pages, is_file_path, version_location
+from pipeline.storage.names import CHECKPOINT_FILES, CHECKPOINT_FOLDER
 from pipeline.workflow.tracking import Tracking
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
-from pipeline.registry.model_package import CHECKPOINT_FILES, CHECKPOINT_FOLDER, PACKAGE_FORMAT, log_model
+from pipeline.registry.model_package import PACKAGE_FORMAT, log_model
+from pipeline.storage.names import CHECKPOINT_FILES, CHECKPOINT_FOLDER
 from pipeline.workflow.tracking import Tracking
 
 if TYPE_CHECKING:
