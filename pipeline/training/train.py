@@ -28,8 +28,8 @@ from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError, root_cause
 from pipeline.records import Checkpoint
 from pipeline.shards.shard_check import check_shard_set
+from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 from pipeline.training.loop import run_training
-from pipeline.training.train_checkpoint import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 from pipeline.training.train_run import (
     SavedCheckpoint,
     chosen_checkpoint,

@@ -23,8 +23,6 @@ from pipeline.records import Record
 
 OWNER_FILE = "owner.json"
 SETTINGS_FILE = "search.json"
-TRIALS_FILE = "trials.json"
-RECORD_FOLDER = "trials"  # beside TRIALS_FILE
 
 TrialState = Literal["running", "finished", "stopped", "failed"]
 
