@@ -85,7 +85,7 @@ def build_backbone(config: ModelConfig) -> Backbone:
     return PlainBackbone(
         vit,
         config.out_layers or config.decoder.default_out_layers(depth, hierarchical=False),
-        shrink_at=downsampling.index if downsampling else None,
+        shrink_at=downsampling.block if downsampling else None,
         shrink_queries=downsampling.queries if downsampling else "nearest",
         class_token=config.class_token,
         drop_path_rate=config.drop_path_rate,

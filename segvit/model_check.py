@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from timm.models.swin_transformer import SwinTransformer
@@ -72,7 +73,7 @@ def fit_problems(
         heads = num_heads_of(outline.layers[min(max(out_layers), depth - 1)])
     else:
         downsampling = config.decoder.downsampling(depth)
-        shrink_at = downsampling.index if downsampling else None
+        shrink_at = downsampling.block if downsampling else None
         problems = block_problems(name, outline, out_layers, shrink_at, config.drop_path_rate)
         if shrink_at is not None and max(out_layers) < shrink_at < depth:
             problems.append(
@@ -80,14 +81,13 @@ def fit_problems(
                 f"downsampled; read block {shrink_at} or a later one"
             )
         widths, heads = (outline.embed_dim,) * len(out_layers), num_heads_of(outline.blocks[0])
-    spec = decoder_spec(config, num_classes, widths, heads, outline.patch_embed.patch_size[0])
+    embedding: Any = outline.patch_embed
+    spec = decoder_spec(config, num_classes, widths, heads, embedding.patch_size[0])
     problems += config.decoder.spec_problems(spec)
     most = min(max(out_layers) + 1, depth)
     if not 0 <= freeze_blocks <= most:
         part = "stages" if hierarchical else "blocks"
-        problems.append(
-            f"freeze_blocks {freeze_blocks} does not fit {name}, of which {most} {part} run; use 0 to {most}"
-        )
+        problems.append(f"freeze_blocks {freeze_blocks} does not fit {name}, which runs {most} {part}; use 0 to {most}")
     return problems
 
 

@@ -32,9 +32,9 @@ class DecoderOutput(NamedTuple):
 
 
 class DownsamplingBlock(NamedTuple):
-    """The backbone block inside which query-based downsampling halves the grid, and how its queries are made."""
+    """The backbone block (0-based) inside which query-based downsampling halves the grid, and how its queries are made."""
 
-    index: int
+    block: int
     queries: ShrinkQueries
 
 

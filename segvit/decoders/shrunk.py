@@ -49,7 +49,7 @@ class Shrunk(ATMDecoder, ShrinkingDecoder):
 
     def default_out_layers(self, depth: int, hierarchical: bool) -> tuple[int, ...]:
         """The last block before downsampling and the last of all, as published."""
-        return (self.downsampling(depth).index - 1, depth - 1)
+        return (self.downsampling(depth).block - 1, depth - 1)
 
     def build(self, spec: DecoderSpec) -> nn.Module:
         """See `Decoder`."""
