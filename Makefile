@@ -19,8 +19,9 @@ quickstart: $(STAMP)
 	$(BIN)/segvit run flows/configs/quickstart.yaml
 	$(BIN)/segvit models
 
+# Two at once: the tests on Ray, and all others. PyTorch on one thread each, as two cores are what there is to count on.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Kills, races, outages, a full disk and mutated inputs at random; `make test` runs short forms. About two hours.
 faults: $(STAMP)

@@ -17,6 +17,7 @@ from pipeline.config import ExperimentConfig, SearchRange, VariantSettings
 from pipeline.datasets.summary import SourceSummary, describe_source
 from pipeline.errors import UserError
 from pipeline.registry.gate import policy_problems
+from pipeline.tuning.space import NOT_SEARCHED
 from segvit.config import ModelConfig
 from segvit.flops import count_parameters, outline_model
 from segvit.model_check import model_problems
@@ -134,6 +135,8 @@ def _of_search(config: ExperimentConfig, num_classes: int) -> Iterator[str]:
 
 
 def _search_problem(settings: VariantSettings, path: str, value: Any, num_classes: int) -> str | None:
+    if path in NOT_SEARCHED:
+        return f"it cannot be searched, as {NOT_SEARCHED[path]}; remove it"
     try:
         changed = settings.with_values({path: value})
         if path.startswith("model."):

@@ -1,15 +1,61 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig, VariantSettings
-from pipeline.records import BackboneRecord, ShardSet
+from pipeline.config import DataConfig, DigitsConfig
+from pipeline.records import ShardSet
 from pipeline.training.trainer import TrainJob
+from tests.jobs import tiny_job
 
 MakeJob = Callable[..., TrainJob]
+REPOSITORY = Path(__file__).parents[1]
+# They start Ray, which wants the machine's cores: one after the other, while the other worker runs all else.
+ON_RAY = (
+    "faults/",
+    "flows/test_extending.py",
+    "flows/test_submit.py",
+    "flows/recipes/",
+    "pipeline/shards/test_prepare.py",
+    "pipeline/training/test_train.py",
+    "pipeline/tuning/test_search.py",
+    "pipeline/tuning/test_trial.py",
+    "pipeline/workflow/test_flow.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on Ray stay together, and those of a file likewise, whose fixtures they share."""
+    for item in items:
+        file = item.path.relative_to(REPOSITORY / "tests").as_posix()
+        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(ON_RAY) else file))
+    # The long chain first.
+    items.sort(key=lambda item: not item.path.relative_to(REPOSITORY / "tests").as_posix().startswith(ON_RAY))
+
+
+class FlowRun(NamedTuple):
+    """A small flow that ran to its end, and another one of the same experiment that was killed twice."""
+
+    workspace: Path
+    config: str
+    said: str
+
+
+@pytest.fixture(scope="session")
+def flow_run(tmp_path_factory: pytest.TempPathFactory) -> FlowRun:
+    """The short form of tests.faults.kill_flow, whose undisturbed flow other tests look at."""
+    folder = tmp_path_factory.mktemp("flow")
+    # A training worker, and the whole cluster while the gate is asked.
+    options = ["--kills", "2", "--seed", "856", "--keep", str(folder)]
+    command = [sys.executable, "-m", "tests.faults.kill_flow", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return FlowRun(folder / "reference", str(folder / "kills.yaml"), done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,34 +81,6 @@ def make_job(digits_shards: ShardSet) -> MakeJob:
     """A training job on the digits that takes seconds; keywords override its train section."""
 
     def make(structure: str = "cascade", **train: Any) -> TrainJob:
-        model: dict[str, Any] = {
-            "backbone": "vit_tiny_patch16_224",
-            "image_size": [48, 64],
-            "structure": structure,
-            "out_layers": [1, 3],
-            "decoder_layers": 1,
-            "drop_path_rate": 0.0,
-            "dropout": 0.0,
-        }
-        if structure == "shrunk":
-            model |= {"shrink_at": 2}
-            del model["out_layers"]
-        settings: dict[str, Any] = {
-            "steps": 4,
-            "batch_size": 4,
-            "learning_rate": 1e-4,
-            "warmup_steps": 0,
-            "validate_every_steps": 4,
-            "checkpoint_every_steps": 4,
-        }
-        return TrainJob(
-            variant="full",
-            settings=VariantSettings(model=model, loss=LossConfig(), train=TrainConfig(**settings | train)),
-            shard_set=digits_shards,
-            backbone=BackboneRecord(
-                backbone="vit_tiny_patch16_224", uri=None, digest="random", source="random", message=""
-            ),
-            runtime=RuntimeConfig(log_every_steps=1),
-        )
+        return tiny_job(digits_shards, structure, **train)
 
     return make

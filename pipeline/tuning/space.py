@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Space = Mapping[str, SearchRange]
+# Settings that are the same in all trials, and why.
+NOT_SEARCHED = {
+    "train.steps": "a trial is tune.steps long",
+    "train.validate_every_steps": "trials are validated every tune.report_every_steps",
+    "train.checkpoint_every_steps": "trials are saved every tune.report_every_steps",
+    "model.backbone": "trials start from the weights of the variant's own backbone",
+}
 
 
 def default_space(settings: VariantSettings) -> dict[str, SearchRange]:

@@ -36,8 +36,8 @@ def fused_focal_loss(maps: MaskMaps, with_gradient: bool) -> tuple[Tensor, Tenso
     # d focal / dx = alpha s e^2 (2 (1 - e) softplus + e); alpha s is TILT + s / 2.
     gradient = torch.addcmul(maps.entropy, maps.entropy, maps.wrong, value=-1.0, out=first)
     gradient.mul_(2.0).add_(maps.wrong).mul_(maps.wrong_squared)
-    signed_alpha = torch.mul(maps.sign, 0.5, out=second).add_(TILT)
-    return focal, gradient.mul_(signed_alpha).div_(torch.as_tensor(maps.count)[..., None, None])
+    share = (1 / maps.count)[:, None, None]
+    return focal, gradient.mul_(torch.mul(maps.sign, 0.5 * share, out=second).add_(TILT * share))
 
 
 FOCAL = LossTerm(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 # P masks, H W pixels
+
+NUM_BUFFERS = 4
 
 
 class MaskMaps:
@@ -20,44 +23,46 @@ class MaskMaps:
         logits: (P, H, W) before the sigmoid; overwritten.
         target: Ones where the mask should be, zeros elsewhere, in the logits' type; overwritten.
         ignored: Booleans, the pixels that are left out; None: none. The target is zero there.
+        buffers: (NUM_BUFFERS, P, H, W) of any content, for all maps; None: made. Giving the same to one `MaskMaps`
+            after the other keeps them in the processor's cache.
     """
 
-    def __init__(self, logits: Tensor, target: Tensor, ignored: Tensor | None) -> None:
+    def __init__(
+        self, logits: Tensor, target: Tensor, ignored: Tensor | None, buffers: Sequence[Tensor] | None = None
+    ) -> None:
+        wrong, self._wrong_squared, *scratch = buffers or logits.new_empty(NUM_BUFFERS, *logits.shape).unbind()
         self.area = target.sum((1, 2))
         """(P,): pixels where the mask should be."""
-        self.count: Tensor | int = logits[0].numel()
-        """Pixels that count, of all masks or (P,) of each; at least 1."""
+        self.count = torch.full_like(self.area, logits[0].numel())
+        """(P,): pixels that count, at least 1."""
         self.sign = target.mul_(-2.0).add_(1.0)
         """s (P, H, W)."""
         self._signed = logits.mul_(self.sign)
-        self.wrong = torch.sigmoid(self._signed)
+        self.wrong = torch.sigmoid(self._signed, out=wrong)
         """e (P, H, W), zero for ignored pixels."""
         if ignored is not None:
             self.wrong.masked_fill_(ignored, 0.0)
             self.count = (~ignored).sum((1, 2)).clamp_(min=1).to(logits.dtype)
+        self.scratch = scratch
+        """Two maps (P, H, W) for a term's own use, after it has asked for the others; a gradient may lie in one."""
 
     @cached_property
     def entropy(self) -> Tensor:
         """softplus(s x) (P, H, W), also of ignored pixels."""
-        return softplus(self._signed)
+        return softplus(self._signed, self.scratch[0])
 
     @cached_property
     def wrong_squared(self) -> Tensor:
         """e^2 (P, H, W)."""
-        return self.wrong.square()
-
-    @cached_property
-    def scratch(self) -> tuple[Tensor, Tensor]:
-        """Two maps (P, H, W) of any content for a term's own use; a returned gradient may lie in one."""
-        return torch.empty_like(self.wrong), torch.empty_like(self.wrong)
+        return torch.square(self.wrong, out=self._wrong_squared)
 
 
-def softplus(values: Tensor) -> Tensor:
-    """log(1 + exp(x)), exact for any x; overwrites x.
+def softplus(values: Tensor, small: Tensor) -> Tensor:
+    """log(1 + exp(x)), exact for any x; overwrites x, and `small` of its shape.
 
     torch's own takes three times as long, for its log1p; here what 1 + u rounds away is added to the logarithm.
     """
-    small = values.abs().neg_().exp_()
+    torch.abs(values, out=small).neg_().exp_()
     rounded = small + 1.0
     small.sub_(rounded - 1.0)
     return values.clamp_(min=0.0).add_(rounded.log_()).add_(small)

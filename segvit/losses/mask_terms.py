@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from segvit.losses.mask_maps import MaskMaps
+from segvit.losses.mask_maps import NUM_BUFFERS, MaskMaps
 from segvit.losses.term import LossTerm
 
 # P masks, H W pixels, h w mask grid
@@ -60,11 +60,13 @@ class MaskTerms(torch.autograd.Function):
         step = max(1, limit // labels[0].numel())
         # Fused terms share what the masks are overwritten with, so the others come first.
         order = sorted(range(len(terms)), key=lambda index: terms[index].fused is not None)
+        buffers = logits.new_empty(2 + NUM_BUFFERS, min(step, num_masks), *labels.shape[1:])
         for start in range(0, num_masks, step):
             some = slice(start, start + step)
-            masks = rows @ logits[some] @ columns.T
             pixels = labels[image[some]]
-            target = torch.eq(pixels, class_index[some, None, None], out=torch.empty_like(masks))
+            masks, target, *others = buffers[:, : len(pixels)]
+            torch.matmul(rows @ logits[some], columns.T, out=masks)
+            torch.eq(pixels, class_index[some, None, None], out=target)
             ignored = None if ignore_index is None else pixels == ignore_index
             maps: MaskMaps | None = None
             for index in order:
@@ -72,7 +74,7 @@ class MaskTerms(torch.autograd.Function):
                 if term.fused is None:
                     losses[index][some], gradient = differentiate(term, masks, target, ignored, with_gradient)
                 else:
-                    maps = MaskMaps(masks, target, ignored) if maps is None else maps
+                    maps = MaskMaps(masks, target, ignored, others) if maps is None else maps
                     losses[index][some], gradient = term.fused(maps, with_gradient)
                 if gradient is not None and with_gradient:
                     gradients[index, some] = rows.T @ gradient @ columns

@@ -1,6 +1,6 @@
 """kill -9 of every kind of process at random instants of a whole flow: each rerun must complete as if undisturbed.
 
-    python -m tests.faults.kill_flow [--kills 60] [--seed 0]
+    python -m tests.faults.kill_flow [--kills 60] [--seed 0] [--keep DIR]
 
 A flow of eight steps, from raw images to a promoted model, is run until it ends, and one process of it is killed at
 a random instant of each step: the driver, the process of a step, a trial's, a training worker, the raylet, Ray's
@@ -13,6 +13,7 @@ and the published files are those of an undisturbed run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -50,7 +51,7 @@ EXPERIMENT: dict[str, Any] = {
     "model": {
         "backbone": "vit_tiny_patch16_224",
         "weights": "random",
-        "crop": [48, 64],
+        "image_size": [48, 64],
         "decoder_layers": 1,
         "dropout": 0.1,
     },
@@ -321,10 +322,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="leave the undisturbed flow's workspace in this folder")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     plan = Plan(rng)
-    with tempfile.TemporaryDirectory(prefix="kf", dir="/tmp") as folder:
+    with contextlib.ExitStack() as stack:
+        # Short, for the names of Ray's sockets.
+        folder = options.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="kf", dir="/tmp"))
         config, reference = Path(folder) / "kills.yaml", Path(folder) / "reference"
         config.write_text(yaml.safe_dump(EXPERIMENT))
         total, seconds = run_undisturbed(config, reference)

@@ -30,14 +30,16 @@ from typing import Any, NamedTuple
 import psutil
 from safetensors.torch import load_file
 
-from pipeline.config import DataConfig, DigitsConfig, LossConfig, RuntimeConfig, TrainConfig
+from pipeline.config import DataConfig, DigitsConfig, RuntimeConfig
 from pipeline.errors import UserError
-from pipeline.records import BackboneRecord, ShardSet
+from pipeline.records import ShardSet
 from pipeline.training import train as train_module
 from pipeline.training.trainer import TrainJob
 from pipeline.workflow import ray_session
+from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import MetricLog, Tracking
 from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
+from tests.jobs import tiny_job, with_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-6
@@ -60,34 +62,18 @@ class Kill(NamedTuple):
 
 def make_job(shard_set: ShardSet, workers: int | tuple[int, int], steps: int, **runtime: Any) -> TrainJob:
     """A job of four transformer blocks with everything random on."""
-    return TrainJob(
-        variant="full",
-        model={
-            "backbone": "vit_tiny_patch16_224",
-            "image_size": [48, 64],
-            "structure": "cascade",
-            "out_layers": [1, 3],
-            "decoder_layers": 1,
-            "dropout": 0.2,
-            "drop_path_rate": 0.2,
-        },
-        localize_upsampling=False,
-        shard_set=shard_set,
-        backbone=BackboneRecord(
-            backbone="vit_tiny_patch16_224", uri=None, digest="random", source="random", message=""
-        ),
-        loss=LossConfig(),
-        train=TrainConfig(
-            steps=steps,
-            batch_size=8,
-            accumulation_steps=2,
-            learning_rate=1e-4,
-            warmup_steps=4,
-            validate_every_steps=VALIDATE_EVERY,
-            checkpoint_every_steps=SAVE_EVERY,
-        ),
-        runtime=RuntimeConfig(num_workers=workers, log_every_steps=1, max_failures=-1, **runtime),
+    job = tiny_job(
+        shard_set,
+        steps=steps,
+        batch_size=8,
+        accumulation_steps=2,
+        warmup_steps=4,
+        validate_every_steps=VALIDATE_EVERY,
+        checkpoint_every_steps=SAVE_EVERY,
     )
+    job = with_settings(job, model={"dropout": 0.2, "drop_path_rate": 0.2})
+    settings = RuntimeConfig(num_workers=workers, log_every_steps=1, max_failures=-1, **runtime)
+    return job.model_copy(update={"runtime": settings})
 
 
 def prepare(folder: Path) -> ShardSet:
@@ -107,7 +93,7 @@ def killing_worker(kills: Sequence[Kill], markers: str) -> Callable[[dict[str, A
         from ray.train.v2._internal.execution.storage import StorageContext
 
         import segvit
-        from pipeline.training import train_checkpoint
+        from pipeline.storage.names import WEIGHTS_FILE
         from pipeline.training.train import train_worker
         from pipeline.training.trainer import Trainer
 
@@ -154,7 +140,7 @@ def killing_worker(kills: Sequence[Kill], markers: str) -> Callable[[dict[str, A
         def struck_upload(self: Any, checkpoint: Any, name: str) -> Any:
             half = Path(self.experiment_fs_path) / name
             half.mkdir()
-            shutil.copy(Path(checkpoint.path) / train_checkpoint.WEIGHTS_FILE, half)
+            shutil.copy(Path(checkpoint.path) / WEIGHTS_FILE, half)
             strike("upload")
             return persist(self, checkpoint, name)
 
@@ -211,6 +197,7 @@ def train_in_task(folder: Path) -> None:
         run_name="run",
         storage_uri=str(folder / "ray"),
         target_uri=str(folder / "published"),
+        lease=take_lease(str(folder / "lease"), "training"),
         log=MetricLog(tracking, run.info.run_id),
     )
     curves = {

@@ -25,10 +25,12 @@ import torch
 
 from pipeline.records import Checkpoint
 from pipeline.training.loop import run_training
-from pipeline.training.trainer import TrainJob, WorkerPlace
+from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.workflow import ray_session
+from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import MetricLog, Tracking
 from tests.faults.kill_training import history, make_job, prepare
+from tests.jobs import with_settings
 
 TOLERANCE = 1e-3
 SLOW_STEP_S = 0.5
@@ -47,9 +49,9 @@ def noting_worker(folder: str) -> Callable[[dict[str, Any]], None]:
         def step(self: Trainer, batches: Any) -> Any:
             # Slow enough for the node to go in the middle.
             time.sleep(SLOW_STEP_S)
-            place, samples = self.place, sum(len(batch.keys) for batch in batches)
+            context, samples = self.context, sum(len(batch.keys) for batch in batches)
             with (Path(folder) / "steps").open("a") as file:
-                file.write(f"{os.getpid()} {place.rank} {place.world_size} {self.state.step + 1} {samples}\n")
+                file.write(f"{os.getpid()} {context.rank} {context.world_size} {self.state.step + 1} {samples}\n")
             return train_step(self, batches)
 
         Trainer.train_step = step  # type: ignore[method-assign]
@@ -103,7 +105,12 @@ def train_on_nodes(job: TrainJob, folder: Path, lost_at: int, temporary: str) ->
 
         setattr(train, "train_worker", worker)  # noqa: B010
         return train.train_variant(
-            job, run_name="run", storage_uri=f"{folder}/ray", target_uri=f"{folder}/published", log=log
+            job,
+            run_name="run",
+            storage_uri=f"{folder}/ray",
+            target_uri=f"{folder}/published",
+            lease=take_lease(f"{folder}/lease", "training"),
+            log=log,
         )
 
     threading.Thread(target=lose_second, daemon=True).start()
@@ -123,9 +130,9 @@ def main() -> None:
     options = parser.parse_args()
     folder, temporary = Path(tempfile.mkdtemp(prefix="lose-node-")), tempfile.mkdtemp(prefix="ln", dir="/tmp")
     job = make_job(prepare(folder / "shards"), (1, 2), options.steps)
-    job = job.model_copy(update={"model": job.model | {"dropout": 0.0, "drop_path_rate": 0.0}})
-    place = WorkerPlace(0, 1, torch.device("cpu"))
-    run_training(job, place, lambda *_: None, say=lambda _: None, work_folder=folder / "alone")
+    job = with_settings(job, model={"dropout": 0.0, "drop_path_rate": 0.0})
+    place = DistributedContext(0, 1, torch.device("cpu"))
+    run_training(job, place, lambda *_: None, log=lambda _: None, work_folder=folder / "alone")
     train_on_nodes(job, folder, options.lost_at, temporary)
     # A step that was trained twice, on two workers and again on one, has two rows of its own.
     samples: dict[tuple[int, int], int] = defaultdict(int)

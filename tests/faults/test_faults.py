@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import FlowRun
+
 pytestmark = pytest.mark.timeout(1200)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -20,10 +22,8 @@ def run(module: str, *options: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
-def test_kill_flow__reruns_end_as_if_undisturbed() -> None:
-    # A training worker, and the whole cluster while the gate is asked.
-    line = run("kill_flow", "--kills", "2", "--seed", "856")
-    assert line == "2 kills in 1 flows, every one completed, nothing finished was executed again, no orphan"
+def test_kill_flow__reruns_end_as_if_undisturbed(flow_run: FlowRun) -> None:
+    assert flow_run.said == ("2 kills in 1 flows, every one completed, nothing finished was executed again, no orphan")
 
 
 def test_kill_prepare__reruns_are_identical() -> None:

@@ -27,7 +27,12 @@ SMALL = {"backbone_options": {"embed_dim": 48, "num_heads": 3}, "image_size": [3
 def experiment(root: Path, preset: str, **model: Any) -> dict[str, Any]:
     return {
         "name": "preset",
-        "data": {"dataset": "ade20k", "root": str(root)},
+        "data": {
+            "dataset": "ade20k",
+            "root": str(root),
+            "on_bad_sample": "quarantine",
+            "max_quarantined_fraction": 0.5,
+        },
         "model": {"preset": preset, "weights": "random", **model},
         "variants": {"full": {}},
         "train": TRAIN | {"checkpoint_every_steps": 2},

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.errors import UserError, root_cause
-from pipeline.records import BackboneRecord, LossWeights, ShardSet, SplitInfo
+from pipeline.records import BackboneRecord, SearchResult, ShardSet, SplitInfo
 
 
 def shard_set(uri: str, digest: str = "d") -> ShardSet:
@@ -18,10 +18,13 @@ def test_content_digest__is_of_the_content_not_of_its_place() -> None:
 
 
 def test_content_digest__tells_record_types_apart() -> None:
-    weights = LossWeights(class_weight=1, focal_weight=20, dice_weight=1)
-    searched = weights.model_copy(update={"miou": 0.5, "num_trials": 8})
-    assert weights.content_digest() == searched.content_digest()
-    assert weights.content_digest() != weights.model_copy(update={"dice_weight": 2.0}).content_digest()
+    found = SearchResult(
+        variant="full", values={"loss.dice": 1.0}, miou=0.5, num_trials=4, trials_uri="/t", trials_digest="d"
+    )
+    # More trials that find nothing better change nothing of what follows.
+    longer = found.model_copy(update={"miou": 0.6, "num_trials": 8, "trials_digest": "e"})
+    assert found.content_digest() == longer.content_digest()
+    assert found.content_digest() != found.model_copy(update={"values": {"loss.dice": 2.0}}).content_digest()
 
 
 def test_from_json__round_trip_and_unknown_field() -> None:

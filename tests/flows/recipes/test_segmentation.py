@@ -1,4 +1,4 @@
-"""The whole flow on a local Ray, small: six steps of a tiny backbone on a dozen scenes."""
+"""The whole flow on a local Ray, small: a tiny backbone on a dozen scenes, and what is to be seen afterwards."""
 
 from __future__ import annotations
 
@@ -11,49 +11,8 @@ import pytest
 import yaml
 
 from flows.cli import main
-
-EXPERIMENT: dict[str, Any] = {
-    "name": "tiny",
-    "data": {
-        "dataset": "digits",
-        "samples_per_shard": 6,
-        "digits": {"num_train": 12, "num_val": 6, "image_size": 96},
-    },
-    "model": {
-        "backbone": "vit_tiny_patch16_224",
-        "weights": "random",
-        "crop": [48, 64],
-        "decoder_layers": 1,
-        "dropout": 0.0,
-    },
-    "variants": {
-        "full": {"structure": "cascade", "out_layers": [1, 3]},
-        "shrunk": {"structure": "shrunk", "shrink_at": 2, "localize_upsampling": True},
-    },
-    "train": {
-        "steps": 4,
-        "batch_size": 4,
-        "learning_rate": 1e-4,
-        "warmup_steps": 1,
-        "validate_every_steps": 2,
-        "checkpoint_every_steps": 2,
-    },
-    "tune": {"num_trials": 2, "steps": 2, "report_every_steps": 1, "max_val_samples": 2},
-    "evaluate": {"num_examples": 1, "latency_repeats": 1},
-    "runtime": {"num_workers": 2, "log_every_steps": 1},
-}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A workspace after one run, and the experiment's file; two training workers."""
-    folder = tmp_path_factory.mktemp("flow")
-    config = folder / "tiny.yaml"
-    # Trials share two CPUs with their workers, so one at a time.
-    experiment = EXPERIMENT | {"runtime": EXPERIMENT["runtime"] | {"trials_at_once": 1}}
-    config.write_text(yaml.safe_dump(experiment))
-    main(["run", str(config), "--workspace", str(folder / "workspace")])
-    return folder / "workspace", str(config)
+from tests.conftest import FlowRun
+from tests.faults.kill_flow import EXPERIMENT, NAME, STEPS
 
 
 def facts(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
@@ -62,28 +21,26 @@ def facts(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
     return json.loads(capfd.readouterr().out)
 
 
-def test_run__second_time_reuses_every_step_without_ray(
-    finished: tuple[Path, str], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_run__second_time_reuses_every_step_without_ray(flow_run: FlowRun, capfd: pytest.CaptureFixture[str]) -> None:
     import ray
 
-    workspace, config = finished
+    workspace, config, _ = flow_run
     started = time.monotonic()
     summary = facts(capfd, "run", config, "--workspace", str(workspace))
     assert time.monotonic() - started < 20
     assert not ray.is_initialized()
     tree = facts(capfd, "show", summary["run_id"], "--workspace", str(workspace))
     assert {step["state"] for step in tree["steps"]} == {"reused"}
-    assert len(tree["steps"]) == 11
+    assert len(tree["steps"]) == len(STEPS)
     runs = facts(capfd, "runs", "--workspace", str(workspace))
-    assert [run["state"] for run in runs] == ["finished", "finished"]
+    assert {run["state"] for run in runs} == {"finished"}
 
 
 def test_plan__changed_loss_weight_trains_again_but_does_not_prepare(
-    finished: tuple[Path, str], capfd: pytest.CaptureFixture[str]
+    flow_run: FlowRun, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    workspace, config = finished
-    steps = facts(capfd, "plan", config, "--workspace", str(workspace), "--set", "loss.dice_weight=3")
+    workspace, config, _ = flow_run
+    steps = facts(capfd, "plan", config, "--workspace", str(workspace), "--set", "loss.dice=3")
     cached = {step["label"]: step["cached"] for step in steps}
     assert cached["prepare"]
     assert cached["fetch_backbone"]
@@ -91,33 +48,40 @@ def test_plan__changed_loss_weight_trains_again_but_does_not_prepare(
     assert not cached["train/full"]
     steps = facts(capfd, "plan", config, "--workspace", str(workspace), "--set", "runtime.log_every_steps=7")
     assert all(step["cached"] for step in steps)
+    # What changes no result throws nothing away but the page that shows the settings.
+    raised = ("train.keep_checkpoints=5", "train.checkpoint_every_steps=3", "tune.max_failed_fraction=0.9")
+    raised += ("tune.trial_retries=3", "evaluate.latency_repeats=3", "data.max_quarantined_fraction=0.5")
+    overrides = [word for one in raised for word in ("--set", one)]
+    steps = facts(capfd, "plan", config, "--workspace", str(workspace), *overrides)
+    assert [step["label"] for step in steps if not step["cached"]] == ["report"]
+    steps = facts(capfd, "plan", config, "--workspace", str(workspace), "--set", "tune.num_trials=3")
+    [tune] = [step for step in steps if step["label"] == "tune"]
+    assert (tune["cached"], tune["note"]) == (False, "it made 2 trials, 3 are asked for now")
 
 
-def test_run__registers_both_variants_and_promotes_the_better(
-    finished: tuple[Path, str], capfd: pytest.CaptureFixture[str]
-) -> None:
-    workspace, _ = finished
-    models = facts(capfd, "models", "tiny", "--workspace", str(workspace))
-    assert sorted(model["variant"] for model in models) == ["full", "shrunk"]
-    [champion] = [model for model in models if "champion" in model["aliases"]]
-    assert champion["miou"] == max(model["miou"] for model in models)
-    assert "candidate" in champion["aliases"]
+def test_run__registers_and_promotes(flow_run: FlowRun, capfd: pytest.CaptureFixture[str]) -> None:
+    workspace = flow_run.workspace
+    models = facts(capfd, "models", NAME, "--workspace", str(workspace))
+    [champion] = models
+    assert champion["variant"] == "full"
+    assert set(champion["aliases"]) == {"candidate", "champion"}
     assert champion["promoted"] is True
     assert champion["gflops"] > 0.02
 
 
 def test_run__search_trials_are_visible_and_their_best_weights_trained_with(
-    finished: tuple[Path, str], capfd: pytest.CaptureFixture[str]
+    flow_run: FlowRun, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from pipeline.workflow.tracking import Tracking
 
-    workspace, _ = finished
+    workspace = flow_run.workspace
     tree = facts(capfd, "show", "latest", "--workspace", str(workspace))
     records = {step["label"]: step["record"] for step in tree["steps"]}
     trials = json.loads(Path(records["tune"]["trials_uri"]).read_text())
     assert len(trials) == 2
-    assert trials[0]["focal_weight"] != trials[1]["focal_weight"]
-    chosen = [trial for trial in trials if trial["focal_weight"] == pytest.approx(records["tune"]["focal_weight"])]
+    assert set(trials[0]["values"]) == {"loss.class", "loss.focal", "loss.dice"}
+    assert trials[0]["values"] != trials[1]["values"]
+    chosen = [trial for trial in trials if trial["values"] == records["tune"]["values"]]
     assert chosen[0]["miou"] == max(trial["miou"] for trial in trials)
     tracking = Tracking.for_workspace(str(workspace))
     logged = list(tracking.runs("tags.`segvit.kind` = 'trial'"))
@@ -125,18 +89,18 @@ def test_run__search_trials_are_visible_and_their_best_weights_trained_with(
     assert {run.info.status for run in logged} == {"FINISHED"}
 
 
-def test_run__training_metrics_reach_mlflow(finished: tuple[Path, str]) -> None:
+def test_run__training_metrics_reach_mlflow(flow_run: FlowRun) -> None:
     from pipeline.workflow.tracking import Tracking
 
-    tracking = Tracking.for_workspace(str(finished[0]))
+    tracking = Tracking.for_workspace(str(flow_run.workspace))
     [run] = [run for run in tracking.runs("tags.`segvit.label` = 'train/full'") if "total" in run.data.metrics]
     totals = tracking.client().get_metric_history(run.info.run_id, "total")
-    assert [metric.step for metric in totals] == [1, 2, 3, 4]
+    assert [metric.step for metric in totals] == list(range(1, EXPERIMENT["train"]["steps"] + 1))
     assert 0.0 <= run.data.metrics["val_miou"] <= 1.0
 
 
-def test_run__report_and_prediction(finished: tuple[Path, str], capfd: pytest.CaptureFixture[str]) -> None:
-    workspace, _ = finished
+def test_run__report_and_prediction(flow_run: FlowRun, capfd: pytest.CaptureFixture[str]) -> None:
+    workspace = flow_run.workspace
     tree = facts(capfd, "show", "latest", "--workspace", str(workspace))
     records = {step["label"]: step["record"] for step in tree["steps"]}
     page = Path(records["report"]["uri"]).read_text()
@@ -146,7 +110,7 @@ def test_run__report_and_prediction(finished: tuple[Path, str], capfd: pytest.Ca
     written = facts(
         capfd,
         "predict",
-        "models:/tiny@champion",
+        f"models:/{NAME}@champion",
         str(example),
         "--out",
         str(workspace / "predicted"),

@@ -16,11 +16,12 @@ from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.training.loop import micro_batches, run_training
 from pipeline.training.train_checkpoint import damage_of
-from pipeline.training.trainer import Trainer, TrainJob, WorkerPlace
+from pipeline.training.trainer import DistributedContext, Trainer, TrainJob
 from segvit.losses.segmentation_loss import SegmentationLoss
+from tests.jobs import with_settings
 
 MakeJob = Callable[..., TrainJob]
-ALONE = WorkerPlace(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 CLOCKS = ("images_per_s", "seconds")
 
 
@@ -37,7 +38,7 @@ class Reports:
 
 def train(job: TrainJob, work: Path, resume: Path | None = None) -> Reports:
     reports = Reports()
-    run_training(job, ALONE, reports, resume_from=resume, say=lambda _line: None, work_folder=work)
+    run_training(job, ALONE, reports, resume_from=resume, log=lambda _line: None, work_folder=work)
     return reports
 
 
@@ -62,7 +63,7 @@ def test_run_training__loss_falls_and_the_checkpoint_holds_the_model(make_job: M
 
 def test_run_training__resumed_run_equals_the_undisturbed_one(make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(steps=6, validate_every_steps=6, checkpoint_every_steps=3)
-    job = job.model_copy(update={"model": job.model | {"dropout": 0.2, "drop_path_rate": 0.2}})
+    job = with_settings(job, model={"dropout": 0.2, "drop_path_rate": 0.2})
     whole = train(job, tmp_path / "whole")
     assert [folder.name for folder in whole.folders] == ["step-00000003", "step-00000006"]
     resumed = train(job, tmp_path / "resumed", resume=whole.folders[0])
@@ -85,7 +86,7 @@ def test_run_training__three_workers_with_unequal_shares(make_job: MakeJob, tmp_
     # Batches of four: one worker has two samples, the others one.
     plain = make_job(steps=2, validate_every_steps=2, checkpoint_every_steps=2, gradient_clip_norm=1e9)
     random = make_job(batch_size=8, accumulation_steps=2, validate_every_steps=4, checkpoint_every_steps=2)
-    random = random.model_copy(update={"model": random.model | {"dropout": 0.2, "drop_path_rate": 0.2}})
+    random = with_settings(random, model={"dropout": 0.2, "drop_path_rate": 0.2})
     spawn(_worker, (3, str(tmp_path), plain.model_dump_json(), random.model_dump_json()), nprocs=3)  # type: ignore[no-untyped-call]
     told = json.loads((tmp_path / "told.json").read_text())
     # One process that sees the whole batch takes the same gradient.
@@ -109,7 +110,7 @@ def test_run_training__three_workers_with_unequal_shares(make_job: MakeJob, tmp_
     # The last rank's loss was made infinite in the second step: all stop alike, and its two samples are kept.
     assert told["errors"] == [told["errors"][0]] * 3
     file = tmp_path / "run/non_finite/step-00000002-rank-2.safetensors"
-    batches = micro_batches(plain, WorkerPlace(2, 3, ALONE.device), 1)
+    batches = micro_batches(plain, DistributedContext(2, 3, ALONE.device), 1)
     keys = next(batches).keys
     assert told["errors"][0] == (
         "the loss is inf at step 2 (in focal); both must be finite. Lower train.learning_rate or use precision fp32, "
@@ -118,7 +119,7 @@ def test_run_training__three_workers_with_unequal_shares(make_job: MakeJob, tmp_
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def gradients(job: TrainJob, place: WorkerPlace) -> dict[str, torch.Tensor]:
+def gradients(job: TrainJob, place: DistributedContext) -> dict[str, torch.Tensor]:
     trainer = Trainer(job, place)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.optimizer, "zero_grad", lambda set_to_none: None)
@@ -129,7 +130,7 @@ def gradients(job: TrainJob, place: WorkerPlace) -> dict[str, torch.Tensor]:
 def _worker(rank: int, world_size: int, folder: str, plain_json: str, random_json: str) -> None:
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    place, root = WorkerPlace(rank, world_size, torch.device("cpu")), Path(folder)
+    place, root = DistributedContext(rank, world_size, torch.device("cpu")), Path(folder)
     plain, random = TrainJob.model_validate_json(plain_json), TrainJob.model_validate_json(random_json)
 
     def run(job: TrainJob, name: str, resume: Path | None = None) -> list[dict[str, Any]]:
@@ -187,8 +188,8 @@ def test_train_step__bf16_with_frozen_blocks(make_job: MakeJob, structure: str) 
 def test_trainer__localized_upsampling_starts_from_position_codes(make_job: MakeJob) -> None:
     job = make_job("shrunk")
     plain = Trainer(job, ALONE)
-    localized = Trainer(job.model_copy(update={"localize_upsampling": True}), ALONE)
-    again = Trainer(job.model_copy(update={"localize_upsampling": True}), ALONE)
+    localized = Trainer(with_settings(job, localize_upsampling=True), ALONE)
+    again = Trainer(with_settings(job, localize_upsampling=True), ALONE)
     table = localized.model.state_dict()["decoder.grid_queries.weight"]
     assert not torch.equal(table, plain.model.state_dict()["decoder.grid_queries.weight"])
     for name, value in localized.model.state_dict().items():
@@ -230,7 +231,7 @@ def test_run_training__late_look_names_the_first_step(make_job: MakeJob) -> None
 def test_run_training__rows_wait_for_a_report_that_comes_anyway(make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(steps=5, checkpoint_every_steps=3, validate_every_steps=5)
     reports = Reports()
-    run_training(job, ALONE, reports, say=lambda _line: None, work_folder=tmp_path, report_every_s=3600)
+    run_training(job, ALONE, reports, log=lambda _line: None, work_folder=tmp_path, report_every_s=3600)
     assert [row["step"] for row in reports.rows] == [3.0, 5.0]
     assert [[one["step"] for one in row["earlier"]] for row in reports.rows] == [[1, 2], [4]]
     assert [row["val_miou"] >= 0 for row in reports.rows] == [False, True]

@@ -140,4 +140,4 @@ def test_step__equal_references_share_a_fingerprint_with_records(tracking: Track
         plan.step(train, shards)
     record = Report(uri="elsewhere", digest="t")
     assert plan.steps[1].fingerprint == train.fingerprint(train.bind((record,), {}))
-    assert execution.look_up(tracking, train, str(plan.steps[1].fingerprint)).record is None
+    assert execution.look_up(tracking, train, str(plan.steps[1].fingerprint), {}).record is None

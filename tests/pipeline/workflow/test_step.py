@@ -7,18 +7,21 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
 
-from pipeline.config import LossConfig, TrainConfig
-from pipeline.records import LossWeights, Report
-from pipeline.workflow.step import Step, StepContext, canonical, missing_outputs, step
+from pipeline.config import DataConfig, EvaluateConfig, LossConfig, TrainConfig, TuneConfig
+from pipeline.records import Report, SearchResult
+from pipeline.workflow.lease import Lease, Rank
+from pipeline.workflow.step import NotFingerprinted, Step, StepContext, canonical, missing_outputs, step
 from pipeline.workflow.tracking import Tracking
 
 ROOT = Path(__file__).parents[3]
+TRAIN = TrainConfig(steps=9, batch_size=2, warmup_steps=1, validate_every_steps=3, checkpoint_every_steps=3)
 TRACKING = Tracking("sqlite:////nowhere/mlflow.db")
 
 
@@ -31,12 +34,13 @@ def context() -> StepContext:
         step="report",
         label="l",
         fingerprint="ab" * 32,
+        lease=Lease("report", "/space/leases/report", Rank(1, "r")),
     )
 
 
 def make_step(version: int = 1, name: str = "report") -> Step[..., Report]:
     @step(version=version, name=name)
-    def report(context: StepContext, config: Any, weights: LossWeights | None = None, *, scale: float = 1.0) -> Report:
+    def report(context: StepContext, config: Any, weights: SearchResult | None = None, *, scale: float = 1.0) -> Report:
         """Make a report."""
         return Report(uri=f"/x/{scale}", digest=str(config))
 
@@ -48,8 +52,9 @@ def fingerprint(*args: Any, version: int = 1, name: str = "report", **params: An
     return made.fingerprint(made.bind(args, params))
 
 
-def weights(miou: float | None = None, class_weight: float = 1.0) -> LossWeights:
-    return LossWeights(class_weight=class_weight, focal_weight=20.0, dice_weight=1.0, miou=miou)
+def weights(miou: float | None = None, class_weight: float = 1.0) -> SearchResult:
+    values = {"loss.class": class_weight}
+    return SearchResult(variant="full", values=values, miou=miou, num_trials=3, trials_uri="/t", trials_digest="d")
 
 
 def test_fingerprint__equal_for_positional_keyword_and_default() -> None:
@@ -153,7 +158,7 @@ def test_run__refuses_another_record_type() -> None:
     def wrong(context: StepContext) -> Report:
         return weights()  # type: ignore[return-value]
 
-    with pytest.raises(TypeError, match=r"step wrong returned LossWeights, not Report"):
+    with pytest.raises(TypeError, match=r"step wrong returned SearchResult, not Report"):
         wrong.run(context(), {})
 
 
@@ -197,12 +202,45 @@ def test_missing_outputs__names_the_uri_that_is_gone(tmp_path: Path) -> None:
 
 
 def test_broken_outputs__a_verify_that_fails_is_a_reason(tmp_path: Path) -> None:
-    def verify(record: Report, tracking: Tracking) -> str | None:
-        raise OSError("disk on fire")
+    def verify(record: Report, tracking: Tracking, arguments: Any) -> str | None:
+        raise OSError(f"disk {arguments['disk']} on fire")
 
     @step(version=1, verify=verify)
     def report(context: StepContext) -> Report:
         raise AssertionError
 
-    reason = report.broken_outputs(Report(uri=str(tmp_path), digest="d"), TRACKING)
-    assert reason == "its outputs cannot be verified (disk on fire)"
+    reason = report.broken_outputs(Report(uri=str(tmp_path), digest="d"), TRACKING, {"disk": 3})
+    assert reason == "its outputs cannot be verified (disk 3 on fire)"
+
+
+class Budget(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    steps: int = 10
+    retries: Annotated[int, NotFingerprinted] = 1
+
+
+def test_fingerprint__leaves_out_what_changes_no_result() -> None:
+    assert fingerprint(Budget()) == fingerprint(Budget(retries=5))
+    assert fingerprint(Budget()) != fingerprint(Budget(steps=11))
+    assert fingerprint([{"a": Budget()}]) == fingerprint([{"a": Budget(retries=5)}])
+    # What a model that allows extra keys was given counts.
+    assert fingerprint(Budget()) != fingerprint(Budget.model_validate({"power": 2.0}))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        (DataConfig(dataset="digits"), "max_quarantined_fraction", 0.5),
+        (TuneConfig(), "num_trials", 9),
+        (TuneConfig(), "max_failed_fraction", 0.9),
+        (TuneConfig(), "trial_retries", 4),
+        (TRAIN, "checkpoint_every_steps", 7),
+        (TRAIN, "keep_checkpoints", 5),
+        (EvaluateConfig(), "latency_repeats", 3),
+    ],
+)
+def test_fingerprint__settings_that_may_be_raised_afterwards(section: BaseModel, field: str, value: Any) -> None:
+    changed = section.model_copy(update={field: value})
+    assert changed != section
+    assert fingerprint(changed) == fingerprint(section)

