@@ -311,7 +311,7 @@ def publish_checkpoint(job: TrainJob, saved: Sequence[SavedCheckpoint], target_u
             fetched = storage.fetch_file(storage.join(source.uri, name), scratch)
             (folder / name).write_bytes(fetched.read_bytes())
         digest = storage.file_digest(str(folder / WEIGHTS_FILE))
-        storage.publish_folder(folder, target_uri)
+        storage.publish_folder(folder, target_uri, last=CONFIG_FILE)
     return Checkpoint(
         variant=job.variant,
         uri=target_uri,
