@@ -45,9 +45,9 @@ def installed(site: Path, files: dict[str, str], value: str) -> None:
             "kit",
         ),
         (
-            {"kit/__init__.py": "", "kit/own/mine.py": "import sys\nMine = sys.modules[__name__]\n"},
-            "kit.own.mine:Mine",
-            "kit",
+            {"gear/__init__.py": "", "gear/own/mine.py": "import sys\nMine = sys.modules[__name__]\n"},
+            "gear.own.mine:Mine",
+            "gear",
         ),
     ],
 )
