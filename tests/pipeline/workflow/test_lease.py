@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline import storage
-from pipeline.workflow import lease as lease_module
 from pipeline.workflow.lease import InLine, Lease, LeaseLost, last_number, take_lease, wait_in_line
 
 
@@ -48,11 +48,11 @@ def test_take_lease__paused_after_it_looked_it_overtakes_nobody(
     newer: list[Lease] = []
 
     def pause(mark: str, data: bytes) -> None:
-        monkeypatch.setattr(lease_module.storage, "publish_bytes", publish)
+        monkeypatch.setattr("pipeline.storage.publish_bytes", publish)
         newer.extend(take_lease(uri, "the table") for _ in range(2))
         publish(mark, data)
 
-    monkeypatch.setattr(lease_module.storage, "publish_bytes", pause)
+    monkeypatch.setattr("pipeline.storage.publish_bytes", pause)
     with pytest.raises(LeaseLost):
         take_lease(uri, "the table")
     newer[1].check()
@@ -87,7 +87,7 @@ class Memory:
 
     def others(self) -> Sequence[InLine]:
         found = [(key, number) for key, number in list(self.shown.items()) if key != self.key]
-        return [InLine(number, key, lambda key=key: self.alive(key)) for key, number in found]
+        return [InLine(number, key, partial(self.alive, key)) for key, number in found]
 
     def show(self, number: int | None) -> None:
         self.shown[self.key] = number
