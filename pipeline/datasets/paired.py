@@ -18,7 +18,7 @@ from pipeline.datasets.raw import (
     RawSample,
     RejectedSampleError,
     digest_of,
-    load_facts,
+    load_metadata,
     sample_key,
 )
 from pipeline.datasets.tree import Entry, FileTree
@@ -33,7 +33,7 @@ IMAGE_SUFFIXES = (
 
 
 class Pair(NamedTuple):
-    """A sample by name; a file that is not there keeps the place where it should be, as a string."""
+    """A sample by name; a file that is not there keeps the uri where it should be, as a string."""
 
     name: str  # without suffix
     image: Entry | str
@@ -58,7 +58,7 @@ class PairedDataset(ABC):
         self._samples: dict[str, list[RawSample]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tasks need no listing: a sample carries its places.
+        # Tasks need no listing: a sample carries its uris.
         return {**self.__dict__, "_samples": {}}
 
     def splits(self) -> tuple[str, ...]:
@@ -140,12 +140,12 @@ class PairedDataset(ABC):
 
 
 def pair_by_stem(
-    images: Mapping[str, Entry], labels: Mapping[str, Entry], image_place: str, label_place: str
+    images: Mapping[str, Entry], labels: Mapping[str, Entry], image_uri: str, label_uri: str
 ) -> Iterator[Pair]:
-    """Pairs of equal stem, sorted; what has no partner is paired with a place (`{}` is the stem)."""
+    """Pairs of equal stem, sorted; what has no partner is paired with a uri (`{}` is the stem)."""
     for stem in sorted(images.keys() | labels.keys()):
-        image = images.get(stem) or image_place.format(stem)
-        yield Pair(stem, image, labels.get(stem) or label_place.format(stem))
+        image = images.get(stem) or image_uri.format(stem)
+        yield Pair(stem, image, labels.get(stem) or label_uri.format(stem))
 
 
 def read_label(sample: RawSample) -> list[bytes]:
@@ -175,14 +175,14 @@ def split_lines(text: str, uri: str) -> list[str]:
     return lines
 
 
-def facts_palette(name: str) -> tuple[tuple[str, ...], Palette]:
-    """Class names and colours from the packaged facts of `name`."""
-    facts = load_facts(name)
-    return tuple(facts["classes"]), tuple((red, green, blue) for red, green, blue in facts["palette"])
+def classes_and_palette(name: str) -> tuple[tuple[str, ...], Palette]:
+    """Class names and colours from the packaged metadata of `name`."""
+    metadata = load_metadata(name)
+    return tuple(metadata["classes"]), tuple((red, green, blue) for red, green, blue in metadata["palette"])
 
 
 def _to_sample(pair: Pair, settings: str) -> RawSample:
-    image, label = (Entry(place, "None") if isinstance(place, str) else place for place in pair[1:])
+    image, label = (Entry(file, "None") if isinstance(file, str) else file for file in pair[1:])
     return RawSample(
         key=sample_key(pair.name),
         image=image.uri,

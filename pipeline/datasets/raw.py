@@ -37,7 +37,7 @@ class RawSample:
         image: where the image is, as the user knows it.
         label: where the label map is.
         stamp: changes when either file changes.
-        image_extent: the image's place where it lies inside another file, such as an archive.
+        image_extent: where the image lies, if it does so inside another file, such as an archive.
         label_extents: of the label map likewise; more than one where it is put together from parts.
     """
 
@@ -101,8 +101,8 @@ def digest_of(parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def load_facts(name: str) -> dict[str, Any]:
-    """The packaged facts of data set `name`: classes, palette, ids."""
+def load_metadata(name: str) -> dict[str, Any]:
+    """The packaged metadata of data set `name`: classes, palette, ids."""
     text = resources.files("pipeline.datasets").joinpath(f"{name}.json").read_text(encoding="utf-8")
     return cast("dict[str, Any]", json.loads(text))
 

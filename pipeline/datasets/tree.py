@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
     uri: str  # as the user knows it; a member of an archive is `<archive>/<path in it>`
     stamp: str
-    extents: tuple[Extent, ...] = ()  # its place, or those of its parts, where it lies inside another file
+    extents: tuple[Extent, ...] = ()  # where it lies, or its parts, if inside another file
 
 
 class FileTree:
@@ -58,11 +58,11 @@ class FileTree:
         Names are in Unicode's composed form (NFC), so that lists match files whatever system made either. Hidden
         files (a leading dot) are left out.
         """
-        place = self._plain_folder(folder)
+        folder_uri = self._plain_folder(folder)
         found: dict[str, Entry] = {}
-        if place is not None:
-            for path, stamp in list_tree(place):
-                _add(found, path, Entry(f"{place}/{path}", stamp))
+        if folder_uri is not None:
+            for path, stamp in list_tree(folder_uri):
+                _add(found, path, Entry(f"{folder_uri}/{path}", stamp))
             return dict(sorted(found.items()))
         for item in self._packed():
             prefix = item.find(folder)
@@ -132,20 +132,20 @@ class _Archive:
 
     def find(self, folder: str) -> str | None:
         """The path of `folder` with a slash at its end, whatever is around it; the outermost if there are several."""
-        places = [path for path in self._folders if path == folder or path.endswith(f"/{folder}")]
-        return f"{self._outermost(places, folder)}/" if places else None
+        paths = [path for path in self._folders if path == folder or path.endswith(f"/{folder}")]
+        return f"{self._outermost(paths, folder)}/" if paths else None
 
     def find_file(self, path: str) -> str | None:
         """The member at `path`, whatever is around it."""
-        places = [name for name in self.members if name == path or name.endswith(f"/{path}")]
-        return self._outermost(places, path) if places else None
+        paths = [name for name in self.members if name == path or name.endswith(f"/{path}")]
+        return self._outermost(paths, path) if paths else None
 
     def below(self, prefix: str) -> Iterator[tuple[str, Member]]:
         """The members whose path starts with `prefix`, without it."""
         return ((path[len(prefix) :], member) for path, member in self.members.items() if path.startswith(prefix))
 
-    def _outermost(self, places: list[str], wanted: str) -> str:
-        ordered = sorted(places, key=lambda place: (place.count("/"), place))
+    def _outermost(self, paths: list[str], wanted: str) -> str:
+        ordered = sorted(paths, key=lambda path: (path.count("/"), path))
         if len(ordered) > 1 and ordered[0].count("/") == ordered[1].count("/"):
             raise UserError(
                 f"archive {self.uri} holds {wanted} twice, as {ordered[0]} and as {ordered[1]}; "

@@ -24,6 +24,7 @@ from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import Checkpoint, Evaluation, ShardSet
 from pipeline.shards.loader import EvalLoader, EvalSample
 from pipeline.shards.shard_check import check_shard_set
+from pipeline.shards.shards import MANIFEST
 from pipeline.workflow.ray_session import wants_gpu
 from segvit.checkpoint import read_config
 from segvit.flops import model_cost
@@ -132,7 +133,7 @@ def evaluate_checkpoint(
     """
     if config.split not in shard_set.splits:
         raise UserError(f"evaluate.split {config.split!r} is not prepared; choose from {', '.join(shard_set.splits)}")
-    check_shard_set(shard_set, [config.split], say=print)
+    check_shard_set(shard_set, [config.split], log=print)
     with tempfile.TemporaryDirectory(prefix="segvit-config-") as folder:
         config_file = storage.fetch_file(storage.join(checkpoint.uri, "config.json"), folder)
         model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])
@@ -152,7 +153,7 @@ def evaluate_checkpoint(
     scores = sorted((score for part in parts for score in part.scores), key=lambda score: (score.miou, score.key))
     best = sorted((one for part in parts for one in part.best), key=lambda one: -one.score.miou)
     worst = sorted((one for part in parts for one in part.worst), key=lambda one: one.score.miou)
-    manifest = storage.read_json(storage.join(shard_set.uri, "manifest.json"))
+    manifest = storage.read_json(storage.join(shard_set.uri, MANIFEST))
     with tempfile.TemporaryDirectory(prefix="segvit-evaluation-") as folder:
         write_evaluation_folder(
             Path(folder),

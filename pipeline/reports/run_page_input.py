@@ -22,6 +22,7 @@ from pipeline.records import (
     ShardSet,
 )
 from pipeline.reports.pages import data_uri
+from pipeline.shards.shards import MANIFEST
 from pipeline.storage import join, read_bytes, read_json
 from pipeline.tuning.view import SearchSummary, read_search
 from pipeline.workflow.tracking import RunState
@@ -106,7 +107,7 @@ def load_report_input(
 
     Raises FileNotFoundError where a file is missing, and ValueError where an evaluation's checkpoint is.
     """
-    manifest = read_json(join(shard_set.uri, "manifest.json"))
+    manifest = read_json(join(shard_set.uri, MANIFEST))
     by_variant = {checkpoint.variant: checkpoint for checkpoint in checkpoints}
     registered = {version.variant: version for version in versions}
     variants = []

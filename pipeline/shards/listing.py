@@ -19,7 +19,7 @@ from pipeline.datasets import RawDataset, RawSample
 from pipeline.datasets.raw import digest_of
 from pipeline.errors import UserError
 from pipeline.shards.shard_task import ROWS_VERSION, ShardPlan
-from pipeline.shards.shards import FORMAT_VERSION, spread
+from pipeline.shards.shards import FORMAT_VERSION, evenly_spaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ class Listing:
         self, split: str, samples: Sequence[RawSample], config: DataConfig, identity: str, dataset: str
     ) -> None:
         if not samples:
-            place = f" below {config.root}" if config.root else ""
-            raise UserError(f"dataset {dataset} has no images in split {split!r}{place}; check data.root")
+            where = f" below {config.root}" if config.root else ""
+            raise UserError(f"dataset {dataset} has no images in split {split!r}{where}; check data.root")
         hashes = array("Q")
         first = len(self.shards)
         for number, chosen in enumerate(_cut(samples, config)):
@@ -105,7 +105,7 @@ class Listing:
 def _cut(samples: Sequence[RawSample], config: DataConfig) -> Iterator[list[RawSample]]:
     """The samples to use, shard by shard."""
     limit = config.max_samples_per_split
-    chosen = samples if limit is None else (samples[int(place)] for place in spread(len(samples), limit))
+    chosen = samples if limit is None else (samples[int(index)] for index in evenly_spaced(len(samples), limit))
     shard: list[RawSample] = []
     for sample in chosen:
         shard.append(sample)

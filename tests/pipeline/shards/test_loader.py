@@ -370,7 +370,9 @@ def check_promise(
         stream = [number for step in steps for number in step]
         assert sorted(stream[:num_samples]) == list(range(num_samples))
         shards = ShardReader(uri).index("train").shard
-        order = SampleStream(num_samples, 0, shards=shards, lanes=batch, buffer=buffer).draws(0, len(stream))
+        order = SampleStream(num_samples, 0, shards=shards, num_shard_streams=batch, buffer=buffer).draws(
+            0, len(stream)
+        )
         assert stream == [draw.sample for draw in order]
         if buffer is None:
             # Reads as training does, so once is enough.

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.shards import shard_task
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.sample_check import check_sample
-from pipeline.shards.shards import verify_shard_set
+from pipeline.shards.shard_check import check_shard_set
 
 pytest.importorskip("s3fs", reason="needs the extra s3: pip install 'segvit-pipeline[s3]'")
 server = pytest.importorskip("moto.server", reason="needs moto[server] of the extra dev")
@@ -88,7 +88,7 @@ def test_prepare__source_and_target_on_s3(bucket: str, camvid: Path, tmp_path: P
     assert remote.digest == local.digest
     assert (remote.num_quarantined, remote.splits["train"].num_samples, remote.splits["val"].num_samples) == (1, 4, 2)
     assert lines[-1] == (f"prepare camvid: 7 images = 6 in 4 shards + 1 in quarantine.parquet; published {bucket}/out")
-    assert verify_shard_set(f"{bucket}/out", deep=True) == remote
+    assert check_shard_set(f"{bucket}/out").shard_set == remote
     names = set(remote_sums(f"{bucket}/out"))
     assert names == {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     again = prepare_shards(config_of(f"{bucket}/raw"), f"{bucket}/out", progress=lines.append)

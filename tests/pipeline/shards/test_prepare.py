@@ -23,7 +23,7 @@ from pipeline.records import ShardSet
 from pipeline.shards import shard_task
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.sample_check import check_sample
-from pipeline.shards.shards import verify_shard_set
+from pipeline.shards.shard_check import check_shard_set
 
 DIGITS = DataConfig(dataset="digits", samples_per_shard=4, digits=DigitsConfig(num_train=10, num_val=3))
 
@@ -87,7 +87,7 @@ def test_prepare__twice_from_scratch_gives_the_same_bytes(tmp_path: Path) -> Non
     }
     assert (first.digest, first.splits) == (second.digest, second.splits)
     assert (first.splits["train"].num_samples, first.splits["val"].num_samples) == (10, 3)
-    assert first == verify_shard_set(str(tmp_path / "first"), deep=True)
+    assert first == check_shard_set(str(tmp_path / "first")).shard_set
     assert lines[-2].startswith("prepare digits: 4/4 shards, 13/13 images, 0 rejected, ")
     assert lines[-2].endswith("ETA 0:00")
     place = tmp_path / "first"
@@ -246,7 +246,7 @@ def test_prepare__remote_target(tmp_path: Path) -> None:
     remote = prepare_shards(DIGITS, "memory://prepared", progress=lambda _: None)
     local, _ = run(DIGITS, tmp_path)
     assert remote.digest == local.digest
-    assert verify_shard_set("memory://prepared", deep=True) == remote
+    assert check_shard_set("memory://prepared").shard_set == remote
 
 
 def test_prepare__relative_paths_become_absolute(camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +331,7 @@ def test_prepare__equal_images_stay_once_and_evaluation_keeps_them(camvid: Path,
     lenient = camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.5)
     shard_set, lines = run(lenient, tmp_path / "out")
     assert (shard_set.splits["train"].num_samples, shard_set.splits["val"].num_samples) == (2, 2)
-    assert "4 images are there twice; writing 3 shards without" in lines[-2]
+    assert "4 duplicate images; writing 3 shards without them" in lines[-2]
     assert "8 images = 4 in 4 shards + 4 in quarantine.parquet" in lines[-1]
     rows = pq.read_table(tmp_path / "out" / "quarantine.parquet").to_pylist()
     copies = {"1": f"{camvid}/val/1.png of split val", "5": f"{camvid}/train/0.png of split train"}
