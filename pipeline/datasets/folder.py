@@ -68,7 +68,6 @@ class Folder(PairedDataset):
     def __init__(self, root: str, config: FolderConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self._stems: dict[str, str] | None = None
         self.required = (config.images, config.labels)
         self.layout = f"{config.images}/NAME.jpg with {config.labels}/NAME.png and {config.classes}"
         classes = read_classes(FileTree(root), config.classes)
@@ -126,10 +125,9 @@ class Folder(PairedDataset):
         lines = self.read_list(f"{self.config.splits}/{split}.txt")
         if lines is None:
             return None
-        if self._stems is None:
-            files = self.tree.files(self.config.images)
-            self._stems = {path: _stem(path, IMAGE_SUFFIXES) for path in files}
-        names = [self._stems.get(line, line) for line in (unicodedata.normalize("NFC", line) for line in lines)]
+        files = self.tree.files(self.config.images)
+        paths = (unicodedata.normalize("NFC", line) for line in lines)
+        names = [_stem(path, IMAGE_SUFFIXES) if path in files else path for path in paths]
         if len(set(names)) < len(names):
             twice = next(name for index, name in enumerate(names) if name in names[:index])
             raise UserError(f"{self.config.splits}/{split}.txt holds {twice!r} twice; remove one")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,11 +55,6 @@ class PairedDataset(ABC):
         self.palette = palette
         self.ids = ids
         self.tree = FileTree(root, self.wrappers)
-        self._samples: dict[str, list[RawSample]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tasks need no listing: a sample carries its uris.
-        return {**self.__dict__, "_samples": {}}
 
     def splits(self) -> tuple[str, ...]:
         """Train and val; raises UserError where a folder of theirs is missing."""
@@ -68,9 +63,7 @@ class PairedDataset(ABC):
 
     def samples(self, split: str) -> Sequence[RawSample]:
         """All images and label maps of `split` by name; one without the other too, to be rejected."""
-        if split not in self._samples:
-            self._samples[split] = [_to_sample(pair, self.settings) for pair in self.find_pairs(split)]
-        return self._samples[split]
+        return [_to_sample(pair, self.settings) for pair in self.find_pairs(split)]
 
     def read(self, sample: RawSample) -> RawPair:
         """The image file's bytes and the label map as class ids; raises RejectedSampleError."""
@@ -190,6 +183,7 @@ def _to_sample(pair: Pair, settings: str) -> RawSample:
         stamp=" ".join(filter(None, (image.stamp, label.stamp, settings))),
         image_extent=image.extents[0] if image.extents else None,
         label_extents=label.extents,
+        image_bytes=image.num_bytes,
     )
 
 

@@ -59,7 +59,7 @@ class PascalContext(PairedDataset):
         self._detail: tuple[Entry, dict[str, DetailImage]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_detail": None}
+        return {**self.__dict__, "_detail": None}
 
     def splits(self) -> tuple[str, ...]:
         """Train and val; raises UserError where images, annotations or lists are missing."""

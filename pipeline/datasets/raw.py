@@ -39,6 +39,7 @@ class RawSample:
         stamp: changes when either file changes.
         image_extent: where the image lies, if it does so inside another file, such as an archive.
         label_extents: of the label map likewise; more than one where it is put together from parts.
+        image_bytes: the image's size by its listing; 0 where that does not tell.
     """
 
     key: str
@@ -47,6 +48,7 @@ class RawSample:
     stamp: str
     image_extent: Extent | None = None
     label_extents: tuple[Extent, ...] = ()
+    image_bytes: int = 0
 
 
 class RawPair(NamedTuple):

@@ -77,7 +77,7 @@ def prepare_shards(
         # Tasks on other processes resolve relative paths against folders of their own.
         target = str(storage.local_path(target))
     dataset = open_dataset(config)
-    with _list(dataset, config) as listing:
+    with Listing(dataset, config) as listing:
         current = _find_current(target, listing, config)
         if current is not None:
             report(f"prepare {dataset.name}: the shard set at {target} is up to date")
@@ -93,15 +93,6 @@ def prepare_shards(
         f"+ {shard_set.num_quarantined} in {QUARANTINE}; published {target}"
     )
     return shard_set
-
-
-def _list(dataset: RawDataset, config: DataConfig) -> Listing:
-    try:
-        return Listing(dataset, config)
-    except OSError as error:
-        raise UserError(
-            f"data root {config.root} cannot be listed ({error}); mend or remove what is named, or its permissions"
-        ) from error
 
 
 class _Run:
