@@ -24,14 +24,20 @@ pytest.importorskip("s3fs", reason="needs the extra s3: pip install 'segvit-pipe
 server = pytest.importorskip("moto.server", reason="needs moto[server] of the extra dev")
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URI of an empty bucket on a server of the test's own; the surroundings hold no other credentials."""
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
     service = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     service.start()
     host, port = service.get_host_and_port()
+    yield f"http://{host}:{port}"
+    service.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of an empty bucket; the surroundings hold no other credentials."""
     settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -42,14 +48,12 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     filesystem_class = fsspec.get_filesystem_class("s3")
-    # Instances are remembered, and they remember the server of an earlier test.
+    # Instances are cached, and with them the credentials and the server that they were made with.
     filesystem_class.clear_instance_cache()
-    # The servers of all tests in this process share their buckets.
     name = f"bucket-{uuid.uuid4().hex}"
     fsspec.filesystem("s3").mkdir(name)
     yield f"s3://{name}"
     filesystem_class.clear_instance_cache()
-    service.stop()
 
 
 @pytest.fixture

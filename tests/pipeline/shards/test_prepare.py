@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -264,36 +262,6 @@ def test_prepare__progress_is_rare(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     _, lines = run(DIGITS.model_copy(update={"samples_per_shard": 1}), tmp_path)
     # 13 shards, one every 0.8 s: a line at every third, and at the last.
     assert [int(line.split()[2].split("/")[0]) for line in lines[:-1]] == [3, 6, 9, 12, 13]
-
-
-_ON_RAY = """
-import sys, ray
-from pipeline.config import DataConfig
-from pipeline.errors import UserError
-from pipeline.shards.prepare import prepare_shards
-
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-good = DataConfig.model_validate_json(sys.argv[1])
-print("DIGEST", prepare_shards(good, sys.argv[2], max_tasks=2, progress=lambda line: None).digest)
-try:
-    bad = DataConfig(dataset="camvid", root=sys.argv[3], samples_per_shard=2)
-    prepare_shards(bad, sys.argv[2] + "-bad", max_tasks=2, progress=lambda line: None)
-except UserError as error:
-    print("ERROR", type(error).__name__, error)
-"""
-
-
-def test_prepare__on_ray_gives_the_same_set_and_the_same_errors(camvid: Path, tmp_path: Path) -> None:
-    expected, _ = run(DIGITS, tmp_path / "here")
-    Image.fromarray(np.full((8, 10), 77, dtype=np.uint8)).save(camvid / "valannot" / "1.png")
-    command = [sys.executable, "-c", _ON_RAY, DIGITS.model_dump_json(), str(tmp_path / "there"), str(camvid)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    output = finished.stdout.splitlines()
-    assert f"DIGEST {expected.digest}" in output, finished.stderr
-    assert sums(tmp_path / "here") == sums(tmp_path / "there")
-    (error,) = [line for line in output if line.startswith("ERROR")]
-    assert error.startswith(f"ERROR UserError {camvid}/valannot/1.png holds label id 77")
 
 
 @pytest.mark.skipif("SEGVIT_DATA" not in os.environ, reason="SEGVIT_DATA does not name a folder with camvid/")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.shards.sample_stream import BatchPlan, Draw, SampleStream, share
+from tests.examples import num_examples
 
 
 def shards_of(num_samples: int, num_shards: int) -> np.ndarray:
@@ -50,7 +51,7 @@ def test_order__factors_of_one_change_nothing() -> None:
     assert make_stream(50, factors=np.ones(50)).draws(0, 130) == make_stream(50).draws(0, 130)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=num_examples(25), deadline=None)
 @given(
     num_samples=st.integers(1, 2000),
     num_shards=st.integers(1, 50),
@@ -106,7 +107,7 @@ def test_plan__exactly_once_and_resumable_for_any_numbers(
         assert copies == Counter((sample, copy) for sample in times for copy in range(times[sample]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=num_examples(15), deadline=None)
 @given(
     num_samples=st.integers(1, 1000),
     num_shards=st.integers(1, 50),
@@ -195,7 +196,7 @@ def test_repetition__is_another_draw_each_epoch_and_seed() -> None:
     assert len({twice(0, 0), twice(0, 1), twice(1, 0)}) == 3
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=num_examples(20), deadline=None)
 @given(st.lists(st.floats(1.0, 9.0), min_size=1, max_size=30), st.integers(0, 10**7), st.integers(0, 5))
 def test_epoch_of__inverts_start(factors: list[float], epoch: int, seed: int) -> None:
     stream = make_stream(len(factors), seed=seed, num_shards=1, factors=np.array(factors))

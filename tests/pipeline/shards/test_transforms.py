@@ -31,6 +31,7 @@ from pipeline.shards.transforms import (
     resize,
     training_view,
 )
+from tests.examples import num_examples
 
 PLAIN = AugmentationConfig(
     scale_range=(1.0, 1.0),
@@ -147,7 +148,7 @@ def test_view__photograph_decoded_smaller_is_near_decoding_the_whole_then_resizi
     assert error < np.abs(picked - mean).mean() / 2
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=num_examples(50), deadline=None)
 @given(
     size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     crop=st.tuples(st.integers(1, 70), st.integers(1, 70)),
@@ -197,7 +198,7 @@ def test_resize__bilinear_of_the_cut_alone() -> None:
 def test_view__colours_changed_before_enlarging_are_near_those_changed_after() -> None:
     photo, label = photograph(), np.arange(427 * 640).reshape(427, 640).astype(np.uint8)
     config = AugmentationConfig(scale_range=(1.9, 1.9), max_class_fraction=1.0)
-    for seed in range(12):
+    for seed in range(4):
         view = training_view(encode_png(photo), encode_png(label), (256, 256), config, np.random.default_rng(seed))
         rng = np.random.default_rng(seed)
         drawn = draw_view(label, (256, 256), config, rng)
