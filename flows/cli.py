@@ -12,8 +12,10 @@ from flows.commands.experiment import plan, run, submit
 from flows.commands.model import compare, models, predict, promote, rollback
 from flows.commands.runs import cancel, runs, show
 from flows.commands.search import search
+from flows.ending import ending_in_time
 from pipeline.errors import UserError
 
+INTERRUPTED = 130
 COMMANDS: tuple[Callable[..., None], ...] = (
     run,
     plan,
@@ -44,19 +46,23 @@ for _command in COMMANDS:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: mistakes give one message and exit code 1, usage errors 2, Ctrl-C 130."""
-    try:
-        app(args=list(arguments) if arguments is not None else None)
-    except SystemExit as ended:
-        # Typer ends the process after success, too.
-        if ended.code:
-            raise
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    """Entry point: mistakes give one message and exit code 1, usage errors 2, Ctrl-C and SIGTERM in a flow 130."""
+    with ending_in_time():
+        try:
+            app(args=list(arguments) if arguments is not None else None)
+        except SystemExit as ended:
+            # Typer ends the process after success, too, and says nothing of an interrupt.
+            if ended.code == INTERRUPTED:
+                cause = getattr(ended.__context__, "__cause__", None)
+                print(str(cause or "") or "interrupted", file=sys.stderr)
+            if ended.code:
+                raise
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt as stop:
+            print(str(stop) or "interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class Evaluation(Record):
     `uri` holds confusion.json, counts.parquet, images.json, examples.json, examples/ and probe/. An absent class has
     None. `counts_digest` is the sha256 of counts.parquet; "" where an earlier release kept no such file.
     `inference`: the keyword arguments of segvit.predict that are not its defaults. `latency_ms` is of such a
-    prediction, `gflops` of one pass of the network, both of an image of `cost_size`.
+    prediction, `gflops` of one pass of the network, both of an image of `cost_size`. `latency_reliable`: nothing else
+    kept the machine busy while it was timed.
     """
 
     identity_fields: ClassVar[tuple[str, ...]] = (
@@ -133,15 +134,28 @@ class Evaluation(Record):
     gflops: float
     parameters: int
     latency_ms: float
+    latency_reliable: bool = True
     cost_size: tuple[int, int]
     uri: str
     counts_digest: str = ""
+
+
+def latency_text(milliseconds: float, reliable: bool) -> str:
+    """For people, an unreliable one marked: "~12.3 ms"."""
+    return f"{'' if reliable else '~'}{milliseconds:.1f} ms"
 
 
 class ModelVersion(Record):
     """A registered version in the model registry."""
 
     identity_fields: ClassVar[tuple[str, ...]] = ("name", "version")
+
+    def content_digest(self) -> str:
+        """As of all records; with an unreliable latency it is another one, since the gate may decide otherwise."""
+        digest = super().content_digest()
+        return (
+            digest if self.evaluation.latency_reliable else hashlib.sha256(f"unreliable {digest}".encode()).hexdigest()
+        )
 
     name: str
     version: int
@@ -161,7 +175,10 @@ class Check(Record):
 
 
 class PromotionDecision(Record):
-    """What the gate decided for a version, and why; `policy` holds the fields of the PromotionPolicy it asked."""
+    """What the gate decided for a version, and why; `policy` holds the fields of the PromotionPolicy it asked.
+
+    `also_refused`: versions that the gate refused beside this one, of those that it was to choose from.
+    """
 
     name: str
     version: int
@@ -171,6 +188,7 @@ class PromotionDecision(Record):
     champion_before: int | None
     champion_after: int | None
     policy: dict[str, Any] = {}
+    also_refused: tuple[int, ...] = ()
 
 
 class Report(Record):

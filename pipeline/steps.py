@@ -35,7 +35,8 @@ from pipeline.records import (
     ShardSet,
 )
 from pipeline.registry import decisions, store
-from pipeline.registry.promote import promote_version, verify_decision
+from pipeline.registry.promote import promote_best, verify_decision
+from pipeline.storage.names import BACKBONE_FILE, REPORT_FILE
 from pipeline.workflow.step import StepContext, step
 from pipeline.workflow.tracking import MetricLog, Tracking
 
@@ -88,9 +89,9 @@ def fetch_backbone(context: StepContext, backbone: str, weights: str, sources: d
         # Random weights that were asked for stay; where none were found, the next run looks again.
         source = found.source if weights == "random" else NOT_FOUND
         return BackboneRecord(backbone=backbone, uri=None, digest="random", source=source, message=found.message)
-    uri = context.output_uri("backbone.safetensors")
+    uri = context.output_uri(BACKBONE_FILE)
     with tempfile.TemporaryDirectory(prefix="segvit-backbone-") as folder:
-        file = Path(folder) / "backbone.safetensors"
+        file = Path(folder) / BACKBONE_FILE
         save_file({name: tensor.contiguous() for name, tensor in found.state.items()}, file)
         digest = storage.file_digest(str(file))
         storage.publish_bytes(uri, file.read_bytes())
@@ -198,12 +199,11 @@ def register(
     )
 
 
-@step(version=2, verify=verify_decision)
+@step(version=3, verify=verify_decision)
 def promote(context: StepContext, versions: Sequence[ModelVersion], policy: PromotionPolicy) -> PromotionDecision:
-    """Make the best version the candidate and ask the gate about it."""
-    candidate = store.mark_candidate(context.tracking, versions)
+    """Ask the gate about the versions, the best first; the one decided about is the candidate."""
     decisions.keep_policy(context.tracking, versions, policy)
-    decision = promote_version(context.tracking, candidate, policy)
+    decision = promote_best(context.tracking, versions, policy)
     print(decision.reason, flush=True)
     return decision
 
@@ -241,9 +241,9 @@ def report(
             decision=decision,
         )
     ).encode()
-    uri = context.output_uri("report.html")
+    uri = context.output_uri(REPORT_FILE)
     storage.publish_bytes(uri, page)
-    client.log_text(context.flow_run_id, page.decode(), "report.html")
+    client.log_text(context.flow_run_id, page.decode(), REPORT_FILE)
     return Report(uri=uri, digest=hashlib.sha256(page).hexdigest())
 
 

@@ -83,7 +83,7 @@ def promote(
     chosen = choose_policy(tracking, candidate, policy)
     with facts_output(as_json) as (console, give):
         console.print(f"policy: {chosen.source}", markup=False, soft_wrap=True)
-        decision = promote_version(tracking, candidate, chosen.policy, by_hand=True, dry_run=dry_run)
+        decision = promote_version(tracking, candidate, chosen.policy, manual=True, dry_run=dry_run)
         console.print(present_models.checks_table(decision))
         lead = "dry run, nothing written: " if dry_run else ""
         console.print(lead + decision.reason, markup=False, soft_wrap=True)

@@ -49,6 +49,8 @@ def verdict(comparison: Comparison) -> str:
 def _overall_table(comparison: Comparison) -> Table:
     first, second = comparison.first.evaluation, comparison.second.evaluation
     table = _table(f"{comparison.name}: {second.split}", "", comparison)
+    reliable = first.latency_reliable and second.latency_reliable
+    latency = "latency (ms)" if reliable else "latency (ms), ~: timed beside other work"
     for label, before, after, digits in (
         ("mIoU", first.miou, second.miou, 4),
         ("mAcc", first.macc, second.macc, 4),
@@ -56,7 +58,7 @@ def _overall_table(comparison: Comparison) -> Table:
         ("boundary IoU", first.boundary_iou, second.boundary_iou, 4),
         ("GFLOPs", first.gflops, second.gflops, 2),
         ("parameters (M)", first.parameters / 1e6, second.parameters / 1e6, 2),
-        ("latency (ms)", first.latency_ms, second.latency_ms, 1),
+        (latency, first.latency_ms, second.latency_ms, 1),
     ):
         difference = None if before is None or after is None else after - before
         cells = (_number(before, digits), _number(after, digits), _number(difference, digits, sign="+"))

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from pipeline.records import Evaluation, ModelVersion, PromotionDecision
+from pipeline.records import Evaluation, ModelVersion, PromotionDecision, latency_text
 from pipeline.registry.models import VersionSummary
 from pipeline.workflow.flow import FlowEvent
 from pipeline.workflow.runs import PlannedStep, RunSummary, RunTree, StepSummary
@@ -90,7 +90,7 @@ def variants_table(
             f"{evaluation.aacc:.4f}",
             f"{evaluation.gflops:.2f}",
             f"{evaluation.parameters / 1e6:.2f} M",
-            f"{evaluation.latency_ms:.1f} ms",
+            latency_text(evaluation.latency_ms, evaluation.latency_reliable),
             str(version.version) if version else "",
             outcome(version, decision) if version and decision else "",
         )
@@ -101,7 +101,7 @@ def outcome(version: ModelVersion, decision: PromotionDecision) -> str:
     """What the promotion meant for a version, in a word."""
     if decision.champion_after == version.version:
         return "champion"
-    return "refused" if version.version == decision.version else "not the best"
+    return "refused" if version.version in (decision.version, *decision.also_refused) else "not the best"
 
 
 def plan_tree(name: str, planned: Sequence[PlannedStep], complete: bool) -> Tree:
@@ -259,7 +259,7 @@ def models_table(models: Sequence[VersionSummary]) -> Table:
             model.variant,
             f"{model.miou:.4f}",
             f"{model.gflops:.2f}",
-            f"{model.latency_ms:.1f} ms",
+            latency_text(model.latency_ms, model.latency_reliable),
             model.created,
             model.reason or "",
         )

@@ -19,15 +19,27 @@ import segvit
 from pipeline import storage
 from pipeline.config import EvaluateConfig, RuntimeConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.per_image import COUNTS_FILE, ImageCounts, write_counts
+from pipeline.evaluation.latency import Latency, machine_lock, time_prediction
+from pipeline.evaluation.per_image import ImageCounts, write_counts
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import Checkpoint, Evaluation, ShardSet
 from pipeline.shards.loader import EvalLoader, EvalSample
 from pipeline.shards.shard_check import check_shard_set
+from pipeline.storage.names import (
+    CONFIG_FILE,
+    CONFUSION_FILE,
+    COUNTS_FILE,
+    EXAMPLES_FILE,
+    EXAMPLES_FOLDER,
+    MANIFEST,
+    PROBE_FOLDER,
+    PROBE_IMAGES,
+    PROBE_LABELS,
+    SCORES_FILE,
+)
 from pipeline.workflow.ray_session import wants_gpu
 from segvit.checkpoint import read_config
 from segvit.flops import model_cost
-from segvit.inference.latency import measure_latency
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, segmentation_metrics
 
 NUM_PROBE_IMAGES = 2
@@ -51,7 +63,7 @@ class Example(NamedTuple):
 
 
 class SplitPart(NamedTuple):
-    """What one evaluation worker found on its share of the split."""
+    """What one evaluation worker found on its slice of the split."""
 
     confusion: ConfusionMatrix
     boundary: BoundaryIoU
@@ -60,24 +72,18 @@ class SplitPart(NamedTuple):
     best: list[Example]
     worst: list[Example]
     probe: list[Example]
-    latency_ms: float
 
 
 def evaluate_part(
     checkpoint_uri: str,
     shard_set: ShardSet,
     config: EvaluateConfig,
-    cost_size: tuple[int, int],
     rank: int,
     world_size: int,
     runtime: RuntimeConfig,
 ) -> SplitPart:
-    """Score every `world_size`-th sample, each exactly once over all ranks; rank 0 also times the model."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(runtime.cpus_per_worker)
-    with tempfile.TemporaryDirectory(prefix="segvit-evaluate-") as folder:
-        model, _ = segvit.load_checkpoint(storage.fetch_folder(checkpoint_uri, folder), device=str(device))
+    """Score one of `world_size` contiguous slices of the split; over all ranks each sample is scored once."""
+    model, device = _load_model(checkpoint_uri, runtime)
     boundary = BoundaryIoU(model.num_classes)
     scores: list[ImageScore] = []
     counts: list[ImageCounts] = []
@@ -103,9 +109,8 @@ def evaluate_part(
     loader = EvalLoader(
         shard_set, split=config.split, rank=rank, world_size=world_size, num_workers=runtime.loader_workers
     )
-    inference = config.inference.options()
-    confusion = confusion_of_split(model, loader, device, visit, inference)
-    latency = measure_latency(model, cost_size, config.latency_repeats, inference) if rank == 0 else math.nan
+    with machine_lock(alone=False):
+        confusion = confusion_of_split(model, loader, device, visit, config.inference.options())
     half = min(config.num_examples, (len(examples) + 1) // 2)
     return SplitPart(
         confusion,
@@ -115,8 +120,24 @@ def evaluate_part(
         best=examples[::-1][:half],
         worst=examples[: len(examples) - half],
         probe=probe,
-        latency_ms=latency,
     )
+
+
+def time_checkpoint(
+    checkpoint_uri: str, config: EvaluateConfig, cost_size: tuple[int, int], runtime: RuntimeConfig
+) -> Latency:
+    """Time the prediction of one image of `cost_size` as the configuration says."""
+    model, _ = _load_model(checkpoint_uri, runtime)
+    return time_prediction(model, cost_size, config.latency_repeats, config.inference.options())
+
+
+def _load_model(checkpoint_uri: str, runtime: RuntimeConfig) -> tuple[segvit.SegViT, torch.device]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(runtime.cpus_per_worker)
+    with tempfile.TemporaryDirectory(prefix="segvit-evaluate-") as folder:
+        model, _ = segvit.load_checkpoint(storage.fetch_folder(checkpoint_uri, folder), device=str(device))
+    return model, device
 
 
 def evaluate_checkpoint(
@@ -126,7 +147,7 @@ def evaluate_checkpoint(
     runtime: RuntimeConfig,
     target_uri: str,
 ) -> Evaluation:
-    """Evaluate on the cluster, one task a worker, and publish the evaluation folder to `target_uri`.
+    """Score on the cluster, one task a worker, then time the model, and publish the evaluation folder to `target_uri`.
 
     Raises UserError for a split that the shard set lacks.
     """
@@ -134,15 +155,16 @@ def evaluate_checkpoint(
         raise UserError(f"evaluate.split {config.split!r} is not prepared; choose from {', '.join(shard_set.splits)}")
     check_shard_set(shard_set, [config.split], say=print)
     with tempfile.TemporaryDirectory(prefix="segvit-config-") as folder:
-        config_file = storage.fetch_file(storage.join(checkpoint.uri, "config.json"), folder)
+        config_file = storage.fetch_file(storage.join(checkpoint.uri, CONFIG_FILE), folder)
         model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])
     world_size = min(runtime.max_workers, shard_set.splits[config.split].num_samples)
-    task = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime.use_gpu) else 0)(evaluate_part)
+    on_worker = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime.use_gpu) else 0)
+    score = on_worker(evaluate_part)
     parts: list[SplitPart] = ray.get(
-        [
-            task.remote(checkpoint.uri, shard_set, config, model_config.image_size, rank, world_size, runtime)
-            for rank in range(world_size)
-        ]
+        [score.remote(checkpoint.uri, shard_set, config, rank, world_size, runtime) for rank in range(world_size)]
+    )
+    latency: Latency = ray.get(
+        on_worker(time_checkpoint).remote(checkpoint.uri, config, model_config.image_size, runtime)
     )
     # Fresh ones to add to: what comes out of Ray's object store is read-only.
     confusion, boundary = ConfusionMatrix(shard_set.num_classes), BoundaryIoU(shard_set.num_classes)
@@ -152,7 +174,7 @@ def evaluate_checkpoint(
     scores = sorted((score for part in parts for score in part.scores), key=lambda score: (score.miou, score.key))
     best = sorted((one for part in parts for one in part.best), key=lambda one: -one.score.miou)
     worst = sorted((one for part in parts for one in part.worst), key=lambda one: one.score.miou)
-    manifest = storage.read_json(storage.join(shard_set.uri, "manifest.json"))
+    manifest = storage.read_json(storage.join(shard_set.uri, MANIFEST))
     with tempfile.TemporaryDirectory(prefix="segvit-evaluation-") as folder:
         write_evaluation_folder(
             Path(folder),
@@ -164,7 +186,7 @@ def evaluate_checkpoint(
             palette=manifest["palette"],
         )
         counts_digest = write_counts([one for part in parts for one in part.counts], f"{folder}/{COUNTS_FILE}")
-        storage.publish_folder(folder, target_uri)
+        storage.publish_folder(folder, target_uri, last="confusion.json")
     metrics = segmentation_metrics(confusion.matrix)
     cost = model_cost(model_config, shard_set.num_classes, model_config.image_size)
     return Evaluation(
@@ -183,7 +205,8 @@ def evaluate_checkpoint(
         per_class_accuracy=tuple(_known(value) for value in metrics.per_class_acc),
         gflops=cost.gflops,
         parameters=cost.parameters,
-        latency_ms=parts[0].latency_ms,
+        latency_ms=latency.milliseconds,
+        latency_reliable=latency.reliable,
         cost_size=model_config.image_size,
         uri=target_uri,
         counts_digest=counts_digest,
@@ -206,14 +229,14 @@ def write_evaluation_folder(
 ) -> None:
     """Write confusion.json, images.json, examples.json with its pictures, and probe/ with images and predictions."""
     storage.publish_json(
-        str(folder / "confusion.json"), {"class_names": class_names, "matrix": confusion.matrix.tolist()}
+        str(folder / CONFUSION_FILE), {"class_names": class_names, "matrix": confusion.matrix.tolist()}
     )
-    storage.publish_json(str(folder / "images.json"), [score._asdict() for score in scores])
+    storage.publish_json(str(folder / SCORES_FILE), [score._asdict() for score in scores])
     listed: list[dict[str, object]] = []
-    (folder / "examples").mkdir()
+    (folder / EXAMPLES_FOLDER).mkdir()
     for kind, chosen in examples.items():
         for example in chosen:
-            stem = f"examples/{len(listed)}"
+            stem = f"{EXAMPLES_FOLDER}/{len(listed)}"
             pictures = {
                 "image": example.image,
                 "truth": segvit.overlay(example.image, example.label, palette),
@@ -229,11 +252,12 @@ def write_evaluation_folder(
                     **{name: f"{stem}-{name}.jpg" for name in pictures},
                 }
             )
-    storage.publish_json(str(folder / "examples.json"), listed)
-    (folder / "probe").mkdir()
-    np.save(folder / "probe/images.npy", np.stack([one.image for one in probe]), allow_pickle=False)
+    storage.publish_json(str(folder / EXAMPLES_FILE), listed)
+    probe_folder = folder / PROBE_FOLDER
+    probe_folder.mkdir()
+    np.save(probe_folder / PROBE_IMAGES, np.stack([one.image for one in probe]), allow_pickle=False)
     labels = np.stack([one.predicted for one in probe]).astype(np.uint16)
-    np.save(folder / "probe/labels.npy", labels, allow_pickle=False)
+    np.save(probe_folder / PROBE_LABELS, labels, allow_pickle=False)
 
 
 def _jpeg(picture: NDArray[np.uint8]) -> bytes:

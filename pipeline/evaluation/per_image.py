@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Evaluation
+from pipeline.storage.names import COUNTS_FILE
 
-COUNTS_FILE = "counts.parquet"
 _SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -101,7 +101,7 @@ def write_counts(images: Sequence[ImageCounts], uri: str) -> str:
     return storage.file_digest(uri)
 
 
-def counts_problem(evaluation: Evaluation) -> str | None:
+def _counts_problem(evaluation: Evaluation) -> str | None:
     """Why an evaluation's counts cannot be used, or None."""
     uri = storage.join(evaluation.uri, COUNTS_FILE)
     if not evaluation.counts_digest:
@@ -113,7 +113,7 @@ def counts_problem(evaluation: Evaluation) -> str | None:
 
 def read_counts(evaluation: Evaluation) -> CountTable:
     """The counts of an evaluation, images sorted by key; raises UserError where they are gone or have changed."""
-    if (problem := counts_problem(evaluation)) is not None:
+    if (problem := _counts_problem(evaluation)) is not None:
         raise UserError(f"no counts of single images: {problem}; run its flow again")
     uri, num_classes = storage.join(evaluation.uri, COUNTS_FILE), len(evaluation.class_names)
     try:
@@ -123,11 +123,11 @@ def read_counts(evaluation: Evaluation) -> CountTable:
         raise UserError(f"{uri} cannot be read ({error}); run its flow again") from error
     named = np.asarray(table["key"].to_pylist() + empty.splitlines(), dtype=object)
     keys, images = np.unique(named, return_inverse=True)
-    places = (images[: table.num_rows], table["class"].to_numpy())
+    positions = (images[: table.num_rows], table["class"].to_numpy())
 
     def dense(name: str) -> NDArray[np.int64]:
         counts = np.zeros((len(keys), num_classes), dtype=np.int64)
-        counts[places] = table[name].to_numpy()
+        counts[positions] = table[name].to_numpy()
         return counts
 
     return CountTable(tuple(keys.tolist()), dense("intersection"), dense("predicted"), dense("labelled"))

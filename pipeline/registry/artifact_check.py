@@ -12,12 +12,11 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.records import Check, Evaluation
-from pipeline.registry.model_package import CHECKPOINT_FOLDER, WEIGHTS_FILE
+from pipeline.storage.names import CHECKPOINT_FOLDER, PROBE_FOLDER, PROBE_IMAGES, PROBE_LABELS, WEIGHTS_FILE
 
 # Rounding differs between devices and moves single border pixels; another model or preprocessing moves many.
 MIN_PROBE_AGREEMENT = 0.995
 LOAD_TIMEOUT_S = 600
-PROBE_FILES = ("images.npy", "labels.npy")
 
 # Run by a bare interpreter: -I leaves out the working directory, PYTHONPATH and the user's own packages, -B leaves
 # no compiled files in the artifact.
@@ -46,16 +45,16 @@ def reproduces(folder: Path, evaluation: Evaluation) -> Check:
     weights = folder / CHECKPOINT_FOLDER / WEIGHTS_FILE
     if not weights.is_file() or storage.file_digest(str(weights)) != evaluation.checkpoint_digest:
         return result(False, "does not hold the evaluated weights")
-    probe_uri = storage.join(evaluation.uri, "probe")
-    if not all(storage.exists(storage.join(probe_uri, file)) for file in PROBE_FILES):
+    probe_uri = storage.join(evaluation.uri, PROBE_FOLDER)
+    if not all(storage.exists(storage.join(probe_uri, file)) for file in (PROBE_IMAGES, PROBE_LABELS)):
         return result(
             False, f"cannot be compared, the evaluated predictions at {probe_uri} are gone; run its flow again"
         )
     with tempfile.TemporaryDirectory(prefix="segvit-probe-") as scratch:
-        probe = storage.fetch_folder(probe_uri, Path(scratch) / "probe")
-        expected = np.load(probe / "labels.npy", allow_pickle=False)
+        probe = storage.fetch_folder(probe_uri, Path(scratch) / PROBE_FOLDER)
+        expected = np.load(probe / PROBE_LABELS, allow_pickle=False)
         written = Path(scratch) / "predicted.npy"
-        arguments = [str(folder), str(probe / "images.npy"), str(written)]
+        arguments = [str(folder), str(probe / PROBE_IMAGES), str(written)]
         try:
             ended = subprocess.run(
                 [sys.executable, "-IB", "-c", LOAD_AND_PREDICT, *arguments],

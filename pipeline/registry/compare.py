@@ -12,6 +12,7 @@ from pipeline.evaluation.bootstrap import Interval, difference_interval
 from pipeline.evaluation.per_image import read_counts
 from pipeline.records import Evaluation, ModelVersion, Record
 from pipeline.registry import store
+from pipeline.registry.gate import scoring_differences
 from pipeline.workflow.tracking import Tracking
 
 NUM_EXAMPLES = 4
@@ -63,7 +64,7 @@ class Comparison(Record):
 def compare_versions(tracking: Tracking, name: str, first: int, second: int) -> Comparison:
     """Compare two versions of a registered model.
 
-    Raises UserError for versions that do not exist or are the same, that were scored on different data, and for
+    Raises UserError for versions that do not exist or are the same, that were not scored alike, and for
     evaluations whose counts of single images are gone.
     """
     if first == second:
@@ -93,12 +94,11 @@ def compare_versions(tracking: Tracking, name: str, first: int, second: int) -> 
 
 
 def _require_comparable(first: ModelVersion, second: ModelVersion) -> None:
-    ours, theirs = first.evaluation, second.evaluation
-    if ours.data_digest != theirs.data_digest or ours.class_names != theirs.class_names:
+    differences = scoring_differences(first.evaluation, second.evaluation, f"version {second.version}")
+    if differences:
         raise UserError(
-            f"version {first.version} was scored on data {ours.data_digest[:8]} ({ours.split}), "
-            f"version {second.version} on {theirs.data_digest[:8]} ({theirs.split}): not comparable; "
-            "evaluate both on the same shard set"
+            f"version {first.version} was scored {'; '.join(differences)}: not comparable; "
+            "evaluate both on the same shard set with the same settings"
         )
 
 

@@ -26,7 +26,8 @@ DECIDED_AT = "promotion.at"
 DECIDED_AGAINST = "promotion.against"
 HISTORY = "promotion.history"
 POLICY = "promotion.policy"
-LEFT = "promotion.left"
+# The tag keeps the name that registries hold already.
+WITHDRAWN = "promotion.left"
 MOVES = "promotion.moves"
 
 
@@ -40,12 +41,10 @@ class Move(Record):
     at: str
 
 
-def record_promotion(
-    tracking: Tracking, decision: PromotionDecision, decided_by: str, *, by_hand: bool = False
-) -> None:
+def record_promotion(tracking: Tracking, decision: PromotionDecision, decided_by: str, *, manual: bool = False) -> None:
     """Write a decision on its version, and on the model that the alias is about to move.
 
-    Asked for `by_hand`, the champion before is one that was left.
+    `manual`: a person asked for it, and the champion before is withdrawn thereby.
     """
     against = "none" if decision.champion_before is None else f"version {decision.champion_before}"
     facts = {
@@ -57,10 +56,10 @@ def record_promotion(
     at = _record(tracking, decision.name, decision.version, decided_by, facts, details)
     store.set_version_tags(tracking, decision.name, decision.version, {DECISION: decision.to_json()})
     if decision.promoted:
-        _forget_left(tracking, decision.name, decision.version)
-        if by_hand and decision.champion_before is not None:
-            left = f"was replaced with version {decision.version} by {decided_by} at {at}"
-            store.set_version_tags(tracking, decision.name, decision.champion_before, {LEFT: left})
+        _forget_withdrawal(tracking, decision.name, decision.version)
+        if manual and decision.champion_before is not None:
+            withdrawn = f"was replaced with version {decision.version} by {decided_by} at {at}"
+            store.set_version_tags(tracking, decision.name, decision.champion_before, {WITHDRAWN: withdrawn})
         _record_move(tracking, decision.name, "promoted", decision.champion_before, decision.version, decided_by)
 
 
@@ -73,8 +72,8 @@ def record_rollback(tracking: Tracking, name: str, before: int | None, after: in
             store.PROMOTION_REASON: f"rolled back to version {after} by {by}",
         }
         at = _record(tracking, name, before, by, facts, {})
-        left = f"was rolled back to version {after} by {by} at {at}"
-        store.set_version_tags(tracking, name, before, {LEFT: left})
+        withdrawn = f"was rolled back to version {after} by {by} at {at}"
+        store.set_version_tags(tracking, name, before, {WITHDRAWN: withdrawn})
     gone = "the champion was gone" if before is None else f"version {before} was rolled back"
     facts = {
         DECIDED_AGAINST: "none" if before is None else f"version {before}",
@@ -82,13 +81,13 @@ def record_rollback(tracking: Tracking, name: str, before: int | None, after: in
         store.PROMOTION_REASON: f"champion again: {gone} by {by}",
     }
     _record(tracking, name, after, by, facts, {"checks": [check.model_dump()]})
-    _forget_left(tracking, name, after)
+    _forget_withdrawal(tracking, name, after)
     _record_move(tracking, name, "rolled back", before, after, by)
 
 
-def why_left(tracking: Tracking, name: str, version: int) -> str:
+def why_withdrawn(tracking: Tracking, name: str, version: int) -> str:
     """How a person moved the alias away from a version that was not promoted again since; "" where nobody did."""
-    return store.version_tags(tracking, name, version).get(LEFT, "")
+    return store.version_tags(tracking, name, version).get(WITHDRAWN, "")
 
 
 def champions(tracking: Tracking, name: str, now: int | None) -> list[int]:
@@ -150,9 +149,9 @@ def _record(
     return at
 
 
-def _forget_left(tracking: Tracking, name: str, version: int) -> None:
-    if why_left(tracking, name, version):
-        store.set_version_tags(tracking, name, version, {LEFT: ""})
+def _forget_withdrawal(tracking: Tracking, name: str, version: int) -> None:
+    if why_withdrawn(tracking, name, version):
+        store.set_version_tags(tracking, name, version, {WITHDRAWN: ""})
 
 
 def _record_move(
@@ -164,7 +163,7 @@ def _record_move(
 
 
 def _end_at(line: list[int], version: int) -> None:
-    """Cut the line behind the last place of `version`, or put it at the end."""
+    """Cut the line behind the last position of `version`, or put it at the end."""
     while line and line[-1] != version and version in line:
         line.pop()
     if not line or line[-1] != version:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 from pipeline.config import PromotionPolicy
 from pipeline.errors import UserError
 from pipeline.records import Check, Evaluation
+from segvit.registry import nearest_first
 
 ROUNDING = 1e-9
 
@@ -20,26 +23,15 @@ class GateDecision(NamedTuple):
     checks: tuple[Check, ...]
 
 
-def policy_problems(policy: PromotionPolicy, class_names: Sequence[str]) -> list[str]:
-    """What of a policy does not fit a data set, a line each."""
-    return [
-        f"protected_classes names {name!r}; choose from {', '.join(class_names)}"
-        for name in policy.protected_classes
-        if name not in class_names
-    ]
-
-
 def decide(candidate: Evaluation, champion: Evaluation | None, policy: PromotionPolicy) -> GateDecision:
     """Whether a candidate may become champion: every condition of the policy that applies must hold.
 
     Without a champion there is nothing to regress from, and only the absolute conditions apply.
     Raises UserError where the policy protects a class that the data does not have.
     """
-    for name in policy.protected_classes:
-        if name not in candidate.class_names:
-            raise UserError(
-                f"the policy's protected_classes names {name!r}; choose from {', '.join(candidate.class_names)}"
-            )
+    problems = policy_problems(policy, candidate.class_names)
+    if problems:
+        raise UserError(f"the policy's {'; '.join(problems)}")
     checks = [
         Check(
             name="minimum mIoU",
@@ -50,15 +42,47 @@ def decide(candidate: Evaluation, champion: Evaluation | None, policy: Promotion
     if champion is not None:
         checks += _comparison(candidate, champion, policy)
     checks += [
-        Check(name=name, passed=value <= budget, detail=f"{name} {_figure(value)}, at most {_figure(budget)}")
+        _budget_check(name, value, budget)
         for name, value, budget in (
             ("GFLOPs", candidate.gflops, policy.max_gflops),
             ("parameters", candidate.parameters, policy.max_parameters),
-            ("latency ms", candidate.latency_ms, policy.max_latency_ms),
         )
         if budget is not None
     ]
+    if policy.max_latency_ms is not None:
+        checks.append(_latency_check(candidate, policy.max_latency_ms))
     return verdict(candidate, champion, tuple(checks))
+
+
+def policy_problems(policy: PromotionPolicy, class_names: Sequence[str]) -> list[str]:
+    """What a policy asks for that data of these classes cannot tell."""
+    return [
+        f"protected_classes names {name!r}; choose from {', '.join(nearest_first(name, class_names))}"
+        for name in policy.protected_classes
+        if name not in class_names
+    ]
+
+
+def scoring_differences(first: Evaluation, second: Evaluation, other: str) -> list[str]:
+    """Why scores of two evaluations are not comparable, such as "on data 0a1b2c3d, the champion on data 4e5f6a7b".
+
+    Args:
+        other: what the second one is called.
+    """
+    found = []
+    if first.split != second.split:
+        found.append(f"on split {first.split}, {other} on split {second.split}")
+    if first.data_digest != second.data_digest:
+        found.append(f"on data {first.data_digest[:8]}, {other} on data {second.data_digest[:8]}")
+    for number, (mine, its) in enumerate(zip_longest(first.class_names, second.class_names, fillvalue="missing")):
+        if mine != its:
+            found.append(f"with class {number} {mine}, {other} with {its}")
+            break
+    # As JSON: a tuple comes back from the registry as a list.
+    settings, others = (json.dumps(one.inference, sort_keys=True) for one in (first, second))
+    if settings != others:
+        found.append(f"with inference {settings}, {other} with {others}")
+    return found
 
 
 def verdict(candidate: Evaluation, champion: Evaluation | None, checks: tuple[Check, ...]) -> GateDecision:
@@ -71,11 +95,16 @@ def verdict(candidate: Evaluation, champion: Evaluation | None, checks: tuple[Ch
 
 
 def _comparison(candidate: Evaluation, champion: Evaluation, policy: PromotionPolicy) -> list[Check]:
-    ours, theirs = candidate.data_digest, champion.data_digest
-    if ours != theirs:
-        detail = f"scored on data {ours[:8]}, the champion on {theirs[:8]}: not comparable"
-        return [Check(name="same data", passed=False, detail=detail)]
-    checks = [Check(name="same data", passed=True, detail=f"both scored on data {ours[:8]}")]
+    differences = scoring_differences(candidate, champion, "the champion")
+    if differences:
+        detail = (
+            f"scored {'; '.join(differences)}: not comparable; run the champion's experiment with this data and these "
+            "settings, and the gate compares with that"
+        )
+        return [Check(name="same scoring", passed=False, detail=detail)]
+    checks = [
+        Check(name="same scoring", passed=True, detail=f"both scored alike on data {candidate.data_digest[:8]}"),
+    ]
     checks.append(
         Check(
             name="no regression",
@@ -98,6 +127,21 @@ def _comparison(candidate: Evaluation, champion: Evaluation, policy: PromotionPo
             detail = f"{name}: IoU {mine:.4f}, the champion's {other:.4f}, tolerance {tolerance:.4f}"
         checks.append(Check(name=f"class {name}", passed=passed, detail=detail))
     return checks
+
+
+def _budget_check(name: str, value: float, budget: float) -> Check:
+    return Check(name=name, passed=value <= budget, detail=f"{name} {_figure(value)}, at most {_figure(budget)}")
+
+
+def _latency_check(candidate: Evaluation, budget_ms: float) -> Check:
+    check = _budget_check("latency ms", candidate.latency_ms, budget_ms)
+    if candidate.latency_reliable:
+        return check
+    detail = (
+        f"{check.detail}, but timed beside other work and therefore unreliable; when the machine is idle, remove "
+        f"{candidate.uri} and run the experiment again: only this evaluation and what follows is done anew"
+    )
+    return Check(name=check.name, passed=False, detail=detail)
 
 
 def _figure(value: float) -> str:

@@ -1,7 +1,7 @@
 """Packing a checkpoint as an MLflow model that needs nothing of this source tree, and logging it.
 
-The model is "from code": MLflow stores the loader script, the `segvit` package, the reader of image files and the
-checkpoint as files.
+The model is "from code": MLflow stores the loader script, the `segvit` package, the reader of image files, a decoder
+that another package adds, and the checkpoint as files.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from typing import Any, NamedTuple
 from pipeline import decode, storage
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint
+from pipeline.storage.names import CHECKPOINT_FILES, CONFIG_FILE, WEIGHTS_FILE
 from pipeline.workflow.tracking import Tracking
+from segvit.decoders import DECODERS
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE)
-CHECKPOINT_FOLDER = "artifacts/checkpoint"
 # The name under which pipeline.decode lies in the model; its own would hide any package of the user's.
-DECODER_FILE = "segvit_decode.py"
+IMAGE_READER_FILE = "segvit_decode.py"
 REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow")
 # Raise it when registered models are made another way; a checkpoint registered before then gets a new version.
 PACKAGE_FORMAT = 2
@@ -95,16 +93,42 @@ def save_pyfunc(target: Path, checkpoint: Path) -> None:
     # Images of any size, as arrays or as text: of all MLflow's types only this one takes them all.
     anything = Schema([TensorSpec(np.dtype("O"), (-1,))])
     with tempfile.TemporaryDirectory(prefix="segvit-code-") as scratch, warnings.catch_warnings():
-        decoder = Path(scratch) / DECODER_FILE
-        decoder.write_text(inspect.getsource(decode), encoding="utf-8")
+        code = Path(scratch)
+        plugin = _decoder_code(checkpoint, code)
+        image_reader = code / IMAGE_READER_FILE
+        image_reader.write_text(inspect.getsource(decode), encoding="utf-8")
         # It would have an input example and type hints; neither suits images of any size.
         warnings.simplefilter("ignore")
         mlflow.pyfunc.save_model(
             str(target),
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"checkpoint": str(checkpoint)},
-            code_paths=[str(Path(package.origin).parent), str(decoder)],
+            code_paths=[str(path) for path in (Path(package.origin).parent, image_reader, *plugin)],
             signature=ModelSignature(inputs=anything, outputs=anything),
             metadata=DESCRIPTION,
             pip_requirements=[f"{name}=={installed_version(name).split('+')[0]}" for name in REQUIREMENTS],
         )
+
+
+def decoder_plugin(structure: str, folder: Path) -> list[Path]:
+    """The code of a decoder that another package adds, and the metadata by which it is found; none for a built-in one.
+
+    The code is the module of its entry point, or all of the top-level package that the module is in. What else it
+    imports has to be installed where the model is loaded. The metadata is written below `folder`.
+    """
+    point, file = DECODERS.plugin(structure), DECODERS.plugin_file(structure)
+    if point is None or file is None:
+        return []
+    module = file.parent if file.name == "__init__.py" else file
+    for _ in range(point.module.count(".")):
+        module = module.parent
+    metadata = folder / f"segvit_decoder_{structure}-0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: segvit-decoder-{structure}\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(f"[{point.group}]\n{point.name} = {point.value}\n")
+    return [module, metadata]
+
+
+def _decoder_code(checkpoint: Path, folder: Path) -> list[Path]:
+    config = json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
+    return decoder_plugin(config["model"].get("structure", ""), folder)

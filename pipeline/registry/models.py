@@ -13,8 +13,8 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.registry import store
-from pipeline.registry.model_package import CHECKPOINT_FILES, CHECKPOINT_FOLDER
 from pipeline.registry.store import all_pages, is_file_path, version_location
+from pipeline.storage.names import CHECKPOINT_FILES, CHECKPOINT_FOLDER
 from pipeline.workflow.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class VersionSummary(Record):
     gflops: float
     parameters: int
     latency_ms: float
+    latency_reliable: bool
     created: str
     checkpoint_digest: str
     data_digest: str
@@ -131,6 +132,7 @@ def _summary(version: MlflowVersion, aliases: dict[str, int]) -> VersionSummary:
         gflops=record.evaluation.gflops,
         parameters=record.evaluation.parameters,
         latency_ms=record.evaluation.latency_ms,
+        latency_reliable=record.evaluation.latency_reliable,
         created=datetime.fromtimestamp(version.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
         checkpoint_digest=record.checkpoint_digest,
         data_digest=record.evaluation.data_digest,

@@ -8,7 +8,7 @@ decision is written on the version before the alias moves, so asking again mends
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.records import Check, Evaluation, ModelVersion, PromotionDecision,
 from pipeline.registry import decisions, store
 from pipeline.registry.artifact_check import reproduces
 from pipeline.registry.champion_lease import champion_lease
-from pipeline.registry.gate import GateDecision, decide, verdict
+from pipeline.registry.gate import GateDecision, decide, scoring_differences, verdict
 from pipeline.registry.models import ModelReference, model_folder
 from pipeline.registry.store import CHAMPION
 from pipeline.workflow.lease import LeaseLost
@@ -26,7 +26,7 @@ from pipeline.workflow.tracking import Tracking, current_user
 
 
 class Unusable(Record):
-    """A former champion that a rollback could not go back to, and why."""
+    """A former champion that a rollback passed over, and why."""
 
     version: int
     reason: str
@@ -35,7 +35,7 @@ class Unusable(Record):
 class Rollback(Record):
     """The alias moved from `champion_before` (None: there was none any more) back to `champion_after`.
 
-    `skipped`: champions between the two that could not be gone back to.
+    `skipped`: champions between the two that are unusable.
     """
 
     name: str
@@ -45,13 +45,43 @@ class Rollback(Record):
     check: Check
 
 
+def promote_best(
+    tracking: Tracking, versions: Sequence[ModelVersion], policy: PromotionPolicy, *, decided_by: str | None = None
+) -> PromotionDecision:
+    """Ask the gate about versions of one model, the best first, until one passes or is the champion already.
+
+    The best has the highest mIoU; of equals it is the cheapest. So a cheaper version passes where the best is over
+    budget, and a champion among the versions stays where the better ones are refused. Each decision is recorded on
+    its version. The alias `candidate` goes to the version of the returned decision: the last one asked, or the best
+    where none passed. Its reason tells what became of the others.
+    """
+    refused: list[PromotionDecision] = []
+    ranked = sorted(versions, key=lambda one: (-one.evaluation.miou, one.evaluation.gflops))
+    for version in ranked:
+        decision = promote_version(tracking, version, policy, decided_by=decided_by)
+        if decision.champion_after == version.version:
+            break
+        refused.append(decision)
+    else:
+        decision, *refused = refused
+    store.set_alias(tracking, decision.name, store.CANDIDATE, decision.version)
+    scores = {version.version: version.evaluation.miou for version in ranked}
+    others = [f"version {one.version} (mIoU {scores[one.version]:.4f}) {one.reason}" for one in refused]
+    return decision.model_copy(
+        update={
+            "reason": "; ".join((decision.reason, *others)),
+            "also_refused": tuple(one.version for one in refused),
+        }
+    )
+
+
 def promote_version(
     tracking: Tracking,
     version: ModelVersion,
     policy: PromotionPolicy,
     *,
     decided_by: str | None = None,
-    by_hand: bool = False,
+    manual: bool = False,
     dry_run: bool = False,
 ) -> PromotionDecision:
     """Ask the gate about a registered version, record the answer on it, and move the alias if it passes.
@@ -61,7 +91,7 @@ def promote_version(
 
     Args:
         decided_by: default the user's name.
-        by_hand: somebody asked for this very version. A flow is refused one that a person moved the alias away from,
+        manual: somebody asked for this very version. A flow is refused one that a person moved the alias away from,
             by a rollback or by promoting another, and would otherwise undo that behind the person's back.
         dry_run: decide in full, the artifact loaded and all, and write nothing.
     """
@@ -70,10 +100,10 @@ def promote_version(
         before = store.find_alias(tracking, version.name, CHAMPION)
         if before == version.version:
             return _kept(tracking, version)
-        champion = None if before is None else store.get_version(tracking, version.name, before).evaluation
+        champion = None if before is None else _champion_evaluation(tracking, version, before)
         gate = decide(version.evaluation, champion, policy)
-        if not by_hand:
-            gate = _refused_if_left(tracking, version, champion, gate)
+        if not manual:
+            gate = _refused_if_withdrawn(tracking, version, champion, gate)
         if gate.promoted:
             artifact = artifact or _loaded_check(tracking, version)
             gate = verdict(version.evaluation, champion, (*gate.checks, artifact))
@@ -93,7 +123,7 @@ def promote_version(
         with suppress(LeaseLost), champion_lease(tracking, version.name) as lease:
             # Loading the artifact took seconds.
             if _is_champion(tracking, version.name, before):
-                decisions.record_promotion(tracking, decision, decided_by or current_user(), by_hand=by_hand)
+                decisions.record_promotion(tracking, decision, decided_by or current_user(), manual=manual)
                 if decision.promoted:
                     lease.move(version.version)
                 return decision
@@ -111,7 +141,7 @@ def verify_decision(record: PromotionDecision, tracking: Tracking, _arguments: M
 def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, dry_run: bool = False) -> Rollback:
     """Move the alias back to the last champion before this one that loads and predicts as evaluated.
 
-    The version left is refused by the gate from now on, unless it is promoted by hand. `dry_run` finds and checks
+    The version withdrawn is refused by the gate from now on, unless it is promoted by hand. `dry_run` finds and checks
     the version, and writes nothing.
 
     Raises UserError where there is no such version, saying what is wrong with each, or where the champion changes
@@ -143,19 +173,28 @@ def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, d
     now = f"model {name} has no champion" if before is None else f"version {before} of model {name} is champion"
     tried = "; ".join(f"version {one.version}: {one.reason}" for one in skipped)
     raise UserError(
-        f"{now}, and none before it can be gone back to ({tried or 'there was none'}); "
+        f"{now}, and no earlier champion is usable ({tried or 'there was none'}); "
         f"promote a version with segvit promote {name} VERSION"
     )
 
 
-def _refused_if_left(
+def _champion_evaluation(tracking: Tracking, version: ModelVersion, champion: int) -> Evaluation:
+    """The champion's evaluation, rather one of the same checkpoint that is comparable with the version's."""
+    own = store.get_version(tracking, version.name, champion)
+    for one in (own, *store.versions_of_checkpoint(tracking, version.name, own.checkpoint_digest)):
+        if not scoring_differences(version.evaluation, one.evaluation, ""):
+            return one.evaluation
+    return own.evaluation
+
+
+def _refused_if_withdrawn(
     tracking: Tracking, version: ModelVersion, champion: Evaluation | None, gate: GateDecision
 ) -> GateDecision:
-    left = decisions.why_left(tracking, version.name, version.version)
-    if not left:
+    withdrawn = decisions.why_withdrawn(tracking, version.name, version.version)
+    if not withdrawn:
         return gate
     remedy = f"to have it all the same, run segvit promote {version.name} {version.version}"
-    check = Check(name="not left", passed=False, detail=f"version {version.version} {left}; {remedy}")
+    check = Check(name="not withdrawn", passed=False, detail=f"version {version.version} {withdrawn}; {remedy}")
     return verdict(version.evaluation, champion, (*gate.checks, check))
 
 

@@ -7,7 +7,8 @@ format, and registering them again returns the version that is there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -16,7 +17,8 @@ from pydantic import ValidationError
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
-from pipeline.registry.model_package import CHECKPOINT_FOLDER, PACKAGE_FORMAT, WEIGHTS_FILE, log_model
+from pipeline.registry.model_package import PACKAGE_FORMAT, log_model
+from pipeline.storage.names import CHECKPOINT_FILES, CHECKPOINT_FOLDER
 from pipeline.workflow.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -50,6 +52,8 @@ def register_model(
 ) -> ModelVersion:
     """Register a checkpoint with its evaluation, or return the version that holds both already.
 
+    A version whose files are gone holds nothing. One whose latency is unreliable takes over a reliable one.
+
     Args:
         tracking: the MLflow store, which is the registry, too.
         name: the registered model's name, made where it is new.
@@ -66,9 +70,16 @@ def register_model(
             f"the evaluation is of checkpoint {evaluation.checkpoint_digest[:8]}, not of {checkpoint.digest[:8]}"
         )
     key = _registration_key(checkpoint, evaluation)
-    existing = _versions_with_key(tracking, name, key)
-    if existing:
-        return version_record(existing[0])
+    for existing in _versions_with(tracking, name, KEY, key):
+        number = int(existing.version)
+        if (lost := _lost_files(tracking, name, number)) is not None:
+            print(f"{lost}; registering the checkpoint again", flush=True)
+            continue
+        found = version_record(existing)
+        if found.evaluation.latency_reliable or not evaluation.latency_reliable:
+            return found
+        set_version_tags(tracking, name, number, {EVALUATION: evaluation.to_json()})
+        return get_version(tracking, name, number)
     logged = log_model(tracking, f"{name}-{checkpoint.variant}", checkpoint, evaluation.inference, run_id)
     _ensure_registered_model(tracking, name)
     client = tracking.client()
@@ -93,18 +104,14 @@ def register_model(
             FLOW_RUN: flow_run_id,
         },
     )
-    first = _versions_with_key(tracking, name, key)[0]
-    if first.version != created.version:
-        # Another process registered the same meanwhile; the first one counts.
-        client.delete_model_version(name, created.version)
+    for first in _versions_with(tracking, name, KEY, key):
+        if first.version == created.version:
+            break
+        if _lost_files(tracking, name, int(first.version)) is None:
+            # Another process registered the same meanwhile; the first one counts.
+            client.delete_model_version(name, created.version)
+            break
     return version_record(first)
-
-
-def mark_candidate(tracking: Tracking, versions: Sequence[ModelVersion]) -> ModelVersion:
-    """Give the alias `candidate` to the version with the highest mIoU; of equals to the cheapest."""
-    best = max(versions, key=lambda one: (one.evaluation.miou, -one.evaluation.gflops))
-    set_alias(tracking, best.name, CANDIDATE, best.version)
-    return best
 
 
 def set_alias(tracking: Tracking, name: str, alias: str, version: int) -> None:
@@ -151,7 +158,19 @@ def version_record(version: MlflowVersion) -> ModelVersion:
     )
 
 
-def verify_version(record: ModelVersion, tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
+def versions_of_checkpoint(tracking: Tracking, name: str, checkpoint_digest: str) -> list[ModelVersion]:
+    """The versions of a model that hold a checkpoint, each with an evaluation of its own; the newest first.
+
+    Those whose evaluation is of another release are left out.
+    """
+    found = []
+    for version in reversed(_versions_with(tracking, name, CHECKPOINT_DIGEST, checkpoint_digest)):
+        with suppress(UserError):
+            found.append(version_record(version))
+    return found
+
+
+def verify_version(record: ModelVersion, tracking: Tracking, arguments: Mapping[str, Any]) -> str | None:
     """Why a remembered version no longer holds, or None; a step's `verify`."""
     try:
         found = get_version(tracking, record.name, record.version)
@@ -159,12 +178,28 @@ def verify_version(record: ModelVersion, tracking: Tracking, _arguments: Mapping
         return str(error)
     if found.checkpoint_digest != record.checkpoint_digest:
         return f"{record.model_uri} is of another checkpoint"
-    location = version_location(tracking, record.name, record.version)
-    weights = storage.join(location, CHECKPOINT_FOLDER, WEIGHTS_FILE)
-    # Behind a tracking server only a download could tell.
-    if is_file_path(weights) and not storage.exists(weights):
-        return f"{record.model_uri} has lost its weights"
-    return None
+    evaluation = arguments.get("evaluation", record.evaluation)
+    if evaluation.latency_reliable and not record.evaluation.latency_reliable:
+        return f"the latency of {record.model_uri} was timed again, reliably"
+    return _lost_files(tracking, record.name, record.version)
+
+
+def _lost_files(tracking: Tracking, name: str, version: int) -> str | None:
+    """Which file of the checkpoint in a registered version is gone, or None."""
+    from mlflow.artifacts import list_artifacts
+    from mlflow.exceptions import MlflowException
+
+    folder = storage.join(version_location(tracking, name, version), CHECKPOINT_FOLDER)
+    if is_file_path(folder):
+        there = {file for file in CHECKPOINT_FILES if storage.exists(storage.join(folder, file))}
+    else:
+        try:
+            listed = list_artifacts(artifact_uri=folder, tracking_uri=tracking.uri)
+        except MlflowException:
+            listed = []
+        there = {one.path.rpartition("/")[2] for one in listed}
+    gone = [file for file in CHECKPOINT_FILES if file not in there]
+    return f"models:/{name}/{version} has lost its files ({', '.join(gone)})" if gone else None
 
 
 def version_tags(tracking: Tracking, name: str, version: int) -> dict[str, str]:
@@ -183,8 +218,9 @@ def _registration_key(checkpoint: Checkpoint, evaluation: Evaluation) -> str:
     return hashlib.sha256(made_of.encode()).hexdigest()
 
 
-def _versions_with_key(tracking: Tracking, name: str, key: str) -> list[MlflowVersion]:
-    wanted = f"name = '{name}' and tags.`{KEY}` = '{key}'"
+def _versions_with(tracking: Tracking, name: str, tag: str, value: str) -> list[MlflowVersion]:
+    """The oldest first."""
+    wanted = f"name = '{name}' and tags.`{tag}` = '{value}'"
     found = all_pages(tracking.client().search_model_versions, filter_string=wanted)
     return sorted(found, key=lambda version: int(version.version))
 

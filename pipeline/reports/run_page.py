@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.records import ModelVersion, PromotionDecision
+from pipeline.records import ModelVersion, PromotionDecision, latency_text
 from pipeline.reports.pages import render_page
 from pipeline.reports.run_page_input import ReportInput, VariantReport, load_report_input
 from pipeline.reports.style import colours_of, finite, svg
@@ -87,7 +87,12 @@ def _result_rows(report: ReportInput) -> list[ResultRow]:
         measured("boundary IoU", [item.boundary_iou for item in evaluations], _number, higher=True),
         measured(f"GFLOPs{at_size}", [item.gflops for item in evaluations], _tenths, higher=False),
         measured("parameters", [item.parameters for item in evaluations], _millions, higher=False),
-        measured(f"latency{at_size}", [item.latency_ms for item in evaluations], _milliseconds, higher=False),
+        measured(f"latency{at_size}", [item.latency_ms for item in evaluations], _milliseconds, higher=False)
+        if all(item.latency_reliable for item in evaluations)
+        else stated(
+            f"latency{at_size} (~: timed beside other work)",
+            [latency_text(item.latency_ms, item.latency_reliable) for item in evaluations],
+        ),
         stated("step of the checkpoint", [f"{variant.checkpoint.step:,}" for variant in report.variants]),
         stated("training time", [_duration(variant.checkpoint.train_seconds) for variant in report.variants]),
         stated("images scored", [f"{item.num_images:,}" for item in evaluations]),
@@ -103,9 +108,9 @@ def _version_text(version: ModelVersion | None) -> str:
 def _decision_text(version: ModelVersion | None, decision: PromotionDecision | None) -> str:
     if version is None or decision is None:
         return _MISSING
-    if version.version != decision.version:
+    if version.version not in (decision.version, *decision.also_refused):
         return "not the candidate"
-    return "promoted to champion" if decision.promoted else "not promoted"
+    return "promoted to champion" if decision.promoted and version.version == decision.version else "not promoted"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from pipeline.records import (
 )
 from pipeline.reports.pages import data_uri
 from pipeline.storage import join, read_bytes, read_json
+from pipeline.storage.names import CONFUSION_FILE, EXAMPLES_FILE, MANIFEST, SCORES_FILE
 from pipeline.tuning.view import SearchSummary, read_search
 from pipeline.workflow.tracking import RunState
 
@@ -106,7 +107,7 @@ def load_report_input(
 
     Raises FileNotFoundError where a file is missing, and ValueError where an evaluation's checkpoint is.
     """
-    manifest = read_json(join(shard_set.uri, "manifest.json"))
+    manifest = read_json(join(shard_set.uri, MANIFEST))
     by_variant = {checkpoint.variant: checkpoint for checkpoint in checkpoints}
     registered = {version.variant: version for version in versions}
     variants = []
@@ -136,7 +137,7 @@ def load_report_input(
 
 def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: ModelVersion | None) -> VariantReport:
     folder = evaluation.uri
-    confusion = read_json(join(folder, "confusion.json"))
+    confusion = read_json(join(folder, CONFUSION_FILE))
     examples = [
         Example(
             key=row["key"],
@@ -144,7 +145,7 @@ def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: Model
             miou=row["miou"],
             **{part: _picture(join(folder, row[part])) for part in ("image", "truth", "prediction")},
         )
-        for row in read_json(join(folder, "examples.json"))
+        for row in read_json(join(folder, EXAMPLES_FILE))
     ]
     history = read_bytes(checkpoint.history_uri).decode().splitlines()
     return VariantReport(
@@ -152,7 +153,7 @@ def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: Model
         evaluation=evaluation,
         version=version,
         confusion=np.asarray(confusion["matrix"], dtype=np.int64),
-        image_mious=tuple(row["miou"] for row in read_json(join(folder, "images.json"))),
+        image_mious=tuple(row["miou"] for row in read_json(join(folder, SCORES_FILE))),
         examples=tuple(examples),
         history=tuple(json.loads(line) for line in history if line.strip()),
     )

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.shards.shard_reader import ShardReader
-from pipeline.shards.shards import INDEX, ShardSetError
+from pipeline.shards.shards import ShardSetError
+from pipeline.storage.names import INDEX
 
 BATCH_ROWS = 16384
 

@@ -39,10 +39,7 @@ from pipeline.shards.shard_task import (
     rows_name,
 )
 from pipeline.shards.shards import (
-    INDEX,
     INDEX_SCHEMA,
-    MANIFEST,
-    QUARANTINE,
     QUARANTINE_SCHEMA,
     Manifest,
     ShardEntry,
@@ -50,6 +47,7 @@ from pipeline.shards.shards import (
     read_manifest,
     verify_shard_set,
 )
+from pipeline.storage.names import INDEX, MANIFEST, QUARANTINE
 
 PROGRESS_INTERVAL_S = 2.0
 ROW_GROUP_ROWS = 1 << 16

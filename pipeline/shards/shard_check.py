@@ -14,9 +14,10 @@ from typing import NamedTuple
 from pipeline import storage
 from pipeline.records import ShardSet
 from pipeline.shards.shard_reader import open_shard_set
-from pipeline.shards.shards import INDEX, QUARANTINE, Manifest, ShardSetError, check_sizes
+from pipeline.shards.shards import Manifest, ShardSetError, check_sizes
 from pipeline.storage.file_stamps import file_stamps
 from pipeline.storage.file_sums import SUMS_AT_ONCE, FileSums
+from pipeline.storage.names import INDEX, QUARANTINE
 
 _SAY_FROM_BYTES = 1 << 30
 

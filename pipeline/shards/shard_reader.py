@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.records import ShardSet
-from pipeline.shards.shards import INDEX, ShardEntry, ShardSetError, read_manifest
+from pipeline.shards.shards import ShardEntry, ShardSetError, read_manifest
+from pipeline.storage.names import INDEX
 
 MAX_OPEN_SHARDS = 64
 

@@ -21,9 +21,9 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Record, ShardSet, SplitInfo
 from pipeline.storage.file_stamps import FileStamp, file_stamps
+from pipeline.storage.names import INDEX, MANIFEST, QUARANTINE
 
 FORMAT_VERSION = 1
-MANIFEST, INDEX, QUARANTINE = "manifest.json", "index.parquet", "quarantine.parquet"
 
 INDEX_SCHEMA = pa.schema(
     [

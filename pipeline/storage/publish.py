@@ -12,8 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.storage.exchange import exchange_names
 from pipeline.storage.uri import filesystem_of
 
 PARTIAL = ".partial"
@@ -65,8 +67,13 @@ def remove_files(uri: str, names: Iterable[str]) -> None:
             filesystem.rm_file(f"{folder}/{name}")
 
 
-def publish_folder(local_folder: str | Path, uri: str) -> None:
-    """Copy a finished local folder to `uri`; on local disks it appears by one rename, replacing what was there."""
+def publish_folder(local_folder: str | Path, uri: str, *, last: str | None = None) -> None:
+    """Copy a finished local folder to `uri`, in place of what is there.
+
+    On a local disk the path names one whole folder at every instant, the former or the new one, and of several that
+    publish at once the last one wins; a reader that goes from file to file meanwhile may see some of each. An object
+    store knows no folders: the file `last`, by which readers know that all is there, is removed first and comes last.
+    """
     filesystem, path = filesystem_of(uri)
     if isinstance(filesystem, LocalFileSystem):
         target = Path(path)
@@ -74,18 +81,46 @@ def publish_folder(local_folder: str | Path, uri: str) -> None:
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
         try:
             shutil.copytree(local_folder, partial)
-            if target.exists():
-                retired = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-                os.replace(target, retired)
-                os.replace(partial, target)
-                shutil.rmtree(retired)
-            else:
-                os.replace(partial, target)
+            _replace_folder(partial, target)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise _first_error(error) from error
+        # What was there before, if anything.
+        shutil.rmtree(partial, ignore_errors=True)
     else:
-        filesystem.put(str(local_folder).rstrip("/") + "/", path.rstrip("/") + "/", recursive=True)
+        _upload_folder(Path(local_folder), filesystem, path.rstrip("/"), last)
+
+
+def _replace_folder(partial: Path, target: Path) -> None:
+    """Give `partial` the name `target`; afterwards `partial` names what was there, or nothing."""
+    while True:
+        try:
+            # Onto nothing, or an empty folder.
+            os.replace(partial, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        if exchange_names(partial, target):
+            return
+        # Some file systems (NFS) cannot: for a moment there is no folder, and another may put one there.
+        retired = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+        with suppress(FileNotFoundError):
+            os.replace(target, retired)
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def _upload_folder(folder: Path, filesystem: AbstractFileSystem, path: str, last: str | None) -> None:
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    filesystem.invalidate_cache()
+    before = set(filesystem.find(path)) if filesystem.exists(path) else set()
+    if last is not None and f"{path}/{last}" in before:
+        filesystem.rm_file(f"{path}/{last}")
+    for name in sorted(files, key=lambda name: (name == last, name)):
+        filesystem.put_file(str(files[name]), f"{path}/{name}")
+    for stale in before - {f"{path}/{name}" for name in files} - {f"{path}/{last}"}:
+        with suppress(FileNotFoundError):
+            filesystem.rm_file(stale)
 
 
 def _first_error(error: BaseException) -> BaseException:

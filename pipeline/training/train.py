@@ -28,8 +28,8 @@ from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError, root_cause
 from pipeline.records import Checkpoint
 from pipeline.shards.shard_check import check_shard_set
+from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 from pipeline.training.loop import run_training
-from pipeline.training.train_checkpoint import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 from pipeline.training.train_run import (
     SavedCheckpoint,
     chosen_checkpoint,
@@ -311,7 +311,7 @@ def publish_checkpoint(job: TrainJob, saved: Sequence[SavedCheckpoint], target_u
             fetched = storage.fetch_file(storage.join(source.uri, name), scratch)
             (folder / name).write_bytes(fetched.read_bytes())
         digest = storage.file_digest(str(folder / WEIGHTS_FILE))
-        storage.publish_folder(folder, target_uri)
+        storage.publish_folder(folder, target_uri, last=CONFIG_FILE)
     return Checkpoint(
         variant=job.variant,
         uri=target_uri,

@@ -20,14 +20,12 @@ from torch import Tensor
 
 import segvit
 from pipeline import storage
+from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
-HISTORY_FILE = "history.jsonl"
 SUMS_FILE = "sums.json"
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE, HISTORY_FILE)
 
 

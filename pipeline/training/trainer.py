@@ -22,6 +22,7 @@ from pipeline.config import RuntimeConfig, TrainConfig, VariantSettings
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import BackboneRecord, Record, ShardSet
 from pipeline.shards.loader import Batch, EvalLoader, TrainLoader
+from pipeline.storage.names import MANIFEST
 from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
 from segvit.decoders.localize import localize_upsampling
@@ -201,7 +202,7 @@ class Trainer:
         rng = gather_rng(self.context.world_size, self.context.device)
         if self.context.rank:
             return
-        manifest = storage.read_json(storage.join(self.job.shard_set.uri, "manifest.json"))
+        manifest = storage.read_json(storage.join(self.job.shard_set.uri, MANIFEST))
         metadata = {
             "variant": self.job.variant,
             "step": self.state.step,

@@ -21,8 +21,6 @@ from pipeline.records import Record
 from pipeline.workflow.lease import Lease
 
 SETTINGS_FILE = "search.json"
-TRIALS_FILE = "trials.json"
-RECORD_FOLDER = "trials"  # beside TRIALS_FILE
 
 TrialState = Literal["running", "finished", "stopped", "failed"]
 

@@ -17,11 +17,10 @@ from pipeline.config import TuneConfig
 from pipeline.errors import UserError
 from pipeline.records import SearchResult
 from pipeline.shards.shard_check import check_shard_set
+from pipeline.storage.names import TRIALS_FILE, TRIALS_FOLDER
 from pipeline.training.trainer import TrainJob
 from pipeline.tuning.driver import SearchDriver, run_trials
 from pipeline.tuning.record import (
-    RECORD_FOLDER,
-    TRIALS_FILE,
     SearchRecord,
     TrialRecord,
     TrialUris,
@@ -66,7 +65,7 @@ def search_settings(
     """
     check_shard_set(job.shard_set, ["train", "val"], say=print)
     tune = tune.model_copy(update={"space": tune.space or default_space(job.settings)})
-    record = SearchRecord.take_over(storage.join(target_uri, RECORD_FOLDER), tune, lease)
+    record = SearchRecord.take_over(storage.join(target_uri, TRIALS_FOLDER), tune, lease)
     retry_failed(record, tune)
     ray_uri = storage.join(storage_uri, run_name)
     uris = TrialUris(uri=record.uri, lease=lease, train_uri=ray_uri)

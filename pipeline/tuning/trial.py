@@ -20,9 +20,10 @@ from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.config import RuntimeConfig, TuneConfig
 from pipeline.errors import UserError
+from pipeline.storage.names import HISTORY_FILE
 from pipeline.training.loop import run_training
 from pipeline.training.train import StopOnUserError, scaling, train_worker
-from pipeline.training.train_checkpoint import HISTORY_FILE, damage_of
+from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.train_run import repair_run
 from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.tuning.proposals import METRIC, STEP

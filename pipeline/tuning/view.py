@@ -10,8 +10,8 @@ from pipeline import storage
 from pipeline.config import SearchRange, TuneConfig
 from pipeline.errors import UserError
 from pipeline.records import Record
+from pipeline.storage.names import TRIALS_FOLDER
 from pipeline.tuning.record import (
-    RECORD_FOLDER,
     SETTINGS_FILE,
     SearchRecord,
     TrialSummary,
@@ -68,7 +68,7 @@ def load_search(tracking: Tracking, run_id: str) -> SearchSummary:
 
 def read_search(uri: str, run_id: str, flow: str, state: RunState) -> SearchSummary:
     """Read the search in the folder `uri`; raises UserError where nothing is there."""
-    folder = storage.join(uri, RECORD_FOLDER)
+    folder = storage.join(uri, TRIALS_FOLDER)
     try:
         tune = TuneConfig.model_validate(storage.read_json(storage.join(folder, SETTINGS_FILE)))
     except (FileNotFoundError, ValidationError) as error:

@@ -129,32 +129,47 @@ class Flow(Graph):
         self._on_event = on_event
         self._started_ray = False
         self._planned_steps = 0
-        self._watch = DriverWatch(tracking, "")
+        self._watch = DriverWatch(tracking)
 
     def __enter__(self) -> Self:
         runs.mark_abandoned(self.tracking)
-        self.run_id = self._create_run()
-        self._watch = DriverWatch(self.tracking, self.run_id)
-        self._watch.start()
+        self.tracking.experiment_id()
+        # What comes before leaves nothing behind, and may be ended by a signal as it likes.
+        self._watch = DriverWatch(self.tracking, (Flow.__enter__.__code__, Flow.__exit__.__code__))
+        self._watch.take_signals()
+        try:
+            self._create_run()
+            self._watch.start(self.run_id)
+        except BaseException as error:
+            if self.run_id:
+                self._finish(RunState.FAILED, "FAILED", execution.one_line(error))
+            self._watch.release()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # In the lines of this function itself a signal is only noted; what they call is broken off until a cause for
+        # the end is known.
         try:
             if error is None or isinstance(error, FlowFailed):
                 self.wait()
             else:
                 raise error
+            self._watch.interruptible = False
         except FlowFailed as failed:
+            self._watch.interruptible = False
             self._finish(RunState.FAILED, "FAILED", failed.causes)
             raise failed from None
         except Exception as mistake:
+            self._watch.interruptible = False
             self._cancel(f"the flow failed: {execution.one_line(mistake)}")
             self._finish(RunState.FAILED, "FAILED", execution.one_line(mistake))
             if mistake is not error:
                 raise
         except BaseException as stop:
+            self._watch.interruptible = False
             reason = self._watch.stop_reason()
             self._cancel(reason)
             self._finish(RunState.KILLED, "KILLED", reason)
@@ -169,6 +184,9 @@ class Flow(Graph):
             if self._started_ray:
                 ray_session.stop()
             self._watch.release()
+        if error is None:
+            # Asked while the run was being marked as finished, which it was.
+            self._watch.check()
 
     def result(self, ref: StepRef[R]) -> R:
         """The record of a step, waited for; raises FlowFailed naming its root cause."""
@@ -194,18 +212,28 @@ class Flow(Graph):
         elif node.found.record is not None:
             self._settled(node, execution.record_reused(request, str(node.fingerprint), node.found))
         else:
-            self._started_ray |= ray_session.start(self._ray_options)
-            self._watch.handle_sigterm()
-            node.object_ref = ray_session.submit(
-                execution.execute_step,
-                request,
-                *(one.object_ref or one.outcome for one in node.inputs),
-                name=node.ref.label,
-                max_retries=RETRIES_AFTER_CRASH,
-            )
+            self._start_ray()
+            # A task without its reference could not be cancelled.
+            with self._watch.uninterrupted():
+                node.object_ref = ray_session.submit(
+                    execution.execute_step,
+                    request,
+                    *(one.object_ref or one.outcome for one in node.inputs),
+                    name=node.ref.label,
+                    max_retries=RETRIES_AFTER_CRASH,
+                )
             self._announce_ready()
 
+    def _start_ray(self) -> None:
+        try:
+            self._started_ray |= ray_session.start(self._ray_options)
+            self._watch.take_signals()
+        except SystemExit:
+            # Ray ends the process by itself where SIGTERM strikes while it starts.
+            self._watch.terminate()
+
     def _drain(self, until: Node | None) -> None:
+        self._watch.check()
         self._log_plan()
         while pending := [node for node in self._nodes.values() if node.outcome is None]:
             if until is not None and until.outcome is not None:
@@ -289,7 +317,7 @@ class Flow(Graph):
             runtime=self.runtime,
         )
 
-    def _create_run(self) -> str:
+    def _create_run(self) -> None:
         tags = {
             Tag.KIND: "flow",
             Tag.FLOW: self.name,
@@ -299,12 +327,11 @@ class Flow(Graph):
             "mlflow.user": current_user(),
             **liveness.identity_tags(),
         }
-        run_id = self.tracking.create_run(self.name, tags)
+        self.run_id = self.tracking.create_run(self.name, tags)
         config = self.config.model_dump(mode="json") if isinstance(self.config, BaseModel) else self.config
         if config:
-            self.tracking.client().log_text(run_id, yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
-            self.tracking.log_params(run_id, config)
-        return run_id
+            self.tracking.client().log_text(self.run_id, yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
+            self.tracking.log_params(self.run_id, config)
 
     def _log_plan(self) -> None:
         if len(self._nodes) > self._planned_steps:

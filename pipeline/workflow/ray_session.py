@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
+
+import psutil
 
 from pipeline.errors import UserError
 
 STEPS_PER_CORE = 4
-CANCEL_TIMEOUT_S = 10.0
+CANCEL_TIMEOUT_S = 3.0
 # A local control service that died does not come back; Ray would wait a minute for it, and its agents one more.
 CONTROL_TIMEOUT_S = 15
 
@@ -46,6 +49,7 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
     if ray.is_initialized():
         return False
     chosen = options()
+    before = psutil.Process().children()
     try:
         ray.init(**chosen)
     except ConnectionError as error:
@@ -59,6 +63,13 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
         if type(error) is not Exception:
             raise
         raise UserError(f"Ray could not start on this machine: {' '.join(str(error).split())}") from error
+    except BaseException:
+        # Broken off half-way, Ray does not know what it has started.
+        for child in psutil.Process().children():
+            if child not in before:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+        raise
     return True
 
 

@@ -142,12 +142,19 @@ def find_run(tracking: Tracking, run_id: str) -> Run:
 
 
 def mark_abandoned(tracking: Tracking) -> list[str]:
-    """Mark flow runs left running by dead drivers, and what runs below them; returns the flows' run ids."""
+    """Mark flow runs left running by dead drivers, and what runs below them; returns the flows' run ids.
+
+    A driver on another machine is found dead by its second look or a later one (see pipeline.workflow.liveness).
+    """
     marked = []
     running = f"tags.`{Tag.KIND}` = 'flow' and attributes.status = 'RUNNING'"
-    for run in list(tracking.runs(running)):
+    for found in list(tracking.runs(running)):
+        if liveness.why_dead(found.data.tags) is None:
+            continue
+        # It may have ended, or given a sign of life, since the list was made.
+        run = tracking.client().get_run(found.info.run_id)
         reason = liveness.why_dead(run.data.tags)
-        if reason is not None:
+        if run.info.status == "RUNNING" and reason is not None:
             end_running_children(tracking, run.info.run_id, RunState.ABANDONED, reason)
             tags = {Tag.STATE: RunState.ABANDONED, Tag.ERROR: reason, **note_tag(RunState.ABANDONED, reason)}
             tracking.end_run(run.info.run_id, "KILLED", tags)

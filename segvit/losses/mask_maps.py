@@ -30,8 +30,7 @@ class MaskMaps:
     def __init__(
         self, logits: Tensor, target: Tensor, ignored: Tensor | None, buffers: Sequence[Tensor] | None = None
     ) -> None:
-        buffers = logits.new_empty(NUM_BUFFERS, *logits.shape) if buffers is None else buffers
-        wrong, self._wrong_squared, *scratch = buffers
+        wrong, self._wrong_squared, *scratch = buffers or logits.new_empty(NUM_BUFFERS, *logits.shape)
         self.area = target.sum((1, 2))
         """(P,): pixels where the mask should be."""
         self.count = torch.full_like(self.area, logits[0].numel())

@@ -93,7 +93,7 @@ def killing_worker(kills: Sequence[Kill], markers: str) -> Callable[[dict[str, A
         from ray.train.v2._internal.execution.storage import StorageContext
 
         import segvit
-        from pipeline.training import train_checkpoint
+        from pipeline.storage.names import WEIGHTS_FILE
         from pipeline.training.train import train_worker
         from pipeline.training.trainer import Trainer
 
@@ -140,7 +140,7 @@ def killing_worker(kills: Sequence[Kill], markers: str) -> Callable[[dict[str, A
         def struck_upload(self: Any, checkpoint: Any, name: str) -> Any:
             half = Path(self.experiment_fs_path) / name
             half.mkdir()
-            shutil.copy(Path(checkpoint.path) / train_checkpoint.WEIGHTS_FILE, half)
+            shutil.copy(Path(checkpoint.path) / WEIGHTS_FILE, half)
             strike("upload")
             return persist(self, checkpoint, name)
 

@@ -46,7 +46,8 @@ def join(context: StepContext, flow_name: str, parts: list[Report], text: str) -
 def choose(context: StepContext, version: ModelVersion) -> ModelVersion:
     """Give the version the alias `candidate`."""
     _note_execution(context)
-    return store.mark_candidate(context.tracking, [version])
+    store.set_alias(context.tracking, version.name, store.CANDIDATE, version.version)
+    return version
 
 
 def run_flow(

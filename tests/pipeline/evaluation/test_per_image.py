@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.evaluation.per_image import COUNTS_FILE, ImageCounts, counts_problem, read_counts, write_counts
+from pipeline.evaluation.per_image import ImageCounts, read_counts, write_counts
+from pipeline.storage.names import COUNTS_FILE
 from segvit.metrics import segmentation_metrics
 
 NUM_CLASSES = 5
@@ -61,17 +62,17 @@ def test_counts__nothing_scored_at_all(trained: Any, tmp_path: Path) -> None:
     assert (table.keys, table.intersection.shape) == ((), (0, NUM_CLASSES))
 
 
-def test_counts_problem__tells_what_cannot_be_used(trained: Any, tmp_path: Path) -> None:
+def test_read_counts__tells_what_cannot_be_used(trained: Any, tmp_path: Path) -> None:
     evaluation = stored(tmp_path, trained, matrices(3))
-    assert counts_problem(evaluation) is None
     file = tmp_path / COUNTS_FILE
     content = bytearray(file.read_bytes())
     content[40] ^= 1
     file.write_bytes(content)
-    assert counts_problem(evaluation) == f"{file} has changed"
-    with pytest.raises(UserError, match=r"no counts of single images: .* has changed; run its flow again"):
+    with pytest.raises(UserError, match=r"no counts of single images: .*counts.parquet has changed; run its flow"):
         read_counts(evaluation)
     file.unlink()
-    assert counts_problem(evaluation) == f"{file} is gone"
+    with pytest.raises(UserError, match=r"no counts of single images: .*counts.parquet is gone; run its flow again"):
+        read_counts(evaluation)
     earlier = evaluation.model_copy(update={"counts_digest": ""})
-    assert counts_problem(earlier) == "it was made by a release that kept no counts of single images"
+    with pytest.raises(UserError, match=r"it was made by a release that kept no counts of single images; run its flow"):
+        read_counts(earlier)

@@ -17,11 +17,12 @@ from pipeline import storage
 from pipeline.config import EvaluateConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate_part
-from pipeline.evaluation.per_image import COUNTS_FILE, write_counts
+from pipeline.evaluation.per_image import write_counts
 from pipeline.records import ShardSet
 from pipeline.registry import store
 from pipeline.registry.compare import compare_versions
 from pipeline.reports.comparison_page import PAGE, write_comparison
+from pipeline.storage.names import COUNTS_FILE
 from pipeline.workflow.tracking import Tracking
 from segvit.metrics import segmentation_metrics
 
@@ -53,8 +54,8 @@ def scored(store_uri: str, trained: Any, digits_shards: ShardSet, tmp_path_facto
                 parameter.add_(0.2 * torch.randn_like(parameter))
         folder = place / f"model{seed}"
         segvit.save_checkpoint(folder / "checkpoint", model, {"class_names": list(NAMES), "palette": PALETTE})
-        config = EvaluateConfig(num_examples=1, latency_repeats=1)
-        part = evaluate_part(str(folder / "checkpoint"), digits_shards, config, (48, 64), 0, 1, RuntimeConfig())
+        config = EvaluateConfig(num_examples=1)
+        part = evaluate_part(str(folder / "checkpoint"), digits_shards, config, 0, 1, RuntimeConfig())
         metrics = segmentation_metrics(part.confusion.matrix)
         digest = storage.file_digest(str(folder / "checkpoint/model.safetensors"))
         store.register_model(

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import PromotionPolicy
 from pipeline.errors import UserError
-from pipeline.registry.gate import decide
+from pipeline.registry.gate import decide, policy_problems, scoring_differences
 
 
 def test_decide__first_champion_has_nothing_to_beat(trained: Any) -> None:
@@ -20,7 +20,6 @@ def test_decide__first_champion_has_nothing_to_beat(trained: Any) -> None:
     ("candidate", "policy", "reason"),
     [
         ({"miou": 0.39}, {"min_miou": 0.4, "max_regression": 0.5}, "mIoU 0.3900, minimum 0.4000"),
-        ({"data_digest": "f" * 64}, {}, "scored on data ffffffff, the champion on dddddddd: not comparable"),
         ({"miou": 0.479}, {"max_regression": 0.02}, "mIoU 0.4790, the champion's 0.5000, tolerance 0.0200"),
         (
             {"per_class_iou": (0.9, 0.9, 0.09)},
@@ -40,6 +39,55 @@ def test_decide__refuses_for_each_reason_alone(
     assert not gate.promoted
     assert gate.reason == f"refused: {reason}"
     assert [check.detail for check in gate.checks if not check.passed] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"data_digest": "f" * 64}, "on data ffffffff, the champion on data dddddddd"),
+        ({"split": "test"}, "on split test, the champion on split val"),
+        ({"class_names": ("sky", "road", "tram")}, "with class 2 tram, the champion with pole"),
+        ({"class_names": ("sky", "road"), "per_class_iou": (0.8, 0.5)}, "with class 2 missing, the champion with pole"),
+        ({"inference": {"stride": (8, 8)}}, 'with inference {"stride": [8, 8]}, the champion with {}'),
+    ],
+)
+def test_decide__compares_only_what_was_scored_alike(trained: Any, changes: dict[str, Any], difference: str) -> None:
+    candidate = trained.evaluation.model_copy(update=changes)
+    gate = decide(candidate, trained.evaluation, PromotionPolicy())
+    assert not gate.promoted
+    assert gate.reason == (
+        f"refused: scored {difference}: not comparable; run the champion's experiment with this data and these "
+        "settings, and the gate compares with that"
+    )
+    assert decide(candidate, candidate, PromotionPolicy()).promoted
+
+
+def test_scoring_differences__all_of_them_but_not_the_form_of_equal_ones(trained: Any) -> None:
+    first = trained.evaluation.model_copy(update={"inference": {"crop": (32, 32)}, "split": "test"})
+    second = trained.evaluation.model_copy(update={"inference": {"crop": [32, 32]}, "data_digest": "f" * 64})
+    assert scoring_differences(first, second, "the other") == [
+        "on split test, the other on split val",
+        "on data dddddddd, the other on data ffffffff",
+    ]
+
+
+def test_decide__a_latency_timed_beside_other_work_is_not_used(trained: Any) -> None:
+    candidate = trained.scored(0.5, latency_reliable=False)
+    gate = decide(candidate, None, PromotionPolicy(max_latency_ms=99.0))
+    assert gate.reason == (
+        "refused: latency ms 12, at most 99, but timed beside other work and therefore unreliable; when the machine is "
+        f"idle, remove {candidate.uri} and run the experiment again: only this evaluation and what follows is done anew"
+    )
+    assert decide(candidate, None, PromotionPolicy()).promoted
+
+
+def test_policy_problems__names_every_class_that_is_not_there() -> None:
+    policy = PromotionPolicy(protected_classes=("raod", "sky", "cat"))
+    assert policy_problems(policy, ("sky", "road")) == [
+        "protected_classes names 'raod'; choose from road, sky",
+        "protected_classes names 'cat'; choose from sky, road",
+    ]
+    assert policy_problems(PromotionPolicy(), ()) == []
 
 
 def test_decide__names_all_reasons_at_once(trained: Any) -> None:

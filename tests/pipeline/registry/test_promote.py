@@ -15,7 +15,7 @@ from pipeline.config import PromotionPolicy
 from pipeline.errors import UserError
 from pipeline.records import Check, ModelVersion
 from pipeline.registry import decisions, models, promote, store
-from pipeline.registry.promote import promote_version, roll_back, verify_decision
+from pipeline.registry.promote import promote_best, promote_version, roll_back, verify_decision
 from pipeline.workflow.tracking import Tracking
 
 Register = Callable[..., ModelVersion]
@@ -203,6 +203,78 @@ def test_promote_version__two_at_once_agree_on_one_champion(
         assert of_better.promoted
 
 
+@pytest.mark.usefixtures("trusting")
+def test_promote_best__a_cheaper_one_passes_where_the_best_is_over_budget(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    figures = ((0.6, 8.0, "a"), (0.5, 3.0, "b"), (0.7, 12.0, "c"), (0.6, 11.0, "d"))
+    versions = [register(trained.scored(miou, gflops=gflops, variant=variant)) for miou, gflops, variant in figures]
+    policy = PromotionPolicy(max_gflops=10.0)
+    decision = promote_best(tracking, versions, policy, decided_by="ann")
+    assert (decision.promoted, decision.version, decision.also_refused) == (True, 1, (3,))
+    assert (decision.champion_before, decision.champion_after) == (None, 1)
+    assert decision.reason == (
+        "promoted: mIoU 0.6000, the first champion; 3 checks passed; "
+        "version 3 (mIoU 0.7000) refused: GFLOPs 12, at most 10"
+    )
+    assert [store.find_alias(tracking, decision.name, alias) for alias in ("champion", "candidate")] == [1, 1]
+    listed = {one.version: (one.promoted, one.reason) for one in models.list_models(tracking, decision.name)}
+    assert listed[3] == (False, "refused: GFLOPs 12, at most 10")
+    assert listed[2] == listed[4] == (None, None)
+    assert verify_decision(decision, tracking, {}) is None
+    again = promote_best(tracking, versions, policy)
+    assert (again.promoted, again.version, again.also_refused) == (True, 1, (3,))
+    assert again.reason.startswith("version 1 is the champion already; kept (promoted: mIoU 0.6000, the first champion")
+    assert len(moves(tracking, decision.name)) == 1
+
+
+@pytest.mark.usefixtures("trusting")
+def test_promote_best__where_none_passes_the_best_is_the_candidate(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    figures = ((0.5, 3.0, "a"), (0.7, 5.0, "b"), (0.7, 4.0, "c"))
+    versions = [register(trained.scored(miou, gflops=gflops, variant=variant)) for miou, gflops, variant in figures]
+    decision = promote_best(tracking, versions, PromotionPolicy(min_miou=0.8))
+    assert (decision.promoted, decision.version, decision.also_refused) == (False, 3, (2, 1))
+    assert decision.reason == (
+        "refused: mIoU 0.7000, minimum 0.8000; version 2 (mIoU 0.7000) refused: mIoU 0.7000, minimum 0.8000; "
+        "version 1 (mIoU 0.5000) refused: mIoU 0.5000, minimum 0.8000"
+    )
+    assert [store.find_alias(tracking, decision.name, alias) for alias in ("champion", "candidate")] == [None, 3]
+    assert verify_decision(decision, tracking, {}) is None
+
+
+@pytest.mark.usefixtures("trusting")
+def test_promote_best__a_champion_among_them_stays_where_better_ones_are_refused(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    cheap, worse = register(trained.scored(0.6)), register(trained.scored(0.59))
+    policy = PromotionPolicy(max_gflops=2.0, max_regression=0.1)
+    promote_best(tracking, [cheap], policy)
+    over = register(trained.scored(0.7, gflops=3.0))
+    decision = promote_best(tracking, [worse, over, cheap], policy)
+    assert (decision.version, decision.champion_after, decision.also_refused) == (1, 1, (3,))
+    assert decision.reason.endswith("; version 3 (mIoU 0.7000) refused: GFLOPs 3, at most 2")
+    assert store.find_alias(tracking, cheap.name, "champion") == 1
+    assert store.version_tags(tracking, cheap.name, 2).get("promotion.decision") is None
+
+
+@pytest.mark.usefixtures("trusting")
+def test_promote_version__the_champion_scored_anew_is_what_counts(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    promote_version(tracking, register(trained.scored(0.9)), PromotionPolicy())
+    sliding = {"inference": {"mode": "sliding", "stride": (8, 8)}}
+    worse, better = (register(trained.scored(miou, checkpoint_digest="c" * 64, **sliding)) for miou in (0.6, 0.8))
+    refused = promote_version(tracking, better, PromotionPolicy())
+    assert ": not comparable; run the champion's experiment with this data" in refused.reason
+    register(trained.scored(0.7, **sliding))
+    refused = promote_version(tracking, worse, PromotionPolicy())
+    assert refused.reason == "refused: mIoU 0.6000, the champion's 0.7000, tolerance 0.0000"
+    promoted = promote_version(tracking, better, PromotionPolicy())
+    assert promoted.reason == "promoted: mIoU 0.8000, the champion had 0.7000; 4 checks passed"
+
+
 def moves(tracking: Tracking, name: str) -> dict[str, str]:
     tags = tracking.client().get_registered_model(name).tags
     return {key: text for key, text in tags.items() if key.startswith("promotion.moves.")}
@@ -223,13 +295,15 @@ def test_roll_back__after_several_promotions_and_rollbacks(
         promote_version(tracking, version, PromotionPolicy())
     assert champion_after(tracking, name) == (2, 2)
     assert champion_after(tracking, name) == (1, 1)
-    with pytest.raises(UserError, match=r"version 1 of model .* is champion, and none before it .*\(there was none\)"):
+    with pytest.raises(
+        UserError, match=r"version 1 .* is champion, and no earlier champion is usable \(there was none\)"
+    ):
         roll_back(tracking, name)
     promote_version(tracking, versions[3], PromotionPolicy())
     assert champion_after(tracking, name) == (1, 1)
-    promote_version(tracking, versions[1], PromotionPolicy(), by_hand=True)
-    promote_version(tracking, versions[2], PromotionPolicy(), by_hand=True)
-    promote_version(tracking, versions[1], PromotionPolicy(max_regression=1.0), by_hand=True)
+    promote_version(tracking, versions[1], PromotionPolicy(), manual=True)
+    promote_version(tracking, versions[2], PromotionPolicy(), manual=True)
+    promote_version(tracking, versions[1], PromotionPolicy(max_regression=1.0), manual=True)
     assert decisions.champions(tracking, name, 2) == [1, 2, 3, 2]
     assert [champion_after(tracking, name) for _ in range(3)] == [(3, 3), (2, 2), (1, 1)]
 
@@ -250,7 +324,9 @@ def test_roll_back__is_recorded_on_both_versions(tracking: Tracking, trained: An
         assert [one["promotion.promoted"] for one in history] == (
             ["true", "true"] if version == 1 else ["true", "false"]
         )
-    assert decisions.why_left(tracking, tracking.experiment, 2).startswith("was rolled back to version 1 by ann at 20")
+    assert decisions.why_withdrawn(tracking, tracking.experiment, 2).startswith(
+        "was rolled back to version 1 by ann at 20"
+    )
 
 
 @pytest.mark.usefixtures("trusting")
@@ -266,8 +342,8 @@ def test_roll_back__the_next_flow_does_not_promote_it_again(
     assert refused.reason.startswith("refused: version 2 was rolled back to version 1 by ann at 20")
     assert refused.reason.endswith(f"; to have it all the same, run segvit promote {first.name} 2")
     assert verify_decision(refused, tracking, {}) is None
-    assert promote_version(tracking, second, PromotionPolicy(), by_hand=True).promoted
-    assert decisions.why_left(tracking, first.name, 2) == ""
+    assert promote_version(tracking, second, PromotionPolicy(), manual=True).promoted
+    assert decisions.why_withdrawn(tracking, first.name, 2) == ""
     assert store.find_alias(tracking, first.name, "champion") == 2
 
 
@@ -277,13 +353,13 @@ def test_promote_version__the_next_flow_does_not_undo_a_promotion_by_hand(
 ) -> None:
     worse, better, best = (register(trained.scored(miou)) for miou in (0.5, 0.6, 0.7))
     promote_version(tracking, better, PromotionPolicy())
-    promote_version(tracking, worse, PromotionPolicy(max_regression=1.0), by_hand=True, decided_by="ann")
+    promote_version(tracking, worse, PromotionPolicy(max_regression=1.0), manual=True, decided_by="ann")
     refused = promote_version(tracking, better, PromotionPolicy())
     assert refused.reason.startswith("refused: version 2 was replaced with version 1 by ann at 20")
     assert promote_version(tracking, best, PromotionPolicy()).promoted
     assert roll_back(tracking, worse.name).champion_after == 1
     assert roll_back(tracking, worse.name).champion_after == 2
-    assert decisions.why_left(tracking, worse.name, 2) == ""
+    assert decisions.why_withdrawn(tracking, worse.name, 2) == ""
 
 
 @pytest.mark.usefixtures("trusting")

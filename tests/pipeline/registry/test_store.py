@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,13 +39,13 @@ def test_register_model__loser_of_a_race_yields_to_the_first(
     tracking: Tracking, register: Register, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[Any] = []
-    real = store._versions_with_key
+    real = store._versions_with
 
     def blind_at_first(*arguments: Any) -> list[Any]:
         looks.append(arguments)
         return [] if len(looks) in (1, 3) else real(*arguments)
 
-    monkeypatch.setattr(store, "_versions_with_key", blind_at_first)
+    monkeypatch.setattr(store, "_versions_with", blind_at_first)
     first, second = register(), register()
     assert (len(looks), second) == (4, first)
     assert [one.version for one in models.list_models(tracking, first.name)] == [1]
@@ -67,17 +68,6 @@ def test_register_model__refuses_weights_that_changed(tracking: Tracking, traine
         register_model(tracking, "x", tampered, trained.evaluation, trained.shard_set, run_id="r", flow_run_id="f")
 
 
-def test_mark_candidate__best_score_then_fewest_flops(tracking: Tracking, trained: Any, register: Register) -> None:
-    versions = [
-        register(trained.scored(miou, gflops=gflops, split=split))
-        for miou, gflops, split in ((0.6, 3.0, "a"), (0.6, 2.0, "b"), (0.5, 1.0, "c"))
-    ]
-    assert store.mark_candidate(tracking, versions) == versions[1]
-    assert store.find_alias(tracking, tracking.experiment, "candidate") == 2
-    assert store.find_alias(tracking, tracking.experiment, "champion") is None
-    assert store.find_alias(tracking, "no such model", "champion") is None
-
-
 def test_verify_version__tells_what_is_gone(tracking: Tracking, register: Register) -> None:
     version = register()
     assert store.verify_version(version, tracking, {}) is None
@@ -85,9 +75,40 @@ def test_verify_version__tells_what_is_gone(tracking: Tracking, register: Regist
     assert store.verify_version(other, tracking, {}) == f"{version.model_uri} is of another checkpoint"
     weights = Path(store.version_location(tracking, version.name, 1)) / "artifacts/checkpoint/model.safetensors"
     weights.unlink()
-    assert store.verify_version(version, tracking, {}) == f"{version.model_uri} has lost its weights"
+    assert store.verify_version(version, tracking, {}) == (
+        f"{version.model_uri} has lost its files (model.safetensors)"
+    )
     tracking.client().delete_model_version(version.name, "1")
     assert str(store.verify_version(version, tracking, {})).startswith(f"model {version.name} has no version 1 in")
+
+
+def test_register_model__a_version_without_its_files_is_registered_anew(
+    tracking: Tracking, register: Register, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = register()
+    shutil.rmtree(store.version_location(tracking, first.name, 1))
+    second = register()
+    assert second.version == 2
+    assert store.verify_version(second, tracking, {}) is None
+    assert capsys.readouterr().out == (
+        f"{first.model_uri} has lost its files (model.safetensors, config.json); registering the checkpoint again\n"
+    )
+    assert register() == second
+
+
+def test_register_model__a_reliable_latency_replaces_an_unreliable_one(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    unreliable = trained.evaluation.model_copy(update={"latency_reliable": False, "latency_ms": 99.0})
+    first = register(unreliable)
+    assert store.verify_version(first, tracking, {"evaluation": unreliable}) is None
+    assert store.verify_version(first, tracking, {"evaluation": trained.evaluation}) == (
+        f"the latency of {first.model_uri} was timed again, reliably"
+    )
+    second = register()
+    assert (second.version, second.evaluation) == (1, trained.evaluation)
+    assert second.content_digest() != first.content_digest()
+    assert register(unreliable) == second
 
 
 @pytest.mark.parametrize(

@@ -240,7 +240,7 @@ def test_draw_scale__native_and_fitted() -> None:
     scales = [draw_scale((100, 100), AugmentationConfig(), rng) for _ in range(500)]
     assert (min(scales) >= 0.5, max(scales) <= 2.0) == (True, True)
     assert np.mean(scales) == pytest.approx(1.25, abs=0.06)
-    jitter = [draw_scale((100, 100), AugmentationConfig(recipe="strong"), rng) for _ in range(500)]
+    jitter = [draw_scale((100, 100), AugmentationConfig(strength="strong"), rng) for _ in range(500)]
     assert min(jitter) < 0.15
     assert np.mean(jitter) == pytest.approx(1.05, abs=0.08)
 
@@ -288,14 +288,14 @@ def test_pad__pixel_and_ignored() -> None:
 
 def test_recipe__fills_in_what_is_not_given() -> None:
     published = AugmentationConfig()
-    assert published == AugmentationConfig(recipe="published")
+    assert published == AugmentationConfig(strength="published")
     assert (published.scale_range, published.max_class_fraction, published.crop_tries) == ((0.5, 2.0), 0.75, 10)
     assert (published.brightness, published.contrast, published.saturation) == (32.0, (0.5, 1.5), (0.5, 1.5))
     assert (published.hue, published.flip_probability) == (18.0, 0.5)
-    strong = AugmentationConfig(recipe="strong")
+    strong = AugmentationConfig(strength="strong")
     assert strong.model_dump(exclude={"recipe", "scale_range"}) == published.model_dump(
         exclude={"recipe", "scale_range"}
     )
     assert strong.scale_range == (0.1, 2.0)
     assert AugmentationConfig.model_validate(strong.model_dump(mode="json")) == strong
-    assert AugmentationConfig(recipe="strong", scale_range=(0.2, 1.0)).scale_range == (0.2, 1.0)
+    assert AugmentationConfig(strength="strong", scale_range=(0.2, 1.0)).scale_range == (0.2, 1.0)

@@ -119,7 +119,7 @@ def test_flow__rerun_reuses_all_and_a_change_runs_its_dependants_only(lab: Lab) 
     assert lab.executed() == ["bottom", "left", "right", "top"]
     assert set(lab.ended().values()) == {RunState.DONE}
     tree = lab.tree()
-    assert (tree.run.state, tree.run.steps) == (RunState.FINISHED, {"run": 4})
+    assert (tree.run.state, tree.run.steps) == (RunState.FINISHED, {"done": 4})
     assert [(one.label, one.depends_on) for one in tree.steps] == [
         ("top", ()),
         ("left", ("top",)),
@@ -144,7 +144,7 @@ def test_flow__rerun_reuses_all_and_a_change_runs_its_dependants_only(lab: Lab) 
     with lab.flow() as flow:
         diamond(flow, left="L")
     assert lab.executed() == ["bottom", "left"]
-    assert lab.ended() == {"top": "reused", "right": "reused", "left": "run", "bottom": "run"}
+    assert lab.ended() == {"top": "reused", "right": "reused", "left": "done", "bottom": "done"}
 
 
 def test_flow__lost_output_is_made_again_and_told(lab: Lab) -> None:
@@ -161,7 +161,7 @@ def test_flow__lost_output_is_made_again_and_told(lab: Lab) -> None:
     assert lab.executed() == ["source"]
     assert [(event.label, event.state, event.message) for event in lab.events] == [
         ("source", "running", f"{lost} is gone"),
-        ("source", "run", f"{lost} is gone"),
+        ("source", "done", f"{lost} is gone"),
         ("join", "running", None),
         ("join", "reused", None),
     ]
@@ -187,11 +187,11 @@ def test_flow__failure_takes_its_dependants_and_the_other_branch_finishes(lab: L
     tree = lab.tree()
     assert (tree.run.state, tree.run.error) == (RunState.FAILED, "train/full: ZeroDivisionError: by zero")
     assert {one.label: (one.state, one.error) for one in tree.steps} == {
-        "top": ("run", None),
+        "top": ("done", None),
         "train/full": ("failed", "ZeroDivisionError: by zero"),
         "evaluate/full": ("skipped", "train/full: ZeroDivisionError: by zero"),
         "report": ("skipped", "train/full: ZeroDivisionError: by zero"),
-        "train/shrunk": ("run", None),
+        "train/shrunk": ("done", None),
     }
     (failure,) = caught.value.failures
     log = Path(str(failure.log_uri))
@@ -231,7 +231,7 @@ def test_flow__branches_overlap(lab: Lab) -> None:
     with lab.flow() as flow:
         flow.step(wait_for_the_other, "a", "b", label="a")
         flow.step(wait_for_the_other, "b", "a", label="b")
-    assert lab.ended() == {"a": "run", "b": "run"}
+    assert lab.ended() == {"a": "done", "b": "done"}
 
 
 def test_flow__step_goes_on_after_its_process_was_killed(lab: Lab) -> None:
@@ -327,7 +327,7 @@ def test_cancel__ends_a_flow_here_by_signal_and_elsewhere_by_its_poll(
     ]
     tree = lab.tree()
     assert {one.label: (one.state, one.error) for one in tree.steps if one.label != "join"} == {
-        "source": ("run", None),
+        "source": ("done", None),
         "endless": ("killed", "cancelled by ann"),
     }
     assert [one.state for one in tree.steps if one.label == "join"] == ["skipped"]
@@ -376,7 +376,7 @@ def test_flow__two_drivers_execute_once(lab: Lab) -> None:
     for driver in drivers:
         driver.join()
     assert lab.executed() == ["slow"]
-    assert sorted(event.state for event in lab.events if event.state != RunState.RUNNING) == ["reused", "run"]
+    assert sorted(event.state for event in lab.events if event.state != RunState.RUNNING) == ["done", "reused"]
 
 
 def test_flow__cached_answers_in_seconds_and_never_imports_ray(lab: Lab) -> None:

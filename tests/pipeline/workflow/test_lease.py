@@ -51,11 +51,11 @@ def test_take_lease__paused_after_it_looked_it_overtakes_nobody(
     newer: list[Lease] = []
 
     def pause(mark: str, data: bytes) -> None:
-        monkeypatch.setattr(storage, "publish_bytes", publish)
+        monkeypatch.setattr("pipeline.storage.publish_bytes", publish)
         newer.extend(take_lease(uri, "the table") for _ in range(2))
         publish(mark, data)
 
-    monkeypatch.setattr(storage, "publish_bytes", pause)
+    monkeypatch.setattr("pipeline.storage.publish_bytes", pause)
     with pytest.raises(LeaseLost):
         take_lease(uri, "the table")
     newer[1].check()

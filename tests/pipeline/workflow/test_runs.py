@@ -128,8 +128,12 @@ def test_cancel_run__a_driver_that_does_not_answer_is_told_after_the_bound(track
     assert tracking.client().get_run(flow).data.tags[Tag.CANCEL] == "ann"
 
 
-def test_mark_abandoned__finishes_what_was_done_and_deletes_twins(tracking: Tracking) -> None:
-    flow = make_flow(tracking, {liveness.HOST_TAG: "gone", liveness.HEARTBEAT_TAG: "2001-01-01T00:00:00+00:00"})
+def test_mark_abandoned__finishes_what_was_done_and_deletes_twins(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = make_flow(tracking, {liveness.HOST_TAG: "gone"})
+    assert runs.mark_abandoned(tracking) == []
+    monkeypatch.setattr(liveness, "STALE_AFTER_S", 0.0)
     done = make_step(tracking, flow, "prepare", RunState.DONE)
     tracking.set_tags(done, {Tag.DONE: "f" * 64})
     reused = make_step(tracking, flow, "train/full", RunState.REUSED)
@@ -139,6 +143,18 @@ def test_mark_abandoned__finishes_what_was_done_and_deletes_twins(tracking: Trac
     assert runs.mark_abandoned(tracking) == [flow]
     states = {run.info.run_id: run.info.status for run in tracking.runs(f"tags.`{Tag.PARENT}` = '{flow}'")}
     assert states == {done: "FINISHED", reused: "FINISHED", running: "KILLED"}
-    assert tracking.client().get_run(done).data.tags[Tag.STATE] == "run"
+    assert tracking.client().get_run(done).data.tags[Tag.STATE] == "done"
     note = tracking.client().get_run(flow).data.tags[Tag.NOTE]
     assert note.startswith("abandoned: its driver on gone has been silent for ")
+
+
+def test_mark_abandoned__leaves_a_flow_alone_that_ended_since_the_list_was_made(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = make_flow(tracking, {liveness.PID_TAG: dead_pid()})
+    listed = list(tracking.runs(f"tags.`{Tag.KIND}` = 'flow'"))
+    tracking.end_run(flow, "FINISHED", {Tag.STATE: RunState.FINISHED})
+    monkeypatch.setattr(Tracking, "runs", lambda *_arguments, **_options: iter(listed))
+    assert runs.mark_abandoned(tracking) == []
+    run = tracking.client().get_run(flow)
+    assert (run.info.status, run.data.tags[Tag.STATE]) == ("FINISHED", "finished")

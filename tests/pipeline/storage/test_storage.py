@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import storage
+from pipeline.storage import uri
 
 
 def test_publishing__failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -42,19 +43,19 @@ def test_file_digest__is_sha256(tmp_path: Path) -> None:
 def test_remote_location__publish_read_fetch(tmp_path: Path) -> None:
     (tmp_path / "src" / "sub").mkdir(parents=True)
     (tmp_path / "src" / "sub" / "x.txt").write_text("x")
-    uri = "memory://bucket/folder"
-    storage.publish_folder(tmp_path / "src", uri)
-    storage.publish_json(storage.join(uri, "y.json"), {"b": 1, "a": [2]})
-    assert storage.read_json(storage.join(uri, "y.json")) == {"a": [2], "b": 1}
-    fetched = storage.fetch_folder(uri, tmp_path / "copy")
+    folder = "memory://bucket/folder"
+    storage.publish_folder(tmp_path / "src", folder)
+    storage.publish_json(storage.join(folder, "y.json"), {"b": 1, "a": [2]})
+    assert storage.read_json(storage.join(folder, "y.json")) == {"a": [2], "b": 1}
+    fetched = storage.fetch_folder(folder, tmp_path / "copy")
     assert (fetched / "sub" / "x.txt").read_text() == "x"
-    assert storage.fetch_file(storage.join(uri, "y.json"), tmp_path).name == "y.json"
+    assert storage.fetch_file(storage.join(folder, "y.json"), tmp_path).name == "y.json"
     with pytest.raises(ValueError, match="not on the local file system"):
-        storage.local_path(uri)
+        storage.local_path(folder)
 
 
 def test_read_bytes__refuses_what_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "MAX_READ_BYTES", 2 << 20)
+    monkeypatch.setattr(uri, "MAX_READ_BYTES", 2 << 20)
     for size in (2 << 20, (2 << 20) + 1):
         (tmp_path / str(size)).touch()
         os.truncate(tmp_path / str(size), size)
