@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -77,6 +80,35 @@ def test_take_lease__of_many_processes_at_once_one_holds_it_in_the_end(tmp_path:
     final = take_lease(uri, "the table")
     final.check()
     assert final.rank.number > max(numbers)
+
+
+WRITER = """
+import sys, time
+from pipeline import storage
+from pipeline.workflow.lease import take_lease
+lease = take_lease(sys.argv[1], "the table")
+print("writing", flush=True)
+while True:
+    lease.check()
+    storage.publish_bytes(sys.argv[2], b"former")
+"""
+
+
+def test_lease__a_process_that_was_paused_ends_and_overwrites_nothing_but_what_it_was_writing(tmp_path: Path) -> None:
+    uri, file = str(tmp_path / "lease"), tmp_path / "file"
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, uri, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGSTOP)
+    lease = take_lease(uri, "the table")
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert errors.splitlines()[-1].startswith("pipeline.workflow.lease.LeaseLost: the table was taken over by another")
+    storage.publish_bytes(str(file), b"newer")
+    lease.check()
+    assert file.read_bytes() == b"newer"
 
 
 class Memory:
