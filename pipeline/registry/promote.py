@@ -131,7 +131,7 @@ def promote_version(
 
 
 def verify_decision(record: PromotionDecision, tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
-    """Why a remembered decision no longer holds, or None; a step's `verify`."""
+    """Why a cached decision no longer holds, or None; a step's `verify`."""
     now = store.find_alias(tracking, record.name, CHAMPION)
     if now == record.champion_after:
         return None
