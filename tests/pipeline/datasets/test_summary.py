@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,21 @@ def test_describe__counts_and_bytes_of_a_folder(camvid: Path) -> None:
     assert summary_of(camvid, max_long_side=64).num_bytes is None
 
 
-def test_describe__reads_no_file_and_lists_each_folder_once(camvid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def note_listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of folders that are listed from now on."""
     listed: list[str] = []
     original = tree.list_tree
-    monkeypatch.setattr(tree, "list_tree", lambda uri: listed.append(Path(uri).name) or original(uri))
+
+    def list_tree(uri: str) -> Iterator[tuple[str, str]]:
+        listed.append(Path(uri).name)
+        return original(uri)
+
+    monkeypatch.setattr(tree, "list_tree", list_tree)
+    return listed
+
+
+def test_describe__reads_no_file_and_lists_each_folder_once(camvid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = note_listings(monkeypatch)
     monkeypatch.setattr(storage, "open_uri", lambda uri: pytest.fail(f"{uri} was read"))
     summary_of(camvid)
     assert sorted(listed) == ["train", "trainannot", "val", "valannot"]
@@ -57,9 +69,7 @@ def test_describe__own_folder_is_listed_once_though_lists_and_splits_ask_for_it(
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"12345")
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    listed: list[str] = []
-    original = tree.list_tree
-    monkeypatch.setattr(tree, "list_tree", lambda uri: listed.append(Path(uri).name) or original(uri))
+    listed = note_listings(monkeypatch)
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "train.txt").write_text("a.jpg\n")
     (tmp_path / "splits" / "val.txt").write_text("b\n")
