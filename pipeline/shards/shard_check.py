@@ -60,7 +60,7 @@ def check_shard_set(
             raise ShardSetError(f"{storage.join(uri, name)} is missing; prepare the shard set again")
     expected = _expected_sums(manifest, splits)
     memory = FileSums(uri, cache_folder)
-    unknown = [name for name in expected if memory.remembered(name, stamps[name]) != expected[name]]
+    unknown = [name for name in expected if memory.cached(name, stamps[name]) != expected[name]]
     num_bytes = sum(stamps[name].num_bytes for name in unknown)
     if say is not None and num_bytes >= _SAY_FROM_BYTES:
         say(f"checking {len(unknown)} files of {uri}, {num_bytes / 2**30:.1f} GiB, for the first time on this machine")
@@ -72,7 +72,7 @@ def check_shard_set(
                     raise ShardSetError(
                         f"{storage.join(uri, name)} differs from the manifest in its sha256; prepare it again"
                     )
-                memory.remember(name, stamps[name], found)
+                memory.add(name, stamps[name], found)
         finally:
             pool.shutdown(cancel_futures=True)
             memory.save()
