@@ -58,7 +58,7 @@ def check_shard_set(
     _check_sizes(uri, manifest, stamps)
     expected = _expected_sums(manifest, splits)
     sums = FileSums(uri, cache_folder)
-    unknown = [name for name in expected if sums.remembered(name, stamps[name]) != expected[name]]
+    unknown = [name for name in expected if sums.cached(name, stamps[name]) != expected[name]]
     num_bytes = sum(stamps[name].num_bytes for name in unknown)
     if log is not None and num_bytes >= _LOG_FROM_BYTES:
         log(f"checking {len(unknown)} files of {uri}, {num_bytes / 2**30:.1f} GiB, for the first time on this machine")
@@ -70,7 +70,7 @@ def check_shard_set(
                     raise ShardSetError(
                         f"{storage.join(uri, name)} differs from the manifest in its sha256; prepare it again"
                     )
-                sums.remember(name, stamps[name], digest)
+                sums.add(name, stamps[name], digest)
         finally:
             pool.shutdown(cancel_futures=True)
             sums.save()
