@@ -34,7 +34,7 @@ def ending_in_time() -> Iterator[None]:
 
 
 def _watch(read_end: int) -> None:
-    with open(read_end, "rb", buffering=0) as signals:  # noqa: PTH123 - a descriptor
+    with open(read_end, "rb", buffering=0) as signals:
         while number := signals.read(1):
             if number[0] in (signal.SIGTERM, signal.SIGINT):
                 time.sleep(END_WITHIN_S)

@@ -7,20 +7,21 @@ decision is written on the version before the alias moves, so asking again mends
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pipeline.config import PromotionPolicy
 from pipeline.errors import UserError
 from pipeline.records import Check, Evaluation, ModelVersion, PromotionDecision, Record
 from pipeline.registry import decisions, store
-from pipeline.registry.alias_turn import turn
 from pipeline.registry.artifact_check import reproduces
+from pipeline.registry.champion_lease import champion_lease
 from pipeline.registry.gate import GateDecision, decide, scoring_differences, verdict
 from pipeline.registry.models import ModelReference, model_folder
 from pipeline.registry.store import CHAMPION
+from pipeline.workflow.lease import LeaseLost
 from pipeline.workflow.tracking import Tracking, current_user
 
 
@@ -55,7 +56,7 @@ def promote_best(
     where none passed. Its reason tells what became of the others.
     """
     refused: list[PromotionDecision] = []
-    ranked = sorted(versions, key=_rank)
+    ranked = sorted(versions, key=lambda one: (-one.evaluation.miou, one.evaluation.gflops))
     for version in ranked:
         decision = promote_version(tracking, version, policy, decided_by=decided_by)
         if decision.champion_after == version.version:
@@ -118,18 +119,19 @@ def promote_version(
         )
         if dry_run:
             return decision
-        with turn(tracking, version.name):
+        # Overtaken: whoever came in between may have made another one champion.
+        with suppress(LeaseLost), champion_lease(tracking, version.name) as lease:
             # Loading the artifact took seconds.
             if _is_champion(tracking, version.name, before):
                 decisions.record_promotion(tracking, decision, decided_by or current_user(), manual=manual)
                 if decision.promoted:
-                    store.set_alias(tracking, version.name, CHAMPION, version.version)
+                    lease.move(version.version)
                 return decision
         print(f"the champion of {version.name} changed meanwhile; deciding about version {version.version} again")
 
 
 def verify_decision(record: PromotionDecision, tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
-    """Why a remembered decision no longer holds, or None; a step's `verify`."""
+    """Why a cached decision no longer holds, or None; a step's `verify`."""
     now = store.find_alias(tracking, record.name, CHAMPION)
     if now == record.champion_after:
         return None
@@ -160,11 +162,11 @@ def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, d
             skipped.append(Unusable(version=candidate, reason=check.detail))
             continue
         if not dry_run:
-            with turn(tracking, name):
+            with champion_lease(tracking, name) as lease:
                 if not _is_champion(tracking, name, before):
                     raise UserError(f"the champion of {name} changed meanwhile; look at it with segvit models {name}")
                 decisions.record_rollback(tracking, name, before, candidate, check, decided_by or current_user())
-                store.set_alias(tracking, name, CHAMPION, candidate)
+                lease.move(candidate)
         return Rollback(
             name=name, champion_before=before, champion_after=candidate, skipped=tuple(skipped), check=check
         )
@@ -174,11 +176,6 @@ def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, d
         f"{now}, and no earlier champion is usable ({tried or 'there was none'}); "
         f"promote a version with segvit promote {name} VERSION"
     )
-
-
-def _rank(version: ModelVersion) -> tuple[bool, float, float]:
-    miou = version.evaluation.miou
-    return math.isnan(miou), -miou, version.evaluation.gflops
 
 
 def _champion_evaluation(tracking: Tracking, version: ModelVersion, champion: int) -> Evaluation:

@@ -172,7 +172,7 @@ def versions_of_checkpoint(tracking: Tracking, name: str, checkpoint_digest: str
 
 
 def verify_version(record: ModelVersion, tracking: Tracking, arguments: Mapping[str, Any]) -> str | None:
-    """Why a remembered version no longer holds, or None; a step's `verify`."""
+    """Why a cached version no longer holds, or None; a step's `verify`."""
     try:
         found = get_version(tracking, record.name, record.version)
     except UserError as error:

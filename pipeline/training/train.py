@@ -38,6 +38,7 @@ from pipeline.training.train_run import (
     usable_checkpoints,
 )
 from pipeline.training.trainer import DistributedContext, TrainJob
+from pipeline.workflow.lease import Lease
 from pipeline.workflow.ray_session import wants_gpu
 from pipeline.workflow.tracking import MetricLog
 
@@ -98,7 +99,7 @@ def scaling(runtime: RuntimeConfig, cpus: float | None = None) -> ScalingConfig:
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: the `job`; it resumes from the run's last whole checkpoint.
+    """What each Ray Train worker runs: the `job`, under a `lease`; it resumes from the run's last whole checkpoint.
 
     Rows of metrics wait for one another up to `report_every_s`, if that is given.
     """
@@ -106,6 +107,8 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     for name in ("ray.train", None):
         logging.getLogger(name).setLevel(logging.WARNING)
     job = TrainJob.model_validate(loop_config["job"])
+    lease: Lease = loop_config["lease"]
+    lease.check()
     ray_context = ray.train.get_context()
     context = DistributedContext(
         ray_context.get_world_rank(), ray_context.get_world_size(), ray.train.torch.get_device()
@@ -113,7 +116,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     run_storage = ray_context.get_storage()
     run_uri = _run_uri(run_storage)
     with tempfile.TemporaryDirectory(prefix="segvit-train-") as work:
-        uploads = _Uploads(run_storage, Path(work) / "saved")
+        uploads = _Uploads(run_storage, Path(work) / "saved", lease)
         try:
             run_training(
                 job,
@@ -144,10 +147,12 @@ class _Uploads:
     Args:
         run_storage: Ray's own.
         folder: where checkpoints are written; one is removed as soon as it is uploaded.
+        lease: without it nothing is uploaded.
     """
 
-    def __init__(self, run_storage: Any, folder: Path) -> None:
+    def __init__(self, run_storage: Any, folder: Path, lease: Lease) -> None:
         self.folder = folder
+        self._lease = lease
         self._storage = run_storage
         self._num_waiting = 0
         self._uploaded = threading.Condition()
@@ -156,6 +161,7 @@ class _Uploads:
         """Hand over metrics and a checkpoint folder."""
         checkpoint = None
         if folder is not None:
+            self._lease.check()
             self.wait(MAX_WAITING_CHECKPOINTS - 1)
             checkpoint = ray.train.Checkpoint.from_directory(str(folder))
         ray.train.report(
@@ -176,6 +182,7 @@ class _Uploads:
             self._uploaded.wait_for(lambda: self._num_waiting <= num_waiting)
 
     def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        self._lease.check()
         # Ray may try again with the same folder, so it goes only after success.
         uploaded: ray.train.Checkpoint = self._storage.persist_current_checkpoint(checkpoint, name)
         shutil.rmtree(checkpoint.path, ignore_errors=True)
@@ -200,7 +207,9 @@ def _resume_folder(job: TrainJob, run_uri: str, rank: int, work: Path) -> Path |
     return storage.fetch_folder(uri, work / "resumed")
 
 
-def train_variant(job: TrainJob, *, run_name: str, storage_uri: str, target_uri: str, log: MetricLog) -> Checkpoint:
+def train_variant(
+    job: TrainJob, *, run_name: str, storage_uri: str, target_uri: str, lease: Lease, log: MetricLog
+) -> Checkpoint:
     """Train `job` on the cluster and publish the chosen checkpoint to `target_uri`.
 
     A run that was trained to its end before is only published.
@@ -210,23 +219,26 @@ def train_variant(job: TrainJob, *, run_name: str, storage_uri: str, target_uri:
         run_name: Ray Train's run name; the same name under the same storage resumes.
         storage_uri: where Ray Train keeps its checkpoints while it runs.
         target_uri: folder to publish to.
+        lease: the right to write to both.
         log: where metrics go.
 
     Raises:
         UserError: training failed; the message is the worker's own cause in one line.
+        LeaseLost: another execution has taken the run over.
     """
     run_uri = storage.join(storage_uri, run_name)
     for fits_left in reversed(range(MAX_FITS + 1)):
-        saved = repair_run(run_uri, job.train.keep)
+        saved = repair_run(run_uri, job.train.keep, lease)
         logged_step = _fill_metrics(log, saved[-1]) if saved else 0
         if saved and saved[-1].step == job.train.steps:
+            lease.check()
             return publish_checkpoint(job, saved, target_uri)
         if not fits_left:
             break
         # Here, not in the workers: none of them waits in a collective for another one's check.
-        check_shard_set(job.shard_set, ["train", "val"], say=print)
+        check_shard_set(job.shard_set, ["train", "val"], log=print)
         try:
-            _fit(job, run_name, storage_uri, MetricsToTracking(log, logged_step))
+            _fit(job, run_name, storage_uri, lease, MetricsToTracking(log, logged_step))
         except ray.exceptions.RayActorError as error:
             print(f"{job.variant}  the process that leads the workers died ({type(error).__name__})", flush=True)
     raise UserError(
@@ -235,10 +247,14 @@ def train_variant(job: TrainJob, *, run_name: str, storage_uri: str, target_uri:
     )
 
 
-def _fit(job: TrainJob, run_name: str, storage_uri: str, metrics: MetricsToTracking) -> None:
+def _fit(job: TrainJob, run_name: str, storage_uri: str, lease: Lease, metrics: MetricsToTracking) -> None:
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job.model_dump(mode="json"), "report_every_s": REPORT_EVERY_S},
+        train_loop_config={
+            "job": job.model_dump(mode="json"),
+            "lease": lease,
+            "report_every_s": REPORT_EVERY_S,
+        },
         scaling_config=scaling(job.runtime),
         # Ray's type stubs know only the former RunConfig.
         run_config=RunConfig(  # type: ignore[call-arg]
@@ -295,7 +311,7 @@ def publish_checkpoint(job: TrainJob, saved: Sequence[SavedCheckpoint], target_u
             fetched = storage.fetch_file(storage.join(source.uri, name), scratch)
             (folder / name).write_bytes(fetched.read_bytes())
         digest = storage.file_digest(str(folder / WEIGHTS_FILE))
-        storage.publish_folder(folder, target_uri)
+        storage.publish_folder(folder, target_uri, last=CONFIG_FILE)
     return Checkpoint(
         variant=job.variant,
         uri=target_uri,

@@ -15,12 +15,13 @@ import ray
 
 from pipeline import storage
 from pipeline.training.train_checkpoint import STATE_FILE, damage_of
+from pipeline.workflow.lease import Lease
 
 # Ray Train's names.
 RAY_LIST = "checkpoint_manager_snapshot.json"
 RAY_PREFIX = "checkpoint_"
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class SavedCheckpoint(NamedTuple):
@@ -39,27 +40,35 @@ class SavedCheckpoint(NamedTuple):
     train_seconds: float
 
 
-def repair_run(run_uri: str, keep: str, say: Say = print) -> tuple[SavedCheckpoint, ...]:
+def repair_run(run_uri: str, keep: str, lease: Lease, log: Log = print) -> tuple[SavedCheckpoint, ...]:
     """Leave in the run only checkpoints to go on from, and a list of them that Ray can read.
 
     Removed are the remains of uploads that a kill ended, damaged checkpoints, and those that know of a better
-    one (`keep` best) that is lost: going on from before it finds it again.
+    one (`keep` best) that is lost: going on from before it finds it again. Only the holder of the run's lease does
+    that, so what is removed is at most the upload of one that was overtaken; its next one is refused.
 
     Returns:
         What is left, in the order of steps; nothing where the run starts anew.
+
+    Raises:
+        LeaseLost: another execution has the run; nothing of it is touched.
     """
+    lease.check()
     found = [name for name in storage.list_names(run_uri) if name.startswith(RAY_PREFIX) and name != RAY_LIST]
     listed = listed_checkpoints(run_uri)
-    kept = usable_checkpoints(run_uri, found if listed is None else listed, keep, say)
+    kept = usable_checkpoints(run_uri, found if listed is None else listed, keep, log)
     names = {one.name for one in kept}
     if names != set(listed or ()):
         if listed is None:
-            say(f"{run_uri}: Ray's list of checkpoints is gone or unreadable; made anew from {len(kept)} whole ones")
+            log(f"{run_uri}: Ray's list of checkpoints is gone or unreadable; made anew from {len(kept)} whole ones")
+        lease.check()
         _write_list(run_uri, kept)
     elif not kept:
         storage.remove_files(run_uri, [RAY_LIST])
     for name in found:
         if name not in names:
+            # It may be what a newer holder uploads, if this one was paused meanwhile.
+            lease.check()
             _remove_folder(storage.join(run_uri, name))
     return kept
 
@@ -75,7 +84,7 @@ def listed_checkpoints(run_uri: str) -> list[str] | None:
         return None
 
 
-def usable_checkpoints(run_uri: str, names: Sequence[str], keep: str, say: Say = print) -> tuple[SavedCheckpoint, ...]:
+def usable_checkpoints(run_uri: str, names: Sequence[str], keep: str, log: Log = print) -> tuple[SavedCheckpoint, ...]:
     """Those of the named checkpoints that are whole and, for `keep` best, whose best one is among them."""
     whole: list[SavedCheckpoint] = []
     for name in names:
@@ -84,11 +93,11 @@ def usable_checkpoints(run_uri: str, names: Sequence[str], keep: str, say: Say =
         if reason is None:
             whole.append(SavedCheckpoint(name, uri, **storage.read_json(storage.join(uri, STATE_FILE))))
         else:
-            say(f"checkpoint {uri} is not used: {reason}; training goes on from the one before it")
+            log(f"checkpoint {uri} is not used: {reason}; training goes on from the one before it")
     whole.sort(key=lambda one: (one.step, one.name))
     while keep == "best" and whole and whole[-1].best_miou > max(one.val_miou for one in whole):
         lost = whole.pop()
-        say(f"checkpoint {lost.uri} is not used: the best one before it is lost; training finds it again")
+        log(f"checkpoint {lost.uri} is not used: the best one before it is lost; training finds it again")
     return tuple(whole)
 
 

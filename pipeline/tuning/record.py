@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import uuid
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
@@ -18,10 +17,9 @@ from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.config import TuneConfig
-from pipeline.errors import UserError
 from pipeline.records import Record
+from pipeline.workflow.lease import Lease
 
-OWNER_FILE = "owner.json"
 SETTINGS_FILE = "search.json"
 
 TrialState = Literal["running", "finished", "stopped", "failed"]
@@ -90,19 +88,15 @@ class TrialSummary(Record):
     history: tuple[TrialScore, ...] = ()
 
 
-class SearchTakenOver(UserError):  # noqa: N818 - reads as what happened
-    """Another process has continued the search; this one must not write any more."""
-
-
 class SearchRecord:
     """The trials of one search, under the folder `uri`.
 
-    Only the process that called `take_over` last may save; the others learn it by SearchTakenOver.
+    Only whoever has the lease may save; one that was overtaken learns it by LeaseLost.
     """
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, lease: Lease | None = None) -> None:
         self.uri = uri
-        self.token = ""
+        self.lease = lease
         self.trials: dict[int, TrialRecord] = {}
 
     @classmethod
@@ -117,20 +111,20 @@ class SearchRecord:
         return record
 
     @classmethod
-    def take_over(cls, uri: str, settings: TuneConfig) -> SearchRecord:
+    def take_over(cls, uri: str, settings: TuneConfig, lease: Lease) -> SearchRecord:
         """`load` it, with the right to save; `settings` is the search as it is asked for, with its whole space."""
-        token = uuid.uuid4().hex
+        lease.check()
         # What killed processes left half written.
         storage.remove_files(uri, [name for name in storage.list_names(uri) if name.endswith(storage.PARTIAL)])
         storage.publish_json(storage.join(uri, SETTINGS_FILE), settings.model_dump(mode="json"))
-        storage.publish_json(storage.join(uri, OWNER_FILE), {"token": token})
         record = cls.load(uri)
-        record.token = token
+        record.lease = lease
         return record
 
     def save(self, trial: TrialRecord) -> None:
-        """Keep `trial`; raises SearchTakenOver where another process has the right now."""
-        require_owner(self.uri, self.token)
+        """Keep `trial`; raises LeaseLost where another process has the right now."""
+        assert self.lease is not None, "a record that was only loaded cannot be changed"
+        self.lease.check()
         content = {"digest": trial.content_digest(), "trial": trial.model_dump(mode="json")}
         storage.publish_json(storage.join(self.uri, f"{trial_name(trial.number)}.json"), content)
         self.trials[trial.number] = trial
@@ -155,12 +149,12 @@ class TrialUris(Record):
 
     Attributes:
         uri: folder of the search's record; a trial's checkpoint lies in a folder of its own below it.
-        token: of the process that drives the search.
+        lease: of the search; trials check it, too.
         train_uri: where Ray Train keeps the runs of trials with several workers.
     """
 
     uri: str
-    token: str
+    lease: Lease
     train_uri: str
 
     def trial_uri(self, number: int) -> str:
@@ -173,15 +167,10 @@ class TrialUris(Record):
 
     def discard(self, number: int) -> None:
         """Remove what an ended trial would have continued from, as far as its processes let it go already."""
+        self.lease.check()
         for uri in (self.trial_uri(number), storage.join(self.train_uri, self.train_name(number))):
             with suppress(OSError):
                 remove_folder(uri)
-
-
-def require_owner(uri: str, token: str) -> None:
-    """Raise SearchTakenOver unless `token` is that of the process that may write to the search at `uri`."""
-    if storage.read_json(storage.join(uri, OWNER_FILE))["token"] != token:
-        raise SearchTakenOver(f"another process continues the search at {uri}; this one stops")
 
 
 def trial_name(number: int) -> str:

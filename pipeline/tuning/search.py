@@ -32,6 +32,7 @@ from pipeline.tuning.record import (
 from pipeline.tuning.space import default_space
 from pipeline.tuning.tracking import TrialRuns
 from pipeline.tuning.trial import run_trial, trial_resources
+from pipeline.workflow.lease import Lease
 from pipeline.workflow.tracking import Tracking
 
 
@@ -42,6 +43,7 @@ def search_settings(
     run_name: str,
     storage_uri: str,
     target_uri: str,
+    lease: Lease,
     tracking: Tracking,
     parent_run_id: str,
 ) -> SearchResult:
@@ -53,6 +55,7 @@ def search_settings(
         run_name: the search's name; it and `target_uri` are those of any earlier start of the same search.
         storage_uri: where Ray keeps its own state while it runs.
         target_uri: folder of the search's record; it receives trials.json.
+        lease: the right to write to both.
         tracking: the MLflow store.
         parent_run_id: the step's run, below which the trials' runs go.
 
@@ -60,12 +63,12 @@ def search_settings(
         UserError: more trials failed than `tune` allows, or all; the message carries the first one's cause. The next
             start tries the failed ones again.
     """
-    check_shard_set(job.shard_set, ["train", "val"], say=print)
+    check_shard_set(job.shard_set, ["train", "val"], log=print)
     tune = tune.model_copy(update={"space": tune.space or default_space(job.settings)})
-    record = SearchRecord.take_over(storage.join(target_uri, TRIALS_FOLDER), tune)
+    record = SearchRecord.take_over(storage.join(target_uri, TRIALS_FOLDER), tune, lease)
     retry_failed(record, tune)
     ray_uri = storage.join(storage_uri, run_name)
-    uris = TrialUris(uri=record.uri, token=record.token, train_uri=ray_uri)
+    uris = TrialUris(uri=record.uri, lease=lease, train_uri=ray_uri)
     runs = TrialRuns(tracking, parent_run_id, run_name)
     runs.settle(record.trials.values())
     configured = {path: job.settings.value(path) for path in tune.space}
@@ -81,16 +84,18 @@ def search_settings(
             resources=trial_resources(job.runtime),
             trials_at_once=job.runtime.trials_at_once,
             session_uri=ray_uri,
-            session_name=f"session-{record.token[:8]}",
+            session_name=f"session-{lease.rank.number}",
         )
     trials = record.in_state("finished", "stopped", "failed")
     require_success(tune, trials)
     # A store that was away while trials ended has another chance.
     runs.settle(trials)
+    lease.check()
     result = publish_trials(record, target_uri, job.variant)
     for trial in trials:
         # The last start may have died between a trial's end and this.
         uris.discard(trial.number)
+    lease.check()
     with suppress(OSError):
         remove_folder(ray_uri)
     return result

@@ -20,14 +20,16 @@ from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.config import RuntimeConfig, TuneConfig
 from pipeline.errors import UserError
+from pipeline.storage.names import HISTORY_FILE
 from pipeline.training.loop import run_training
 from pipeline.training.train import StopOnUserError, scaling, train_worker
-from pipeline.training.train_checkpoint import HISTORY_FILE, damage_of
+from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.train_run import repair_run
 from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.tuning.proposals import METRIC, STEP
-from pipeline.tuning.record import SearchTakenOver, TrialUris, remove_folder, require_owner, trial_name
+from pipeline.tuning.record import TrialUris, remove_folder, trial_name
 from pipeline.tuning.space import values_text
+from pipeline.workflow.lease import LeaseLost
 from pipeline.workflow.ray_session import wants_gpu
 
 TRIAL_CPUS = 0.01
@@ -82,7 +84,7 @@ def run_trial(sampled: dict[str, Any], job: TrainJob, tune: TuneConfig, uris: Tr
             _train_here(short, uris, number)
         else:
             _train_on_workers(short, tune, uris, number)
-    except SearchTakenOver:
+    except LeaseLost:
         raise
     except Exception as error:
         ray.tune.report({STEP: 0.0, METRIC: -1.0, CAUSE: one_line(error)})
@@ -97,7 +99,7 @@ def _train_here(job: TrainJob, uris: TrialUris, number: int) -> None:
 
         def report(metrics: dict[str, float], checkpoint: Path | None) -> None:
             if checkpoint is not None:
-                require_owner(uris.uri, uris.token)
+                uris.lease.check()
                 _publish_checkpoint(checkpoint, folder_uri)
                 _remove_local(checkpoint)
             # Told last: what the search has heard of, the trial can continue from.
@@ -112,16 +114,16 @@ def _train_here(job: TrainJob, uris: TrialUris, number: int) -> None:
 
 def _train_on_workers(job: TrainJob, tune: TuneConfig, uris: TrialUris, number: int) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    require_owner(uris.uri, uris.token)
+    uris.lease.check()
     run_uri = storage.join(uris.train_uri, uris.train_name(number))
-    checkpoints = repair_run(run_uri, "last")
+    checkpoints = repair_run(run_uri, "last", uris.lease)
     if checkpoints:
         _report_again(checkpoints[-1].uri)
         if checkpoints[-1].step >= tune.steps:
             return
     TorchTrainer(
         train_worker,
-        train_loop_config={"job": job.model_dump(mode="json")},
+        train_loop_config={"job": job.model_dump(mode="json"), "lease": uris.lease},
         scaling_config=scaling(job.runtime, cpus=_cpus_beside_trial(job.runtime.cpus_per_worker)),
         # Ray's type stubs know only the former RunConfig.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]

@@ -1,8 +1,8 @@
 """One step, executed once: looked up, claimed, run, summed, recorded, all in the process that runs it.
 
-What is written, in this order: the run with its claim (pipeline.workflow.claims), the outputs, the record, and then in
-one request everything that makes it count (`segvit.done` among it); MLflow's own state comes last. A kill at any
-instant leaves a step that has not run, or one that has and is reused.
+What is written, in this order: the run, which waits in line for its lease (pipeline.workflow.step_lease), the outputs,
+the record, and then in one request everything that makes it count (`segvit.done` among it); MLflow's own state comes
+last. A kill at any instant leaves a step that has not run, or one that has and is reused.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pydantic import BaseModel, ValidationError
 from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.records import Record
-from pipeline.workflow.claims import Claim, claim_tags, take_turn
 from pipeline.workflow.output_checksum import changed_outputs, output_checksums
 from pipeline.workflow.step import Step, StepContext
+from pipeline.workflow.step_lease import StepLine, in_line_tags, take_step_lease
 from pipeline.workflow.tracking import (
     RECORD_FILE,
     TRACEBACK_FILE,
@@ -134,7 +134,8 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
             if found.record is not None:
                 return _take_over(request, fingerprint, found, left)
         run_id = _begin(request, arguments, fingerprint, left)
-        take_turn(request.tracking, Claim(run_id, request.label, request.flow_run_id, fingerprint))
+        line = StepLine(request.tracking, run_id, request.label, request.flow_run_id, fingerprint)
+        lease = take_step_lease(line, request.workspace, request.step.name)
         # Another may have finished it since the last look, with or without a wait.
         found = look_up(request.tracking, request.step, fingerprint, arguments)
         if found.record is not None:
@@ -147,10 +148,14 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
             step=request.step.name,
             label=request.label,
             fingerprint=fingerprint,
+            lease=lease,
             runtime=request.runtime,
         )
         record = request.step.run(context, arguments)
-        _record_done(request.tracking, run_id, fingerprint, record, output_checksums(record, context.output_uri()))
+        checksums = output_checksums(record, context.output_uri())
+        # Whoever overtook this execution has its own record of what lies there.
+        lease.check()
+        _record_done(request.tracking, run_id, fingerprint, record, checksums)
     except Exception as error:
         return record_failed(request, run_id, one_line(error), traceback.format_exc())
     except BaseException:
@@ -245,7 +250,7 @@ def running_run(request: StepRequest) -> Run | None:
 
 def _begin(request: StepRequest, arguments: Mapping[str, Any], fingerprint: str, left: Run | None) -> str:
     # After the death of its worker process Ray runs a step again; it goes on under the same MLflow run.
-    tags = _tags(request, RunState.RUNNING, fingerprint) | claim_tags()
+    tags = _tags(request, RunState.RUNNING, fingerprint) | in_line_tags()
     if left is not None:
         run_id = str(left.info.run_id)
         request.tracking.set_tags(run_id, tags)

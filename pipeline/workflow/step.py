@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 from pipeline import storage
 from pipeline.records import Record
+from pipeline.workflow.lease import Lease
 
 if TYPE_CHECKING:
     from pipeline.workflow.tracking import Tracking
@@ -50,6 +51,7 @@ class StepContext:
         step: the step's name.
         label: the step's name within the flow.
         fingerprint: the step's fingerprint.
+        lease: the right to write its outputs; check it before each write that another execution could follow.
         runtime: worker counts, devices and the like, as given to the flow.
     """
 
@@ -60,6 +62,7 @@ class StepContext:
     step: str
     label: str
     fingerprint: str
+    lease: Lease
     runtime: Any = None
 
     @property

@@ -32,7 +32,7 @@ class DecoderOutput(NamedTuple):
 
 
 class DownsamplingBlock(NamedTuple):
-    """The backbone block inside which query-based downsampling halves the grid, and how its queries are made."""
+    """The backbone block inside which query-based downsampling halves the grid, and how it makes its queries."""
 
     block: int
     queries: ShrinkQueries

@@ -30,7 +30,8 @@ class MaskMaps:
     def __init__(
         self, logits: Tensor, target: Tensor, ignored: Tensor | None, buffers: Sequence[Tensor] | None = None
     ) -> None:
-        buffers = logits.new_empty(NUM_BUFFERS, *logits.shape) if buffers is None else buffers
+        if buffers is None:
+            buffers = list(logits.new_empty(NUM_BUFFERS, *logits.shape))
         wrong, self._wrong_squared, *scratch = buffers
         self.area = target.sum((1, 2))
         """(P,): pixels where the mask should be."""

@@ -36,6 +36,7 @@ from pipeline.records import ShardSet
 from pipeline.training import train as train_module
 from pipeline.training.trainer import TrainJob
 from pipeline.workflow import ray_session
+from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import MetricLog, Tracking
 from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
 from tests.jobs import tiny_job, with_settings
@@ -196,6 +197,7 @@ def train_in_task(folder: Path) -> None:
         run_name="run",
         storage_uri=str(folder / "ray"),
         target_uri=str(folder / "published"),
+        lease=take_lease(str(folder / "lease"), "training"),
         log=MetricLog(tracking, run.info.run_id),
     )
     curves = {

@@ -27,6 +27,7 @@ from pipeline.records import Checkpoint
 from pipeline.training.loop import run_training
 from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.workflow import ray_session
+from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import MetricLog, Tracking
 from tests.faults.kill_training import history, make_job, prepare
 from tests.jobs import with_settings
@@ -104,7 +105,12 @@ def train_on_nodes(job: TrainJob, folder: Path, lost_at: int, temporary: str) ->
 
         setattr(train, "train_worker", worker)  # noqa: B010
         return train.train_variant(
-            job, run_name="run", storage_uri=f"{folder}/ray", target_uri=f"{folder}/published", log=log
+            job,
+            run_name="run",
+            storage_uri=f"{folder}/ray",
+            target_uri=f"{folder}/published",
+            lease=take_lease(f"{folder}/lease", "training"),
+            log=log,
         )
 
     threading.Thread(target=lose_second, daemon=True).start()

@@ -79,9 +79,9 @@ def installed(site: Path, files: dict[str, str], value: str) -> None:
             "kit",
         ),
         (
-            {"deepkit/__init__.py": "", "deepkit/own/mine.py": "import sys\nMine = sys.modules[__name__]\n"},
-            "deepkit.own.mine:Mine",
-            "deepkit",
+            {"gear/__init__.py": "", "gear/own/mine.py": "import sys\nMine = sys.modules[__name__]\n"},
+            "gear.own.mine:Mine",
+            "gear",
         ),
     ],
 )

@@ -31,6 +31,7 @@ from pipeline.reports.run_page import ReportInput, build_report, load_report_inp
 from pipeline.reports.style import LINE, TEXT
 from pipeline.storage import publish_bytes, publish_json
 from pipeline.tuning.record import SearchRecord, TrialRecord, TrialScore, best_trial
+from pipeline.workflow.lease import take_lease
 
 CREATED_AT = datetime(2031, 4, 5, 6, 7, tzinfo=UTC)
 DASH = "\N{EN DASH}"
@@ -216,7 +217,9 @@ def _write_search(uri: str, rng: np.random.Generator, count: int) -> SearchResul
         "model.decoder_layers": SearchRange(choice=(1, 2, 3)),
         "train.augmentation.scale_range": SearchRange(choice=([0.5, 2.0], [0.8, 1.2])),
     }
-    record = SearchRecord.take_over(f"{uri}/trials", TuneConfig(num_trials=count, space=space))
+    record = SearchRecord.take_over(
+        f"{uri}/trials", TuneConfig(num_trials=count, space=space), take_lease(f"{uri}/lease", "the search")
+    )
     for number in range(count):
         focal = float(np.exp(rng.uniform(np.log(5), np.log(80))))
         failed, last = number == count - 1, 60 if number % 3 == 0 else 20

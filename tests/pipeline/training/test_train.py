@@ -30,6 +30,7 @@ from pipeline.training.train import MetricsToTracking, StopOnUserError, scaling
 from pipeline.training.train_run import repair_run
 from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.workflow import execution, ray_session
+from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import MetricLog, Tracking
 from tests.jobs import with_settings
 
@@ -79,8 +80,9 @@ def test_train_variant__leading_process_that_dies_is_started_again_but_not_for_e
     monkeypatch.setattr(train, "_fit", die)
     places = {"storage_uri": str(tmp_path), "target_uri": str(tmp_path / "published")}
     log = MetricLog(Tracking("sqlite:///unused"), "unused")
+    lease = take_lease(str(tmp_path / "lease"), "training")
     with pytest.raises(UserError, match="training of full ended 3 times without a whole last checkpoint in"):
-        train.train_variant(make_job(), run_name="run", log=log, **places)
+        train.train_variant(make_job(), run_name="run", lease=lease, log=log, **places)
     assert capsys.readouterr().out == "full  the process that leads the workers died (ActorDiedError)\n" * 3
 
 
@@ -175,7 +177,12 @@ def test_train_variant__killed_broken_mended_and_published(
 
             setattr(in_task, "train_worker", worker)  # noqa: B010
             return in_task.train_variant(
-                job, run_name="run", storage_uri=f"{folder}/ray", target_uri=f"{folder}/published", log=log
+                job,
+                run_name="run",
+                storage_uri=f"{folder}/ray",
+                target_uri=f"{folder}/published",
+                lease=take_lease(f"{folder}/lease", "training"),
+                log=log,
             )
 
         # As flows do it.
@@ -223,7 +230,7 @@ def test_train_variant__killed_broken_mended_and_published(
         curve = [(one.step, one.value) for one in tracking.client().get_metric_history(run_id, name)]
         assert curve == [(row["step"], row[name]) for row in undisturbed.history if name in row]
     # The two best and the last, whole.
-    saved = repair_run(str(tmp_path / "ray/run"), "best")
+    saved = repair_run(str(tmp_path / "ray/run"), "best", take_lease(str(tmp_path / "lease"), "training"))
     assert {5, 8} <= {one.step for one in saved}
     assert len(saved) <= 3
 

@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.tuning.driver import RecordedScheduler, RecordedSearcher, SearchDriver, TooManyFailed, death_cause
 from pipeline.tuning.record import SearchRecord, TrialRecord
 from pipeline.tuning.search import require_success, retry_failed
+from pipeline.workflow.lease import take_lease
 
 CONFIGURED = {"loss.class": 1.0, "loss.focal": 20.0, "loss.dice": 1.0}
 SPACE = {
@@ -40,7 +41,7 @@ class Killed(BaseException):
 
 
 def open_driver(folder: Path, tune: TuneConfig = TUNE) -> SearchDriver:
-    record = SearchRecord.take_over(str(folder), tune)
+    record = SearchRecord.take_over(str(folder), tune, take_lease(str(folder / "lease"), "the search"))
     return SearchDriver(tune, CONFIGURED, record, Runs(), ended=lambda number: None)  # type: ignore[arg-type]
 
 
@@ -149,7 +150,7 @@ def test_driver__failures_up_to_the_limit_are_a_result_beyond_it_the_end(tmp_pat
         require_success(tune, driver.record.in_state("failed"))
     # The next start tries them again, and keeps what they had reached.
     record = SearchRecord.load(str(tmp_path))
-    record.token = driver.record.token
+    record.lease = driver.record.lease
     retry_failed(record, tune)
     assert [trial.state for trial in record.trials.values()] == ["running"] * 3
     assert record.trials[2].miou == 0.4

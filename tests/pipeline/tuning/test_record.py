@@ -8,7 +8,6 @@ import pytest
 from pipeline.config import TuneConfig
 from pipeline.tuning.record import (
     SearchRecord,
-    SearchTakenOver,
     TrialRecord,
     TrialScore,
     best_trial,
@@ -17,9 +16,14 @@ from pipeline.tuning.record import (
     rung_steps,
     summaries,
 )
+from pipeline.workflow.lease import LeaseLost, take_lease
 
 SETTINGS = TuneConfig(num_trials=4)
 VALUES = {"loss.dice": 0.5, "model.decoder_layers": 2, "train.augmentation.scale_range": [0.5, 2.0]}
+
+
+def taken_over(folder: Path) -> SearchRecord:
+    return SearchRecord.take_over(str(folder), SETTINGS, take_lease(str(folder / "lease"), "the search"))
 
 
 def trial(number: int, *mious: float, **changes: object) -> TrialRecord:
@@ -28,7 +32,7 @@ def trial(number: int, *mious: float, **changes: object) -> TrialRecord:
 
 
 def test_search_record__what_was_saved_is_loaded_by_any_process(tmp_path: Path) -> None:
-    record = SearchRecord.take_over(str(tmp_path), SETTINGS)
+    record = taken_over(tmp_path)
     record.save(trial(0, 0.1, 0.123456789012345678, state="finished"))
     record.save(trial(1))
     record.change(1, seconds=2.5, attempts=1)
@@ -44,7 +48,7 @@ def test_search_record__what_was_saved_is_loaded_by_any_process(tmp_path: Path) 
     ("before", "after"), [('"step": 40', '"step": 41'), ('"running"', '"stopped"'), ("{", "["), ('"trial"', '"tiral"')]
 )
 def test_search_record__changed_byte_makes_the_trial_unknown(tmp_path: Path, before: str, after: str) -> None:
-    record = SearchRecord.take_over(str(tmp_path), SETTINGS)
+    record = taken_over(tmp_path)
     record.save(trial(0, 0.1, 0.2))
     record.save(trial(1, 0.3))
     file = tmp_path / "0000.json"
@@ -53,19 +57,19 @@ def test_search_record__changed_byte_makes_the_trial_unknown(tmp_path: Path, bef
 
 
 def test_search_record__file_of_another_number_is_not_taken_for_it(tmp_path: Path) -> None:
-    SearchRecord.take_over(str(tmp_path), SETTINGS).save(trial(0, 0.1))
+    taken_over(tmp_path).save(trial(0, 0.1))
     (tmp_path / "0003.json").write_bytes((tmp_path / "0000.json").read_bytes())
     (tmp_path / "0001.json.12345678.partial").write_text("{")
-    assert list(SearchRecord.take_over(str(tmp_path), SETTINGS).trials) == [0]
+    assert list(taken_over(tmp_path).trials) == [0]
     assert not list(tmp_path.glob("*.partial"))
     assert list(SearchRecord.load(str(tmp_path)).trials) == [0]
 
 
 def test_search_record__only_the_last_owner_saves(tmp_path: Path) -> None:
-    first = SearchRecord.take_over(str(tmp_path), SETTINGS)
+    first = taken_over(tmp_path)
     first.save(trial(0))
-    second = SearchRecord.take_over(str(tmp_path), SETTINGS)
-    with pytest.raises(SearchTakenOver, match="another process continues the search at"):
+    second = taken_over(tmp_path)
+    with pytest.raises(LeaseLost, match=r"the search was taken over by another process \(lease 2 of \w+, after 1\)"):
         first.save(trial(0, 0.9))
     second.save(trial(0, 0.2))
     assert SearchRecord.load(str(tmp_path)).trials[0].miou == 0.2

@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.records import SearchResult
 from pipeline.tuning import search as tune
 from pipeline.tuning.record import SearchRecord
+from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import Tracking
 
 SPACE = {
@@ -91,6 +92,7 @@ def search(
             run_name="tune-0123",
             storage_uri=str(tmp_path / "ray"),
             target_uri=str(tmp_path / "search"),
+            lease=take_lease(str(tmp_path / "lease"), "the search"),
             tracking=tracking,
             parent_run_id=parent,
         )

@@ -11,8 +11,9 @@ import ray.tune
 from pipeline.config import RuntimeConfig, TuneConfig
 from pipeline.training.trainer import TrainJob
 from pipeline.tuning import trial as search_trial
-from pipeline.tuning.record import SearchRecord, SearchTakenOver, TrialUris
+from pipeline.tuning.record import SearchRecord, TrialUris
 from pipeline.tuning.trial import history_scores, in_process, run_trial, trial_job, trial_resources
+from pipeline.workflow.lease import LeaseLost, take_lease
 
 MakeJob = Callable[..., TrainJob]
 SAMPLED: dict[str, Any] = {"trial": 2, "values": {"loss.class": 2.0, "loss.focal": 10.0, "loss.dice": 1.5}}
@@ -25,8 +26,9 @@ class Killed(BaseException):
 
 @pytest.fixture
 def uris(tmp_path: Path) -> TrialUris:
-    record = SearchRecord.take_over(str(tmp_path / "trials"), TUNE)
-    return TrialUris(uri=record.uri, token=record.token, train_uri=str(tmp_path / "ray"))
+    lease = take_lease(str(tmp_path / "lease"), "the search")
+    record = SearchRecord.take_over(str(tmp_path / "trials"), TUNE, lease)
+    return TrialUris(uri=record.uri, lease=lease, train_uri=str(tmp_path / "ray"))
 
 
 @pytest.fixture
@@ -84,9 +86,8 @@ def test_run_trial__killed_goes_on_behind_its_checkpoint_to_the_same_scores(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = make_job()
-    whole = TrialUris(uri=str(tmp_path / "whole"), token=uris.token, train_uri=uris.train_uri)
+    whole = TrialUris(uri=str(tmp_path / "whole"), lease=uris.lease, train_uri=uris.train_uri)
     (tmp_path / "whole").mkdir()
-    (tmp_path / "whole" / "owner.json").write_bytes((tmp_path / "trials" / "owner.json").read_bytes())
     run_trial(SAMPLED, job, TUNE, whole)
     expected = list(told)
     assert [row["step"] for row in expected] == [2, 4, 5]
@@ -157,8 +158,8 @@ def test_run_trial__failure_is_told_in_one_line_and_a_lost_search_ends_it(
         patch.setattr(search_trial, "run_training", fail)
         run_trial(SAMPLED, make_job(), TUNE, uris)
     assert told == [{"step": 0.0, "val_miou": -1.0, "cause": "ValueError: no such thing"}]
-    SearchRecord.take_over(uris.uri, TUNE)
-    with pytest.raises(SearchTakenOver):
+    take_lease(uris.lease.uri, "the search")
+    with pytest.raises(LeaseLost):
         run_trial(SAMPLED, make_job(), TUNE, uris)
     assert len(told) == 1
     assert not Path(uris.trial_uri(2)).exists()

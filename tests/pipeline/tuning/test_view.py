@@ -19,6 +19,7 @@ from pipeline.reports.search_plots import values_against_miou
 from pipeline.tuning.record import SearchRecord, TrialRecord, TrialScore
 from pipeline.tuning.space import short_names
 from pipeline.tuning.view import SearchSummary, load_search, read_search
+from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import RunState, Tag, Tracking
 
 SPACE = {
@@ -46,7 +47,9 @@ def trial(number: int, state: str, *mious: float, **changes: Any) -> TrialRecord
 
 
 def write_search(uri: Path, space: dict[str, SearchRange] = SPACE) -> None:
-    record = SearchRecord.take_over(str(uri / "trials"), TUNE.model_copy(update={"space": space}))
+    record = SearchRecord.take_over(
+        str(uri / "trials"), TUNE.model_copy(update={"space": space}), take_lease(str(uri / "lease"), "the search")
+    )
     trials = [
         trial(0, "finished", 0.1, 0.2, 0.3, seconds=12.5),
         trial(1, "stopped", 0.45),
@@ -138,7 +141,7 @@ def test_values_against_miou__the_ring_is_at_the_chosen_values(tmp_path: Path) -
 
 
 def test_write_search_report__a_search_without_a_score(tmp_path: Path) -> None:
-    record = SearchRecord.take_over(str(tmp_path / "trials"), TUNE)
+    record = SearchRecord.take_over(str(tmp_path / "trials"), TUNE, take_lease(str(tmp_path / "lease"), "the search"))
     record.save(trial(0, "running"))
     summary = read_search(str(tmp_path), "0123", "camvid", RunState.RUNNING)
     assert summary.chosen is None

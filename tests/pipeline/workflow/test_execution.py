@@ -5,6 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +16,9 @@ import pytest
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Report
-from pipeline.workflow import claims, execution, liveness, runs
+from pipeline.workflow import execution, liveness, runs, step_lease
 from pipeline.workflow.execution import Outcome, StepRef, StepRequest, execute_step, look_up, one_line, resolve
+from pipeline.workflow.lease import LeaseLost, take_lease
 from pipeline.workflow.step import Step, StepContext, step
 from pipeline.workflow.tracking import RECORD_FILE, TRACEBACK_FILE, RunState, Tag, Tracking
 
@@ -159,10 +161,10 @@ def test_execute_step__a_kill_before_the_done_mark_means_run_again(make_request:
     assert len(calls) == 2
 
 
-def test_claims__of_many_at_once_one_executes(
+def test_step_lease__of_many_at_once_one_executes(
     make_request: Any, monkeypatch: pytest.MonkeyPatch, tracking: Tracking
 ) -> None:
-    monkeypatch.setattr(claims, "POLL_S", 0.05)
+    monkeypatch.setattr(step_lease, "POLL_S", 0.05)
     calls: list[str] = []
     requests = [make_request(make_writer(calls, seconds=0.3), "t", label=f"w{index}") for index in range(4)]
     outcomes: list[Outcome] = []
@@ -172,7 +174,7 @@ def test_claims__of_many_at_once_one_executes(
     for thread in threads:
         thread.join()
     assert len(calls) == 1
-    assert sorted(outcome.state for outcome in outcomes) == ["reused", "reused", "reused", "run"]
+    assert sorted(outcome.state for outcome in outcomes) == ["done", "reused", "reused", "reused"]
     assert len({outcome.record.content_digest() for outcome in outcomes if outcome.record}) == 1
 
 
@@ -180,11 +182,11 @@ def begin(request: StepRequest) -> str:
     return execution._begin(request, request.arguments, request.step.fingerprint(request.arguments), None)
 
 
-def test_claims__of_a_dead_driver_lapse_with_the_step_s_process(
+def test_step_lease__of_a_dead_driver_lapse_with_the_step_s_process(
     make_request: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "ORPHAN_GRACE_S", 2.0)
-    monkeypatch.setattr(claims, "POLL_S", 0.1)
+    monkeypatch.setattr(step_lease, "ORPHAN_GRACE_S", 2.0)
+    monkeypatch.setattr(step_lease, "POLL_S", 0.1)
     dead = make_request(make_writer([]), "t")
     orphan = begin(dead)
     tracking.client().set_tag(dead.flow_run_id, liveness.STARTED_TAG, "1")
@@ -195,7 +197,7 @@ def test_claims__of_a_dead_driver_lapse_with_the_step_s_process(
     tracking.set_tags(orphan, {Tag.FINGERPRINT: "another"})
 
 
-def test_claims__of_a_dead_process_lapse_though_its_driver_lives(make_request: Any, tracking: Tracking) -> None:
+def test_step_lease__of_a_dead_process_lapse_though_its_driver_lives(make_request: Any, tracking: Tracking) -> None:
     # Else steps with one fingerprint could wait, in every slot that Ray has, for one whose next attempt finds none.
     crashed = begin(make_request(make_writer([]), "t"))
     tracking.client().set_tag(crashed, liveness.STARTED_TAG, "1")
@@ -203,7 +205,7 @@ def test_claims__of_a_dead_process_lapse_though_its_driver_lives(make_request: A
 
 
 @pytest.mark.parametrize(("silent_s", "waits"), [(10, True), (400, False)])
-def test_claims__on_another_machine_lapse_with_the_driver_s_heartbeat(
+def test_step_lease__on_another_machine_lapse_with_the_driver_s_heartbeat(
     make_request: Any, tracking: Tracking, monkeypatch: pytest.MonkeyPatch, silent_s: int, waits: bool
 ) -> None:
     class Waited(Exception):  # noqa: N818
@@ -217,12 +219,12 @@ def test_claims__on_another_machine_lapse_with_the_driver_s_heartbeat(
     beat = (datetime.now(UTC) - timedelta(seconds=silent_s)).isoformat(timespec="seconds")
     tracking.set_tags(begin(far), elsewhere)
     tracking.set_tags(far.flow_run_id, elsewhere | {liveness.HEARTBEAT_TAG: beat})
-    monkeypatch.setattr(claims, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
+    monkeypatch.setattr("pipeline.workflow.lease.time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     outcome = execute_step(make_request(make_writer([]), "t"))
     assert (outcome.state, outcome.error) == ((RunState.FAILED, "Waited") if waits else (RunState.DONE, None))
 
 
-def test_claims__what_finished_between_the_last_look_and_the_turn_is_reused(
+def test_step_lease__what_finished_between_the_last_look_and_the_turn_is_reused(
     make_request: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
@@ -239,7 +241,48 @@ def test_claims__what_finished_between_the_last_look_and_the_turn_is_reused(
     assert len(calls) == 1
 
 
-def test_claims__a_twin_of_the_own_run_is_deleted(make_request: Any, tracking: Tracking) -> None:
+def test_step_lease__who_was_overtaken_fails_with_one_line_and_records_nothing(
+    make_request: Any, tracking: Tracking
+) -> None:
+    checks: list[str] = []
+
+    @step(version=1)
+    def slow(context: StepContext, text: str) -> Report:
+        # What a pause longer than all patience leads to: another one, anywhere, executes the same.
+        take_lease(context.lease.uri, context.lease.what, key="newer")
+        with pytest.raises(LeaseLost) as lost:
+            context.lease.check()
+        checks.append(str(lost.value))
+        storage.publish_bytes(context.output_uri("text.txt"), text.encode())
+        return Report(uri=context.output_uri("text.txt"), digest=text)
+
+    request = make_request(slow, "t")
+    outcome = execute_step(request)
+    assert (outcome.state, outcome.error) == (RunState.FAILED, checks[0])
+    assert checks == [
+        f"step {request.label} was taken over by another process (lease 2 of newer, after 1); "
+        "this one stops and leaves it alone"
+    ]
+    assert Tag.DONE not in tracking.client().get_run(str(outcome.run_id)).data.tags
+
+
+def test_step_lease__numbers_grow_though_the_store_is_new(make_request: Any, tracking: Tracking) -> None:
+    numbers: list[int] = []
+
+    @step(version=1)
+    def numbered(context: StepContext, text: str) -> Report:
+        numbers.append(context.lease.rank.number)
+        raise RuntimeError(text)
+
+    request = make_request(numbered, "t")
+    execute_step(request)
+    fresh = replace(tracking, experiment=f"{tracking.experiment}-fresh")
+    flow = fresh.create_run("flow", {Tag.KIND: "flow", **liveness.identity_tags()})
+    execute_step(replace(request, tracking=fresh, flow_run_id=flow))
+    assert numbers == [1, 2]
+
+
+def test_step_lease__a_twin_of_the_own_run_is_deleted(make_request: Any, tracking: Tracking) -> None:
     # The server made it, its answer got lost, and MLflow asked again.
     request = make_request(make_writer([]), "t")
     run_id, twin = begin(request), begin(request)
@@ -262,7 +305,7 @@ def test_execute_step__killed_after_the_done_mark_is_taken_over(make_request: An
     tracking.client().set_tag(request.flow_run_id, liveness.STARTED_TAG, "1")
     runs.mark_abandoned(tracking)
     run = tracking.client().get_run(str(first.run_id))
-    assert (run.info.status, run.data.tags[Tag.STATE]) == ("FINISHED", "run")
+    assert (run.info.status, run.data.tags[Tag.STATE]) == ("FINISHED", "done")
 
 
 @pytest.mark.parametrize("keep_times", [False, True])

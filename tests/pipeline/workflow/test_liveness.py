@@ -141,7 +141,7 @@ def test_why_dead__elsewhere_a_beat_that_stays_the_same_is_dead(clock: Clock) ->
     clock.now += 200
     assert liveness.why_dead(far()) == "its driver on elsewhere has been silent for 400 s"
     # Two drivers have a silence each.
-    assert liveness.why_dead(far(**{liveness.PID_TAG: "77"})) is None
+    assert liveness.why_dead(far() | {liveness.PID_TAG: "77"}) is None
 
 
 def test_why_dead__is_told_at_once_when_an_earlier_process_has_looked(

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import DataConfig, EvaluateConfig, LossConfig, TrainConfig, TuneConfig
 from pipeline.records import Report, SearchResult
+from pipeline.workflow.lease import Lease, Rank
 from pipeline.workflow.step import NotFingerprinted, Step, StepContext, canonical, missing_outputs, step
 from pipeline.workflow.tracking import Tracking
 
@@ -33,6 +34,7 @@ def context() -> StepContext:
         step="report",
         label="l",
         fingerprint="ab" * 32,
+        lease=Lease("report", "/space/leases/report", Rank(1, "r")),
     )
 
 
