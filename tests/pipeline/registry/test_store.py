@@ -96,6 +96,29 @@ def test_register_model__a_version_without_its_files_is_registered_anew(
     assert register() == second
 
 
+def test_verify_version__a_store_that_does_not_answer_has_lost_nothing(
+    tracking: Tracking, register: Register, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = register()
+    remote = "mlflow-artifacts://127.0.0.1:1/1/models/m-1/artifacts"
+    monkeypatch.setattr(store, "version_location", lambda *_: remote)
+
+    def unreachable(**_: Any) -> None:
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setattr("mlflow.artifacts.list_artifacts", unreachable)
+    assert store.verify_version(version, tracking, {}) is None
+    assert capsys.readouterr().out == (
+        f"whether {version.model_uri} has its files cannot be told (ConnectionError: connection refused)\n"
+    )
+    assert register() == version
+    # An answer without the files is another matter.
+    monkeypatch.setattr("mlflow.artifacts.list_artifacts", lambda **_: [])
+    assert store.verify_version(version, tracking, {}) == (
+        f"{version.model_uri} has lost its files (model.safetensors, config.json)"
+    )
+
+
 def test_register_model__a_reliable_latency_replaces_an_unreliable_one(
     tracking: Tracking, trained: Any, register: Register
 ) -> None:
