@@ -36,5 +36,5 @@ class CamVid(PairedDataset):
         """Images and label maps of the same name."""
         images = self.find_files(split, ".png", "image", split)
         labels = self.find_files(f"{split}annot", ".png", "label map", split)
-        uris = [storage.join(self.root, folder, "{}.png") for folder in (split, f"{split}annot")]
-        return pair_by_stem(images, labels, uris[0], uris[1])
+        uris = (storage.join(self.root, folder, "{}.png") for folder in (split, f"{split}annot"))
+        return pair_by_stem(images, labels, *uris)

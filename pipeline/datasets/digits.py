@@ -68,11 +68,8 @@ class Digits:
         """One a scene."""
         count = {"train": self.config.num_train, "val": self.config.num_val}[split]
         settings = digest_of(self._identity())
-        return [
-            RawSample(f"{split}-{index:06d}", uri, uri, settings)
-            for index in range(count)
-            for uri in [f"digits/{split}/{index}"]
-        ]
+        uris = (f"digits/{split}/{index}" for index in range(count))
+        return [RawSample(f"{split}-{index:06d}", uri, uri, settings) for index, uri in enumerate(uris)]
 
     def read(self, sample: RawSample) -> RawPair:
         """Compose the scene."""

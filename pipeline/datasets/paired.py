@@ -97,9 +97,11 @@ class PairedDataset(ABC):
             raise UserError(f"data root {self.root} does not exist; set data.root to the {self._title} folder")
         missing = [folder for folder in folders if not self.tree.has_folder(folder)]
         if missing:
-            raise UserError(
-                f"data root {self.root} has no folder {', '.join(missing)}; the {self._title} layout is {self.layout}"
-            )
+            raise self.incomplete(f"no folder {', '.join(missing)}")
+
+    def incomplete(self, what: str) -> UserError:
+        """The error for a root that has `what`, such as "no folder images"."""
+        return UserError(f"data root {self.root} has {what}; the {self._title} layout is {self.layout}")
 
     def find_files(self, folder: str, suffix: str | tuple[str, ...], what: str, split: str) -> dict[str, Entry]:
         """The files below `folder` that end in `suffix`, in any case, by the path before it.

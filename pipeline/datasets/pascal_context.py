@@ -102,9 +102,7 @@ class PascalContext(PairedDataset):
         if names is not None:
             return names
         if self.tree.has_folder(CONVERTED) and self.tree.file(DETAIL) is None:
-            raise UserError(
-                f"data root {self.root} has no {LISTS}/{split}.txt; the {self._title} layout is {self.layout}"
-            )
+            raise self.incomplete(f"no {LISTS}/{split}.txt")
         return sorted(name for name, image in self._open_detail()[1].items() if image.phase == split)
 
     def _detail_labels(self) -> dict[str, Entry]:
@@ -125,10 +123,7 @@ class PascalContext(PairedDataset):
         if self._detail is None:
             entry = self.tree.file(DETAIL)
             if entry is None:
-                raise UserError(
-                    f"data root {self.root} has neither {CONVERTED} nor {DETAIL}; "
-                    f"the {self._title} layout is {self.layout}"
-                )
+                raise self.incomplete(f"neither {CONVERTED} nor {DETAIL}")
             if any(extent.kind != "range" for extent in entry.extents):
                 raise UserError(f"{entry.uri} is compressed and too large to read in place; unpack it into {self.root}")
             with storage.open_uri(entry.extents[0].uri if entry.extents else entry.uri) as file:

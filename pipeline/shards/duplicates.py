@@ -40,7 +40,7 @@ def find_duplicates(
     heads = np.frombuffer(b"".join(result.image_digests for result in ranked), dtype="<u8")
     equals: defaultdict[bytes, list[Position]] = defaultdict(list)
     digests: dict[str, Sequence[bytes]] = {}
-    for image in _repeated(heads).tolist():
+    for image in repeated(heads).tolist():
         number = int(np.searchsorted(starts, image, side="right")) - 1
         position = Position(ranked[number].name, image - int(starts[number]))
         if position.shard not in digests:
@@ -49,11 +49,7 @@ def find_duplicates(
     return {position: positions[0] for positions in equals.values() for position in positions[1:]}
 
 
-def _repeated(values: NDArray[np.uint64]) -> NDArray[np.int64]:
+def repeated(values: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Indices of all values that are there more than once, rising."""
-    ordered = np.sort(values)
-    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not repeated.size:
-        return np.empty(0, dtype=np.int64)
-    found = np.minimum(np.searchsorted(repeated, values), repeated.size - 1)
-    return np.flatnonzero(repeated[found] == values)
+    unique, counts = np.unique(values, return_counts=True)
+    return np.flatnonzero(np.isin(values, unique[counts > 1]))

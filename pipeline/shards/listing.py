@@ -18,6 +18,7 @@ from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, RawSample, list_splits
 from pipeline.datasets.raw import digest_of
 from pipeline.errors import UserError
+from pipeline.shards.duplicates import repeated
 from pipeline.shards.shard_task import ROWS_VERSION, ShardPlan
 from pipeline.shards.shards import FORMAT_VERSION, evenly_spaced
 
@@ -86,8 +87,7 @@ class Listing:
         self._refuse_equal_keys(split, self.shards[first:], np.frombuffer(hashes, dtype=np.uint64))
 
     def _refuse_equal_keys(self, split: str, shards: Sequence[PlannedShard], hashes: NDArray[np.uint64]) -> None:
-        ordered = np.sort(hashes)
-        suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        suspects = set(hashes[repeated(hashes)].tolist())
         if not suspects:
             return
         seen: set[str] = set()

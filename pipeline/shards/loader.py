@@ -127,30 +127,13 @@ class TrainLoader:
         return self._streamed_batches() if streamed else self._random_access_batches()
 
     def _random_access_batches(self) -> Iterator[Batch]:
-        return _from_processes(
-            DataLoader(
-                self._views,
-                batch_sampler=self._plan,
-                num_workers=self.num_workers,
-                collate_fn=_as_it_is,
-                # Without a generator of its own it would draw from the model's random stream.
-                generator=torch.Generator(),
-            )
-        )
+        return _iterate(self._views, self.num_workers, batch_sampler=self._plan)
 
     def _streamed_batches(self) -> Iterator[Batch]:
         shard_streams = range(self._plan.share.start, self._plan.share.stop)
         # A process that owns no shard stream would have nothing to hand over.
         num_workers = min(self.num_workers, len(shard_streams))
-        parts: Iterator[Batch] = _from_processes(
-            DataLoader(
-                _StreamedViews(self._views, self._plan),
-                batch_size=None,
-                num_workers=num_workers,
-                collate_fn=_as_it_is,
-                generator=torch.Generator(),
-            )
-        )
+        parts = _iterate(_StreamedViews(self._views, self._plan), num_workers, batch_size=None)
         # Processes take turns, so that the parts of a batch come one after the other.
         return (_join(list(itertools.islice(parts, max(1, num_workers)))) for _ in itertools.count())
 
@@ -183,15 +166,8 @@ class EvalLoader:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[EvalSample]:
-        samples: Iterator[EvalSample] = _from_processes(
-            DataLoader(
-                self._images,
-                batch_size=None,
-                sampler=self._samples.tolist(),
-                num_workers=min(self.num_workers, len(self._samples)),
-                generator=torch.Generator(),
-            )
-        )
+        num_workers = min(self.num_workers, len(self._samples))
+        samples = _iterate(self._images, num_workers, batch_size=None, sampler=self._samples.tolist())
         return (sample._replace(label=sample.label.long()) for sample in samples)
 
 
@@ -278,15 +254,18 @@ class _WholeImages(Dataset["EvalSample | _Failure"]):
         return EvalSample(pixels, torch.from_numpy(label.astype(np.uint8)), sample.key)
 
 
-def _from_processes(items: DataLoader[T | _Failure]) -> Iterator[T]:
+def _iterate(dataset: Dataset[T | _Failure], num_workers: int, **order: Any) -> Iterator[T]:
     """What the loader processes hand over, their errors raised here."""
+    # Without a generator of its own it would draw from the model's random stream.
+    generator = torch.Generator()
+    items = DataLoader(dataset, num_workers=num_workers, collate_fn=_as_it_is, generator=generator, **order)
     try:
         for item in items:
             if isinstance(item, _Failure):
                 raise item.error
             yield cast("T", item)
     except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
-        if not (items.num_workers and _tells_of_a_death(error)):
+        if not (num_workers and _tells_of_a_death(error)):
             raise
         # They hold PyTorch's iterator, and with it the other processes and a signal handler that raises anywhere.
         traceback.clear_frames(error.__traceback__)

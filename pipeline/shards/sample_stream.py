@@ -16,6 +16,7 @@ n = samples of the split, m = positions of an epoch, G = shard streams.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -38,13 +39,6 @@ class Draw(NamedTuple):
     epoch: int
     sample: int
     repeat: int = 0
-
-
-class Block(NamedTuple):
-    """Where a shard stream's position lies: which of its blocks, in which epoch."""
-
-    epoch: int
-    number: int
 
 
 class SampleStream:
@@ -128,13 +122,13 @@ class SampleStream:
             self._orders[epoch] = samples[indices], None if repeats is None else repeats[indices]
         return self._orders[epoch]
 
-    def block_of(self, position: int) -> Block:
-        """The block that a shard stream is in at `position`; the samples of a block lie close together."""
+    def block_of(self, position: int) -> tuple[int, int]:
+        """Epoch and number of the block at `position` of its shard stream; samples of a block lie close together."""
         assert self.buffer is not None, "only shard streams have blocks"
         epoch = self.epoch_of(position)
         shard_stream = position % self.num_shard_streams
         in_stream = (position - self._first_position(shard_stream, self.start(epoch))) // self.num_shard_streams
-        return Block(epoch, (in_stream + self._offset(shard_stream)) // self.buffer)
+        return epoch, (in_stream + self._offset(shard_stream)) // self.buffer
 
     def block_end(self, position: int) -> int:
         """The first position after `position`'s block, of the epoch or of the shard stream."""
@@ -210,10 +204,7 @@ class BatchPlan(Sampler[list[Draw]]):
         self.start_step = start_step
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        step = self.start_step
-        while True:
-            yield self.draws(step)
-            step += 1
+        return map(self.draws, itertools.count(self.start_step))
 
     def draws(self, step: int) -> list[Draw]:
         """This rank's draws at `step`."""
