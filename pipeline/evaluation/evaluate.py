@@ -186,7 +186,7 @@ def evaluate_checkpoint(
             palette=manifest["palette"],
         )
         counts_digest = write_counts([one for part in parts for one in part.counts], f"{folder}/{COUNTS_FILE}")
-        storage.publish_folder(folder, target_uri, last="confusion.json")
+        storage.publish_folder(folder, target_uri, last=CONFUSION_FILE)
     metrics = segmentation_metrics(confusion.matrix)
     cost = model_cost(model_config, shard_set.num_classes, model_config.image_size)
     return Evaluation(
