@@ -21,7 +21,7 @@ ON_RAY = (
     "flows/test_extending.py",
     "flows/test_submit.py",
     "flows/recipes/",
-    "pipeline/shards/test_prepare.py",
+    "pipeline/shards/test_prepare_on_ray.py",
     "pipeline/training/test_train.py",
     "pipeline/tuning/test_search.py",
     "pipeline/tuning/test_trial.py",

@@ -153,7 +153,7 @@ def evaluate_checkpoint(
     """
     if config.split not in shard_set.splits:
         raise UserError(f"evaluate.split {config.split!r} is not prepared; choose from {', '.join(shard_set.splits)}")
-    check_shard_set(shard_set, [config.split], say=print)
+    check_shard_set(shard_set, [config.split], log=print)
     with tempfile.TemporaryDirectory(prefix="segvit-config-") as folder:
         config_file = storage.fetch_file(storage.join(checkpoint.uri, CONFIG_FILE), folder)
         model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])

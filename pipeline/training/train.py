@@ -236,7 +236,7 @@ def train_variant(
         if not fits_left:
             break
         # Here, not in the workers: none of them waits in a collective for another one's check.
-        check_shard_set(job.shard_set, ["train", "val"], say=print)
+        check_shard_set(job.shard_set, ["train", "val"], log=print)
         try:
             _fit(job, run_name, storage_uri, lease, MetricsToTracking(log, logged_step))
         except ray.exceptions.RayActorError as error:
