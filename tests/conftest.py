@@ -15,7 +15,7 @@ from tests.jobs import tiny_job
 
 MakeJob = Callable[..., TrainJob]
 REPOSITORY = Path(__file__).parents[1]
-# They start Ray, which wants the machine's cores: one after the other, while the other worker runs all else.
+# They start Ray, which waits a lot: `make test` runs them one after the other while another process runs all else.
 ON_RAY = (
     "faults/",
     "flows/test_extending.py",
@@ -29,13 +29,10 @@ ON_RAY = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests on Ray stay together, and those of a file likewise, whose fixtures they share."""
-    for item in items:
-        file = item.path.relative_to(REPOSITORY / "tests").as_posix()
-        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(ON_RAY) else file))
-    # The long chain first.
-    items.sort(key=lambda item: not item.path.relative_to(REPOSITORY / "tests").as_posix().startswith(ON_RAY))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests on Ray."""
+    if item.path.relative_to(REPOSITORY / "tests").as_posix().startswith(ON_RAY):
+        item.add_marker("on_ray")
 
 
 class FlowRun(NamedTuple):

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.errors import UserError
+
 _LOSS_WEIGHTS = {f"{term}_weight": term for term in ("class", "focal", "dice")}
 
 
 def rename_former_keys(tree: dict[str, Any]) -> list[str]:
-    """Rename former keys in a parsed experiment file, in place; a line for each, as `old is new now`."""
+    """Rename former keys in a parsed experiment file, in place; a line for each, as `old is new now`.
+
+    Raises UserError for a setting that is given under both names.
+    """
     return list(_rename(tree))
 
 
@@ -46,6 +51,7 @@ def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
 def _move(section: dict[str, Any], path: str, names: dict[str, str]) -> Iterator[str]:
     for old, new in names.items():
         if old in section:
-            value = section.pop(old)
-            section.setdefault(new, value)
+            if new in section:
+                raise UserError(f"{path}.{old} is the former name of {path}.{new}, and both are given; keep the latter")
+            section[new] = section.pop(old)
             yield f"{path}.{old} is {path}.{new} now"

@@ -81,8 +81,12 @@ def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pyte
         (["run", "none.yaml"], "error: config none.yaml cannot be read"),
         (["run", CONFIG, "--set", "train.stepz=1"], "train.stepz: unknown key"),
         (
+            ["run", CONFIG, "--set", "model.image_size=[112,110]"],
+            "image_size 110 is not a multiple of",
+        ),
+        (
             ["run", CONFIG, "--set", "model.crop=[112,110]"],
-            "crop 110 is not a multiple of patch size 14; use 98",
+            "model.crop is the former name of model.image_size, and both are given",
         ),
         (["plan", CONFIG, "--set", "data.dataset=cats"], "unknown dataset 'cats'; choose from "),
         (

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config.file import load_config
 from pipeline.config.former import rename_former_keys
+from pipeline.errors import UserError
 
 FORMER = """
 name: old
@@ -43,8 +44,9 @@ def test_load_config__a_file_of_an_earlier_release(tmp_path: Any, capsys: pytest
     assert len(notes) == 9
 
 
-def test_rename_former_keys__todays_names_win_and_are_left_alone() -> None:
-    tree: dict[str, Any] = {"loss": {"dice_weight": 3.0, "dice": 4.0}, "model": {"image_size": [32, 32]}}
-    assert rename_former_keys(tree) == ["loss.dice_weight is loss.dice now"]
-    assert tree == {"loss": {"dice": 4.0}, "model": {"image_size": [32, 32]}}
+def test_rename_former_keys__todays_names_are_left_alone_and_both_are_refused() -> None:
+    tree: dict[str, Any] = {"loss": {"dice": 4.0}, "model": {"image_size": [32, 32]}}
     assert rename_former_keys(tree) == []
+    assert tree == {"loss": {"dice": 4.0}, "model": {"image_size": [32, 32]}}
+    with pytest.raises(UserError, match=r"model.crop is the former name of model.image_size, and both are given"):
+        rename_former_keys({"model": {"image_size": [32, 32], "crop": [48, 48]}})
