@@ -34,6 +34,7 @@ faults: $(STAMP)
 	$(BIN)/python -m tests.faults.kill_training --kills 5
 	$(BIN)/python -m tests.faults.lose_node
 	$(BIN)/python -m tests.faults.race_drivers
+	$(BIN)/python -m tests.faults.strike_flow --strikes 60
 	$(BIN)/python -m tests.faults.lost_server
 	$(BIN)/python -m tests.faults.full_disk
 	$(BIN)/python -m tests.faults.fuzz_inputs --inputs 2000

@@ -36,6 +36,13 @@ def test_fuzz_inputs__quarantine_or_one_clear_error() -> None:
     assert re.fullmatch(r"60 inputs, 0 bad, peak memory \d+ MiB", run("fuzz_inputs", "--inputs", "60"))
 
 
+def test_strike_flow__ends_in_time_and_is_marked_for_what_it_was() -> None:
+    line = run("strike_flow", "--strikes", "2", "--seed", "1")
+    assert re.fullmatch(
+        r"2 strikes, every process ended in time \(slowest \d+\.\d s\), none left behind: .*finished.*", line
+    )
+
+
 def test_race_drivers__everything_once() -> None:
     line = run("race_drivers", "--shared", "1", "--separate", "1")
     assert line == "2 races, every step executed once, one version and its aliases each"
