@@ -48,6 +48,7 @@ from pipeline.shards.shards import (
     verify_shard_set,
 )
 from pipeline.storage.names import INDEX, MANIFEST, QUARANTINE
+from pipeline.workflow.lease import Lease
 
 PROGRESS_INTERVAL_S = 2.0
 ROW_GROUP_ROWS = 1 << 16
@@ -63,6 +64,7 @@ def prepare_shards(
     *,
     max_tasks: int = 8,
     progress: Report | None = None,
+    lease: Lease | None = None,
 ) -> ShardSet:
     """Write the shard set that `config` describes to the folder `target`; what is there and valid is kept.
 
@@ -70,6 +72,7 @@ def prepare_shards(
     `progress` gets a line every few seconds and one with the sums at the end; None prints them. Raises UserError
     for a missing data root, for a bad sample under the policy `fail`, and for more of them than the policy
     `quarantine` allows. An image that is there twice is a bad sample, too.
+    Where others may write to `target`, `lease` is the right to do so; LeaseLost tells that it went to another.
     """
     report = progress or (lambda line: print(line, flush=True))
     if storage.is_local(target):
@@ -81,10 +84,12 @@ def prepare_shards(
         if current is not None:
             report(f"prepare {dataset.name}: the shard set at {target} is up to date")
             return current
+        run = _Run(dataset, listing, target, config, max_tasks, lease)
+        run.check_lease()
         storage.remove_files(target, [MANIFEST])
-        run = _Run(dataset, listing, target, config, max_tasks)
         results = _check_all(run, report)
         _leave_out_duplicates(run, results, report)
+        run.check_lease()
         shard_set = _publish_set(run, results)
     num_good = sum(result.num_samples for result in results.values())
     report(
@@ -106,19 +111,34 @@ def _list(dataset: RawDataset, config: DataConfig) -> Listing:
 class _Run:
     """What is to be prepared, and where its tasks run."""
 
-    def __init__(self, dataset: RawDataset, listing: Listing, target: str, config: DataConfig, max_tasks: int) -> None:
+    def __init__(
+        self,
+        dataset: RawDataset,
+        listing: Listing,
+        target: str,
+        config: DataConfig,
+        max_tasks: int,
+        lease: Lease | None,
+    ) -> None:
         self.dataset = dataset
         self.listing = listing
         self.target = target
         self.config = config
         self.options = TaskOptions(config.on_bad_sample == "fail", config.max_long_side)
         self._max_tasks = max_tasks
+        self._lease = lease
+
+    def check_lease(self) -> None:
+        """Raise LeaseLost where another process writes to the target now."""
+        if self._lease is not None:
+            self._lease.check()
 
     def run_tasks(self, work: Callable[..., ShardResult], jobs: Iterable[tuple[Any, ...]]) -> Generator[ShardResult]:
         """The results of `work(dataset, plan, target, options, *rest)` as they come, for each (plan, *rest)."""
         # Whoever initialised Ray has imported it; importing it here would cost a second for nothing.
         if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
             for plan, *rest in jobs:
+                self.check_lease()
                 yield work(self.dataset, plan, self.target, self.options, *rest)
             return
         import ray
@@ -129,6 +149,7 @@ class _Run:
             while True:
                 # Plans are read from disk when there is room for their task, never all at once.
                 while len(running) < self._max_tasks and (job := next(waiting, None)) is not None:
+                    self.check_lease()
                     running.append(task.remote(shared, job[0], self.target, self.options, *job[1:]))
                 if not running:
                     return

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -44,11 +45,11 @@ def test_champion_lease__one_at_a_time_and_only_the_last_number_is_left(tracking
     with ThreadPoolExecutor(4) as pool:
         assert len(list(pool.map(enter, range(6)))) == 6
     assert (inside, most) == (0, 1)
+    (before,) = entries(tracking, "lease")
     with champion_lease(tracking, "lease"):
         pass
     (left,) = entries(tracking, "lease")
-    assert left["ended"]
-    assert left["number"] >= 6
+    assert (left["ended"], left["number"]) == (True, before["number"] + 1)
 
 
 def test_champion_lease__of_a_process_that_is_gone_is_not_waited_for(tracking: Tracking) -> None:
@@ -152,3 +153,30 @@ def test_champion_lease__overtaken_twice_puts_back_what_the_newest_wants(
         with pytest.raises(LeaseLost, match=f"the champion of {one.name} is in other hands meanwhile"):
             lease.move(one.version)
     assert store.find_alias(tracking, one.name, "champion") == three.version
+
+
+def test_champion_lease__newest_holder_changes_its_mind_while_its_former_wish_is_put_back(
+    tracking: Tracking, register: Any, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LAPSES_AFTER_S", 0.0)
+    one, two, three = (scored(register, trained, miou) for miou in (0.50, 0.60, 0.70))
+    store.set_alias(tracking, one.name, "champion", two.version)
+    set_alias = store.set_alias
+    with ExitStack() as stack:
+        newer: list[ChampionLease] = []
+
+        def overtaken(tracking: Tracking, name: str, alias: str, version: int) -> None:
+            if not newer:
+                newer.append(stack.enter_context(champion_lease(tracking, name)))
+            elif version == two.version:
+                # What the newer one wanted when it was asked; it moves the alias before that is put back.
+                monkeypatch.setattr(store, "set_alias", set_alias)
+                newer[0].move(three.version)
+            set_alias(tracking, name, alias, version)
+
+        with champion_lease(tracking, one.name) as lease:
+            monkeypatch.setattr(store, "set_alias", overtaken)
+            with pytest.raises(LeaseLost):
+                lease.move(one.version)
+        assert store.find_alias(tracking, one.name, "champion") == three.version
+        newer[0].check()

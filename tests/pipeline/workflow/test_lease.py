@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -137,3 +140,47 @@ def test_wait_in_line__for_one_that_is_still_choosing() -> None:
     line.show(None)
     assert wait_in_line(line, "me", above=0, poll_s=0.001) == 1
     assert line.waited_for == "other"
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from pipeline import storage
+from pipeline.workflow.lease import LeaseLost, take_lease
+
+folder = Path(sys.argv[1])
+lease = take_lease(str(folder / "lease"), "the table")
+print("holds", flush=True)
+for line in sys.stdin:
+    try:
+        lease.check()
+    except LeaseLost as lost:
+        sys.exit(str(lost))
+    storage.publish_bytes(str(folder / "table"), line.strip().encode())
+    print("wrote", flush=True)
+"""
+
+
+def test_lease__of_a_process_that_was_stopped_is_lost_when_it_goes_on(tmp_path: Path) -> None:
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stderr is not None
+        assert holder.stdout.readline() == "holds\n"
+        print("first", file=holder.stdin, flush=True)
+        assert holder.stdout.readline() == "wrote\n"
+        holder.send_signal(signal.SIGSTOP)
+        newer = take_lease(str(tmp_path / "lease"), "the table")
+        storage.publish_bytes(str(tmp_path / "table"), b"newer")
+        print("second", file=holder.stdin, flush=True)
+        holder.send_signal(signal.SIGCONT)
+        told = holder.stderr.read()
+        assert holder.wait() == 1
+    assert told == (
+        f"the table was taken over by another process (lease 2 of {newer.rank.key[:8]}, after 1); "
+        "this one stops and leaves it alone\n"
+    )
+    assert (tmp_path / "table").read_bytes() == b"newer"
+    newer.check()
