@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from flows.recipes import RECIPES, Recipe
 from pipeline.config import ExperimentConfig
-from pipeline.config.file import parse_config, read_tree
+from pipeline.config.file import parse_as, read_tree
 from pipeline.errors import UserError
 from pipeline.workflow.graph import Graph, Plan
 from pipeline.workflow.tracking import Tracking
@@ -55,7 +55,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), *, expand: bool =
         recipe = RECIPES.get(str(tree.get("recipe", "segmentation")))
     except ValueError as error:
         raise UserError(f"{path}: recipe: {error}") from error
-    return Experiment(str(path), recipe, parse_config(tree, str(path), recipe.config))
+    return Experiment(str(path), recipe, parse_as(recipe.config, tree, str(path)))
 
 
 def check_before_submit(path: Path, overrides: Sequence[str]) -> None:

@@ -160,5 +160,10 @@ def _damage(error: Exception) -> DecodeError:
     """Damaged files raise nearly anything from inside the codecs; each means the same to the user."""
     if isinstance(error, DecodeError):
         return error
-    text = " ".join(str(error).split()) or type(error).__name__
-    return DecodeError(f"cannot be decoded ({'unknown format' if isinstance(error, UnidentifiedImageError) else text})")
+    text = "unknown format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+    return DecodeError(f"cannot be decoded ({text})")
+
+
+def one_line(error: Exception) -> str:
+    """What `error` says, without line breaks; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -100,15 +100,15 @@ def _inflate_ids(data: bytes) -> NDArray[np.uint8] | None:
     num_bytes = height * (width + 1)
     if kind != _GREY_8_BIT or not 0 < width * height <= MAX_PIXELS:
         return None
-    place, inflate, rows = len(_PNG_START) + _PNG_HEADER.size + _CHECKSUM_BYTES, zlib_ng.decompressobj(), b""
+    position, inflate, rows = len(_PNG_START) + _PNG_HEADER.size + _CHECKSUM_BYTES, zlib_ng.decompressobj(), b""
     try:
         while not inflate.eof and len(rows) <= num_bytes:
-            length, name = _PNG_CHUNK.unpack_from(data, place)
-            place += _PNG_CHUNK.size
+            length, name = _PNG_CHUNK.unpack_from(data, position)
+            position += _PNG_CHUNK.size
             if name == b"IDAT":
                 # One byte more than there should be shows a stream that does not fit its header.
-                rows += inflate.decompress(data[place : place + length], num_bytes + 1 - len(rows))
-            place += length + _CHECKSUM_BYTES
+                rows += inflate.decompress(data[position : position + length], num_bytes + 1 - len(rows))
+            position += length + _CHECKSUM_BYTES
     except (zlib_ng.error, struct.error):  # type: ignore[misc]  # the stub takes the class for an instance
         return None
     if len(rows) != num_bytes or not inflate.eof:

@@ -53,7 +53,7 @@ def _verify_shards(record: ShardSet, _tracking: Tracking, _arguments: Mapping[st
     from pipeline.shards.shards import ShardSetError
 
     try:
-        check_shard_set(record, say=print)
+        check_shard_set(record, log=print)
     except ShardSetError as damage:
         return str(damage)
     return None

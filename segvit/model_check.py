@@ -87,9 +87,7 @@ def fit_problems(
     most = min(max(out_layers) + 1, depth)
     if not 0 <= freeze_blocks <= most:
         part = "stages" if hierarchical else "blocks"
-        problems.append(
-            f"freeze_blocks {freeze_blocks} does not fit {name}, of which {most} {part} run; use 0 to {most}"
-        )
+        problems.append(f"freeze_blocks {freeze_blocks} does not fit {name}, which runs {most} {part}; use 0 to {most}")
     return problems
 
 

@@ -21,7 +21,7 @@ ON_RAY = (
     "flows/test_extending.py",
     "flows/test_submit.py",
     "flows/recipes/",
-    "pipeline/shards/test_prepare.py",
+    "pipeline/shards/test_prepare_on_ray.py",
     "pipeline/training/test_train.py",
     "pipeline/tuning/test_search.py",
     "pipeline/tuning/test_trial.py",
@@ -29,12 +29,14 @@ ON_RAY = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests on Ray stay together, and those of a file likewise, whose fixtures they share."""
-    for item in items:
-        file = item.path.relative_to(REPOSITORY / "tests").as_posix()
-        item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(ON_RAY) else file))
-    # The long chain first.
+    file = item.path.relative_to(REPOSITORY / "tests").as_posix()
+    item.add_marker(pytest.mark.xdist_group("ray" if file.startswith(ON_RAY) else file))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long chain first."""
     items.sort(key=lambda item: not item.path.relative_to(REPOSITORY / "tests").as_posix().startswith(ON_RAY))
 
 

@@ -99,7 +99,7 @@ def rollback(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Make the champion before this one champion again; no flow will promote the version left behind."""
+    """Make the champion before this one champion again; no flow promotes the version that is withdrawn."""
     from pipeline.registry.models import require_model
     from pipeline.registry.promote import roll_back
     from pipeline.workflow.tracking import Tracking

@@ -51,9 +51,9 @@ def cancel(
     tracking = Tracking.for_workspace(workspace, tracking_uri)
     with facts_output(as_json) as (console, give):
 
-        def say(line: str) -> None:
+        def log(line: str) -> None:
             console.print(line, markup=False, soft_wrap=True)
 
-        ended = cancel_run(tracking, run_id, current_user(), say=say)
-        say(f"run {ended.run_id[:12]} of flow {ended.flow} is {ended.state} ({ended.error or 'it ended by itself'})")
+        ended = cancel_run(tracking, run_id, current_user(), log=log)
+        log(f"run {ended.run_id[:12]} of flow {ended.flow} is {ended.state} ({ended.error or 'it ended by itself'})")
         give(ended.model_dump(mode="json"))

@@ -46,12 +46,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     return parse_config(read_tree(path, overrides), str(path))
 
 
-def parse_config(
-    tree: dict[str, Any],
-    source: str = "config",
-    config_type: type[C] = ExperimentConfig,  # type: ignore[assignment]
-) -> C:
+def parse_config(tree: dict[str, Any], source: str = "config") -> ExperimentConfig:
     """Check a parsed experiment tree; raises UserError listing every problem."""
+    return parse_as(ExperimentConfig, tree, source)
+
+
+def parse_as(config_type: type[C], tree: dict[str, Any], source: str) -> C:
+    """`parse_config` for a recipe with keys of its own."""
     try:
         return config_type.model_validate(tree)
     except ValidationError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from pipeline import storage
 from pipeline.config import DataConfig
@@ -22,6 +22,7 @@ __all__ = [
     "RawSample",
     "RejectedSampleError",
     "dataset_names",
+    "list_splits",
     "open_dataset",
 ]
 
@@ -54,6 +55,21 @@ def open_dataset(config: DataConfig) -> RawDataset:
     if config.dataset not in _DATASETS:
         raise UserError(f"unknown dataset {config.dataset!r}; choose from {', '.join(dataset_names())}")
     return _DATASETS[config.dataset](config)
+
+
+def list_splits(dataset: RawDataset, config: DataConfig) -> Iterator[tuple[str, Sequence[RawSample]]]:
+    """Each split, train first, with its samples; raises UserError for one without, and for files not to be listed."""
+    try:
+        for split in dataset.splits():
+            samples = dataset.samples(split)
+            if not samples:
+                where = f" below {config.root}" if config.root else ""
+                raise UserError(f"dataset {dataset.name} has no images in split {split!r}{where}; check data.root")
+            yield split, samples
+    except OSError as error:
+        raise UserError(
+            f"data root {config.root} cannot be listed ({error}); mend or remove what is named, or its permissions"
+        ) from error
 
 
 def _root(config: DataConfig) -> str:

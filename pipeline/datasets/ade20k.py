@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline import storage
-from pipeline.datasets.paired import Pair, PairedDataset, facts_palette, pair_by_stem
+from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, pair_by_stem
 from pipeline.datasets.raw import LabelIds
 
 FOLDERS = {"train": "training", "val": "validation"}
@@ -22,7 +22,7 @@ class ADE20K(PairedDataset):
     required = ("images/training", "annotations/training", "images/validation", "annotations/validation")
 
     def __init__(self, root: str) -> None:
-        classes, palette = facts_palette("ade20k")
+        classes, palette = classes_and_palette("ade20k")
         ids = LabelIds(
             {class_id + 1: class_id for class_id in range(len(classes))},
             ignored=[0],

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import fsspec
 
 from pipeline import storage
+from pipeline.decode import one_line
 from pipeline.errors import UserError
 
 SUFFIXES = (".zip", ".tar")
@@ -94,8 +95,7 @@ def index_archive(uri: str, stamp: str) -> dict[str, Member]:
         raise
     # Damaged archives raise nearly anything from inside the readers; each means the same to the user.
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"archive {uri} cannot be read ({text}); fetch it again") from error
+        raise UserError(f"archive {uri} cannot be read ({one_line(error)}); fetch it again") from error
     return index
 
 

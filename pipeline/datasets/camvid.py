@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline import storage
-from pipeline.datasets.paired import Pair, PairedDataset, facts_palette, pair_by_stem
-from pipeline.datasets.raw import LabelIds, load_facts
+from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, pair_by_stem
+from pipeline.datasets.raw import LabelIds, load_metadata
 
 OPTIONAL_SPLITS = ("test",)
 
@@ -22,8 +22,8 @@ class CamVid(PairedDataset):
     required = ("train", "trainannot", "val", "valannot")
 
     def __init__(self, root: str) -> None:
-        classes, palette = facts_palette("camvid")
-        ignored = load_facts("camvid")["raw_ignored_ids"]
+        classes, palette = classes_and_palette("camvid")
+        ignored = load_metadata("camvid")["raw_ignored_ids"]
         rule = f"0-{len(classes) - 1}, {ignored[0]} = unlabelled"
         ids = LabelIds({class_id: class_id for class_id in range(len(classes))}, ignored=ignored, rule=rule)
         super().__init__("camvid", root, classes, palette, ids)
@@ -36,5 +36,5 @@ class CamVid(PairedDataset):
         """Images and label maps of the same name."""
         images = self.find_files(split, ".png", "image", split)
         labels = self.find_files(f"{split}annot", ".png", "label map", split)
-        places = [storage.join(self.root, folder, "{}.png") for folder in (split, f"{split}annot")]
-        return pair_by_stem(images, labels, places[0], places[1])
+        uris = (storage.join(self.root, folder, "{}.png") for folder in (split, f"{split}annot"))
+        return pair_by_stem(images, labels, *uris)

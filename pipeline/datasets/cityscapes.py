@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.datasets.paired import Pair, PairedDataset, facts_palette, pair_by_stem
-from pipeline.datasets.raw import LabelIds, load_facts
+from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, pair_by_stem
+from pipeline.datasets.raw import LabelIds, load_metadata
 
 RAW, CONVERTED = "_gtFine_labelIds.png", "_gtFine_labelTrainIds.png"
 
@@ -30,10 +30,10 @@ class Cityscapes(PairedDataset):
     required = ("leftImg8bit/train", "gtFine/train", "leftImg8bit/val", "gtFine/val")
 
     def __init__(self, root: str) -> None:
-        classes, palette = facts_palette("cityscapes")
-        facts = load_facts("cityscapes")
-        raw_ids = {int(raw): class_id for raw, class_id in facts["raw_id_to_class"].items()}
-        ids = LabelIds(raw_ids, ignored=facts["raw_ignored_ids"], rule="labelIds 0-33, 255 = no label")
+        classes, palette = classes_and_palette("cityscapes")
+        metadata = load_metadata("cityscapes")
+        raw_ids = {int(raw): class_id for raw, class_id in metadata["raw_id_to_class"].items()}
+        ids = LabelIds(raw_ids, ignored=metadata["raw_ignored_ids"], rule="labelIds 0-33, 255 = no label")
         super().__init__("cityscapes", root, classes, palette, ids)
         self.train_ids = LabelIds(
             {class_id: class_id for class_id in range(len(classes))},

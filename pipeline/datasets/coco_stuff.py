@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.datasets.paired import Pair, PairedDataset, facts_palette, pair_by_stem, read_label
-from pipeline.datasets.raw import LabelIds, RawSample, load_facts
+from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, pair_by_stem, read_label
+from pipeline.datasets.raw import LabelIds, RawSample, load_metadata
 from pipeline.datasets.tree import Entry
-from pipeline.decode import MAX_PIXELS, DecodeError, decode_label
-from pipeline.errors import UserError
+from pipeline.decode import MAX_PIXELS, DecodeError, decode_label, one_line
 
 LISTS = {"train": "train", "val": "test"}
 FOLDERS = {"train": "train2014", "val": "test2014"}
@@ -38,8 +37,8 @@ class CocoStuff10K(PairedDataset):
     required = ("images", "annotations")
 
     def __init__(self, root: str) -> None:
-        classes, palette = facts_palette("coco_stuff10k")
-        raw_ids = {int(raw): class_id for raw, class_id in load_facts("coco_stuff10k")["raw_id_to_class"].items()}
+        classes, palette = classes_and_palette("coco_stuff10k")
+        raw_ids = {int(raw): class_id for raw, class_id in load_metadata("coco_stuff10k")["raw_id_to_class"].items()}
         super().__init__(
             "coco_stuff10k", root, classes, palette, LabelIds(raw_ids, [0], "the publisher's 1-182, 0 = unlabelled")
         )
@@ -62,8 +61,8 @@ class CocoStuff10K(PairedDataset):
         if self._is_converted():
             images = self.find_files(f"images/{FOLDERS[split]}", ".jpg", "image", split)
             labels = self._find_labels(f"annotations/{FOLDERS[split]}", split)
-            places = [storage.join(self.root, folder, FOLDERS[split]) for folder in ("images", "annotations")]
-            yield from pair_by_stem(images, labels, f"{places[0]}/{{}}.jpg", f"{places[1]}/{{}}{CONVERTED}")
+            uris = [storage.join(self.root, folder, FOLDERS[split]) for folder in ("images", "annotations")]
+            yield from pair_by_stem(images, labels, f"{uris[0]}/{{}}.jpg", f"{uris[1]}/{{}}{CONVERTED}")
             return
         images = self.find_files("images", ".jpg", "image", split)
         labels = self._find_labels("annotations", split)
@@ -90,7 +89,7 @@ class CocoStuff10K(PairedDataset):
         path = f"imageLists/{LISTS[split]}.txt"
         names = self.read_list(path)
         if names is None:
-            raise UserError(f"data root {self.root} has no {path}; the {self._title} layout is {self.layout}")
+            raise self.incomplete(f"no {path}")
         return names
 
     def _find_labels(self, folder: str, split: str) -> dict[str, Entry]:
@@ -118,8 +117,7 @@ def decode_mat(data: bytes) -> NDArray[np.integer]:
         raise
     # Damaged files raise nearly anything from inside the reader; each means the same to the user.
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise DecodeError(f"is no MATLAB 5 file that can be read ({text})") from error
+        raise DecodeError(f"is no MATLAB 5 file that can be read ({one_line(error)})") from error
     if not isinstance(label, np.ndarray) or not np.issubdtype(label.dtype, np.integer):
         raise DecodeError("holds a map S of something else than whole numbers")
     return label

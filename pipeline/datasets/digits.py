@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 
 BACKGROUND = 10
 VAL_FRACTION = 0.2
-# Raise it when scenes change for the same settings: remembered shards are then made anew.
+# Raise it when scenes change for the same settings: cached shards are then made anew.
 GENERATOR_VERSION = 1
 
 Floats = NDArray[np.float32]
@@ -68,11 +68,8 @@ class Digits:
         """One a scene."""
         count = {"train": self.config.num_train, "val": self.config.num_val}[split]
         settings = digest_of(self._identity())
-        return [
-            RawSample(f"{split}-{index:06d}", place, place, settings)
-            for index in range(count)
-            for place in [f"digits/{split}/{index}"]
-        ]
+        uris = (f"digits/{split}/{index}" for index in range(count))
+        return [RawSample(f"{split}-{index:06d}", uri, uri, settings) for index, uri in enumerate(uris)]
 
     def read(self, sample: RawSample) -> RawPair:
         """Compose the scene."""

@@ -1,7 +1,7 @@
 """A data set of one's own: images/, labels/ and a file that names the classes.
 
 The label map of images/a/b.jpg is labels/a/b.png: same path, any suffix of either kind, in any case. A class's id is
-its place in the classes file, unless that gives `ids`. The splits are splits/train.txt and splits/val.txt (and
+its position in the classes file, unless that gives `ids`. The splits are splits/train.txt and splits/val.txt (and
 test.txt, if there), a path below images/ a line, with or without suffix; or, with `val_fraction`, drawn by a hash of
 each name, so that adding images moves none of the others.
 """
@@ -68,7 +68,6 @@ class Folder(PairedDataset):
     def __init__(self, root: str, config: FolderConfig, seed: int) -> None:
         self.config = config
         self.seed = seed
-        self._stems: dict[str, str] | None = None
         self.required = (config.images, config.labels)
         self.layout = f"{config.images}/NAME.jpg with {config.labels}/NAME.png and {config.classes}"
         classes = read_classes(FileTree(root), config.classes)
@@ -112,26 +111,25 @@ class Folder(PairedDataset):
         config = self.config
         images = self.find_files(config.images, IMAGE_SUFFIXES, "image", split)
         labels = self.find_files(config.labels, LABEL_SUFFIXES, "label map", split)
-        places = [storage.join(self.root, folder, "{}") for folder in (config.images, config.labels)]
-        pairs = pair_by_stem(images, labels, f"{places[0]}.*", f"{places[1]}.png")
+        uris = [storage.join(self.root, folder, "{}") for folder in (config.images, config.labels)]
+        pairs = pair_by_stem(images, labels, f"{uris[0]}.*", f"{uris[1]}.png")
         if config.val_fraction is not None:
             yield from (pair for pair in pairs if self._drawn_split(pair.name) == split)
             return
         by_name = {pair.name: pair for pair in pairs}
         for name in self._listed(split) or ():
-            yield by_name.get(name) or Pair(name, places[0].format(name), places[1].format(f"{name}.png"))
+            yield by_name.get(name) or Pair(name, uris[0].format(name), uris[1].format(f"{name}.png"))
 
     def _listed(self, split: str) -> list[str] | None:
         """The names in the split's list without the suffixes of files that are there."""
         lines = self.read_list(f"{self.config.splits}/{split}.txt")
         if lines is None:
             return None
-        if self._stems is None:
-            files = self.tree.files(self.config.images)
-            self._stems = {path: _stem(path, IMAGE_SUFFIXES) for path in files}
-        names = [self._stems.get(line, line) for line in (unicodedata.normalize("NFC", line) for line in lines)]
+        files = self.tree.files(self.config.images)
+        paths = (unicodedata.normalize("NFC", line) for line in lines)
+        names = [_stem(path, IMAGE_SUFFIXES) if path in files else path for path in paths]
         if len(set(names)) < len(names):
-            twice = next(name for place, name in enumerate(names) if name in names[:place])
+            twice = next(name for index, name in enumerate(names) if name in names[:index])
             raise UserError(f"{self.config.splits}/{split}.txt holds {twice!r} twice; remove one")
         return names
 

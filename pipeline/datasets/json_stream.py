@@ -1,4 +1,4 @@
-"""A large JSON object read in one pass and in little memory, with the place of each array element in the file."""
+"""A large JSON object read in one pass and in little memory, with the position of each array element in the file."""
 
 from __future__ import annotations
 
@@ -49,34 +49,34 @@ class _Stream:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         # One character a byte, so that positions are bytes; strings are put right where they are used.
-        self._text, self._place, self._offset = "", 0, 0
+        self._text, self._position, self._offset = "", 0, 0
         self._ended = False
         self._decoder = json.JSONDecoder()
 
     def peek(self) -> str:
         """The next character that is no space."""
         while True:
-            found = _SPACE.match(self._text, self._place)
+            found = _SPACE.match(self._text, self._position)
             assert found is not None
-            self._place = found.end()
-            if self._place < len(self._text):
-                return self._text[self._place]
+            self._position = found.end()
+            if self._position < len(self._text):
+                return self._text[self._position]
             if not self._grow():
-                raise ValueError(f"it ends after {self._offset + self._place} bytes")
+                raise ValueError(f"it ends after {self._offset + self._position} bytes")
 
     def expect(self, sign: str) -> None:
         """Go past `sign`; raises ValueError where something else comes."""
         if self.peek() != sign:
-            place = self._offset + self._place
-            raise ValueError(f"byte {place} is {self._text[self._place]!r} and should be {sign!r}")
-        self._place += 1
+            position = self._offset + self._position
+            raise ValueError(f"byte {position} is {self._text[self._position]!r} and should be {sign!r}")
+        self._position += 1
 
     def value(self) -> tuple[Any, int, int]:
         """The next value, with its offset and size in bytes."""
         self.peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._place)
+                value, end = self._decoder.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
                 if not self._grow():
                     raise ValueError(f"byte {self._offset + error.pos}: {error.msg}") from error
@@ -84,15 +84,15 @@ class _Stream:
             # A number may go on behind the buffer, or end in a half of its fraction or exponent.
             if self._text[end : end + 1] in ("", ".", "e", "E") and self._grow():
                 continue
-            start, self._place = self._place, end
+            start, self._position = self._position, end
             return value, self._offset + start, end - start
 
     def _grow(self) -> bool:
         """Read on, and drop what is behind; False at the end of the file."""
-        pending = len(self._text) - self._place
+        pending = len(self._text) - self._position
         if pending > MAX_ELEMENT_BYTES:
-            raise ValueError(f"the value at byte {self._offset + self._place} is no JSON or exceeds {pending} bytes")
+            raise ValueError(f"the value at byte {self._offset + self._position} is no JSON or exceeds {pending} bytes")
         data = self._file.read(max(CHUNK_BYTES, pending))
-        self._offset += self._place
-        self._text, self._place = self._text[self._place :] + data.decode("latin-1"), 0
+        self._offset += self._position
+        self._text, self._position = self._text[self._position :] + data.decode("latin-1"), 0
         return bool(data)

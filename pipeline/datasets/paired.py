@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from pipeline.datasets.raw import (
     RawSample,
     RejectedSampleError,
     digest_of,
-    load_facts,
+    load_metadata,
     sample_key,
 )
 from pipeline.datasets.tree import Entry, FileTree
@@ -33,7 +33,7 @@ IMAGE_SUFFIXES = (
 
 
 class Pair(NamedTuple):
-    """A sample by name; a file that is not there keeps the place where it should be, as a string."""
+    """A sample by name; a file that is not there keeps the uri where it should be, as a string."""
 
     name: str  # without suffix
     image: Entry | str
@@ -55,11 +55,6 @@ class PairedDataset(ABC):
         self.palette = palette
         self.ids = ids
         self.tree = FileTree(root, self.wrappers)
-        self._samples: dict[str, list[RawSample]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tasks need no listing: a sample carries its places.
-        return {**self.__dict__, "_samples": {}}
 
     def splits(self) -> tuple[str, ...]:
         """Train and val; raises UserError where a folder of theirs is missing."""
@@ -68,9 +63,7 @@ class PairedDataset(ABC):
 
     def samples(self, split: str) -> Sequence[RawSample]:
         """All images and label maps of `split` by name; one without the other too, to be rejected."""
-        if split not in self._samples:
-            self._samples[split] = [_to_sample(pair, self.settings) for pair in self.find_pairs(split)]
-        return self._samples[split]
+        return [_to_sample(pair, self.settings) for pair in self.find_pairs(split)]
 
     def read(self, sample: RawSample) -> RawPair:
         """The image file's bytes and the label map as class ids; raises RejectedSampleError."""
@@ -104,9 +97,11 @@ class PairedDataset(ABC):
             raise UserError(f"data root {self.root} does not exist; set data.root to the {self._title} folder")
         missing = [folder for folder in folders if not self.tree.has_folder(folder)]
         if missing:
-            raise UserError(
-                f"data root {self.root} has no folder {', '.join(missing)}; the {self._title} layout is {self.layout}"
-            )
+            raise self.incomplete(f"no folder {', '.join(missing)}")
+
+    def incomplete(self, what: str) -> UserError:
+        """The error for a root that has `what`, such as "no folder images"."""
+        return UserError(f"data root {self.root} has {what}; the {self._title} layout is {self.layout}")
 
     def find_files(self, folder: str, suffix: str | tuple[str, ...], what: str, split: str) -> dict[str, Entry]:
         """The files below `folder` that end in `suffix`, in any case, by the path before it.
@@ -140,12 +135,12 @@ class PairedDataset(ABC):
 
 
 def pair_by_stem(
-    images: Mapping[str, Entry], labels: Mapping[str, Entry], image_place: str, label_place: str
+    images: Mapping[str, Entry], labels: Mapping[str, Entry], image_uri: str, label_uri: str
 ) -> Iterator[Pair]:
-    """Pairs of equal stem, sorted; what has no partner is paired with a place (`{}` is the stem)."""
+    """Pairs of equal stem, sorted; what has no partner is paired with a uri (`{}` is the stem)."""
     for stem in sorted(images.keys() | labels.keys()):
-        image = images.get(stem) or image_place.format(stem)
-        yield Pair(stem, image, labels.get(stem) or label_place.format(stem))
+        image = images.get(stem) or image_uri.format(stem)
+        yield Pair(stem, image, labels.get(stem) or label_uri.format(stem))
 
 
 def read_label(sample: RawSample) -> list[bytes]:
@@ -175,14 +170,14 @@ def split_lines(text: str, uri: str) -> list[str]:
     return lines
 
 
-def facts_palette(name: str) -> tuple[tuple[str, ...], Palette]:
-    """Class names and colours from the packaged facts of `name`."""
-    facts = load_facts(name)
-    return tuple(facts["classes"]), tuple((red, green, blue) for red, green, blue in facts["palette"])
+def classes_and_palette(name: str) -> tuple[tuple[str, ...], Palette]:
+    """Class names and colours from the packaged metadata of `name`."""
+    metadata = load_metadata(name)
+    return tuple(metadata["classes"]), tuple((red, green, blue) for red, green, blue in metadata["palette"])
 
 
 def _to_sample(pair: Pair, settings: str) -> RawSample:
-    image, label = (Entry(place, "None") if isinstance(place, str) else place for place in pair[1:])
+    image, label = (Entry(file, "None") if isinstance(file, str) else file for file in pair[1:])
     return RawSample(
         key=sample_key(pair.name),
         image=image.uri,
@@ -190,6 +185,7 @@ def _to_sample(pair: Pair, settings: str) -> RawSample:
         stamp=" ".join(filter(None, (image.stamp, label.stamp, settings))),
         image_extent=image.extents[0] if image.extents else None,
         label_extents=label.extents,
+        image_bytes=image.num_bytes,
     )
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.datasets.archive import Extent
 from pipeline.datasets.detail_masks import DetailImage, draw_label, index_detail
-from pipeline.datasets.paired import Pair, PairedDataset, facts_palette, read_label
-from pipeline.datasets.raw import LabelIds, RawSample, load_facts
+from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, read_label
+from pipeline.datasets.raw import LabelIds, RawSample, load_metadata
 from pipeline.datasets.tree import Entry
 from pipeline.decode import decode_label
 from pipeline.errors import UserError
@@ -38,7 +38,7 @@ class PascalContext(PairedDataset):
     required = (IMAGES,)
 
     def __init__(self, root: str, with_background: bool) -> None:
-        classes, palette = facts_palette("pascal_context")
+        classes, palette = classes_and_palette("pascal_context")
         first = 0 if with_background else 1
         ignored = [255] if with_background else [0, 255]
         rule = f"0-{len(classes) - 1}, 0 = background"
@@ -50,7 +50,7 @@ class PascalContext(PairedDataset):
             palette[first:],
             LabelIds(classes_by_id, ignored, rule),
         )
-        detail_ids = load_facts("pascal_context")["detail_category_ids"]
+        detail_ids = load_metadata("pascal_context")["detail_category_ids"]
         self.detail_ids = LabelIds(
             {raw: number - first for number, raw in enumerate(detail_ids) if number >= first},
             ignored=detail_ids[:first],
@@ -59,7 +59,7 @@ class PascalContext(PairedDataset):
         self._detail: tuple[Entry, dict[str, DetailImage]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_detail": None}
+        return {**self.__dict__, "_detail": None}
 
     def splits(self) -> tuple[str, ...]:
         """Train and val; raises UserError where images, annotations or lists are missing."""
@@ -76,13 +76,13 @@ class PascalContext(PairedDataset):
         images = self.find_files(IMAGES, ".jpg", "image", split)
         if self.tree.has_folder(CONVERTED):
             labels: dict[str, Entry] = self.find_files(CONVERTED, ".png", "label map", split)
-            label_place = storage.join(self.root, CONVERTED, "{}.png")
+            label_uri = storage.join(self.root, CONVERTED, "{}.png")
         else:
             labels = self._detail_labels()
-            label_place = f"{self._open_detail()[0].uri}#{{}}"
+            label_uri = f"{self._open_detail()[0].uri}#{{}}"
         for name in self._listed(split):
             image = images.get(name) or storage.join(self.root, IMAGES, f"{name}.jpg")
-            yield Pair(name, image, labels.get(name) or label_place.format(name))
+            yield Pair(name, image, labels.get(name) or label_uri.format(name))
 
     def decode_label(self, sample: RawSample) -> NDArray[np.integer]:
         """(H, W) ids of a converted PNG file, or category ids drawn from the annotations."""
@@ -102,13 +102,11 @@ class PascalContext(PairedDataset):
         if names is not None:
             return names
         if self.tree.has_folder(CONVERTED) and self.tree.file(DETAIL) is None:
-            raise UserError(
-                f"data root {self.root} has no {LISTS}/{split}.txt; the {self._title} layout is {self.layout}"
-            )
+            raise self.incomplete(f"no {LISTS}/{split}.txt")
         return sorted(name for name, image in self._open_detail()[1].items() if image.phase == split)
 
     def _detail_labels(self) -> dict[str, Entry]:
-        """The annotations as entries: their place is a list of ranges in the JSON file."""
+        """The annotations as entries: they are a list of ranges in the JSON file."""
         entry, images = self._open_detail()
         uri, start = (entry.extents[0].uri, entry.extents[0].offset) if entry.extents else (entry.uri, 0)
         return {
@@ -125,10 +123,7 @@ class PascalContext(PairedDataset):
         if self._detail is None:
             entry = self.tree.file(DETAIL)
             if entry is None:
-                raise UserError(
-                    f"data root {self.root} has neither {CONVERTED} nor {DETAIL}; "
-                    f"the {self._title} layout is {self.layout}"
-                )
+                raise self.incomplete(f"neither {CONVERTED} nor {DETAIL}")
             if any(extent.kind != "range" for extent in entry.extents):
                 raise UserError(f"{entry.uri} is compressed and too large to read in place; unpack it into {self.root}")
             with storage.open_uri(entry.extents[0].uri if entry.extents else entry.uri) as file:

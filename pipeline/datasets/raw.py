@@ -37,8 +37,9 @@ class RawSample:
         image: where the image is, as the user knows it.
         label: where the label map is.
         stamp: changes when either file changes.
-        image_extent: the image's place where it lies inside another file, such as an archive.
+        image_extent: where the image lies, if it does so inside another file, such as an archive.
         label_extents: of the label map likewise; more than one where it is put together from parts.
+        image_bytes: the image's size by its listing; 0 where that does not tell.
     """
 
     key: str
@@ -47,6 +48,7 @@ class RawSample:
     stamp: str
     image_extent: Extent | None = None
     label_extents: tuple[Extent, ...] = ()
+    image_bytes: int = 0
 
 
 class RawPair(NamedTuple):
@@ -101,8 +103,8 @@ def digest_of(parts: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def load_facts(name: str) -> dict[str, Any]:
-    """The packaged facts of data set `name`: classes, palette, ids."""
+def load_metadata(name: str) -> dict[str, Any]:
+    """The packaged metadata of data set `name`: classes, palette, ids."""
     text = resources.files("pipeline.datasets").joinpath(f"{name}.json").read_text(encoding="utf-8")
     return cast("dict[str, Any]", json.loads(text))
 

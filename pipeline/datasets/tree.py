@@ -26,23 +26,30 @@ class Entry(NamedTuple):
 
     uri: str  # as the user knows it; a member of an archive is `<archive>/<path in it>`
     stamp: str
-    extents: tuple[Extent, ...] = ()  # its place, or those of its parts, where it lies inside another file
+    extents: tuple[Extent, ...] = ()  # where it lies, or its parts, if inside another file
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size by the listing; 0 where that does not tell."""
+        size = self.stamp.partition(":")[0]
+        return sum(extent.size for extent in self.extents) or (int(size) if size.isdigit() else 0)
 
 
 class FileTree:
     """All that lies below `root`, a folder or an archive; `wrappers` are folders that publishers put around it.
 
     A folder of the data set is looked for right below `root`, then in the `wrappers`, then in the archives
-    right below `root`, and in an archive at any depth. Pickles as its root alone.
+    right below `root`, and in an archive at any depth. Each folder is listed once. Pickles as its root alone.
     """
 
     def __init__(self, root: str, wrappers: Sequence[str] = ()) -> None:
         self.root = root
         self.wrappers = tuple(wrappers)
         self._archives: dict[str, _Archive] | None = None
+        self._listed: dict[str, dict[str, Entry]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_archives": None}
+        return {**self.__dict__, "_archives": None, "_listed": {}}
 
     def exists(self) -> bool:
         """Whether there is anything at the root."""
@@ -58,18 +65,12 @@ class FileTree:
         Names are in Unicode's composed form (NFC), so that lists match files whatever system made either. Hidden
         files (a leading dot) are left out.
         """
-        place = self._plain_folder(folder)
-        found: dict[str, Entry] = {}
-        if place is not None:
-            for path, stamp in list_tree(place):
-                _add(found, path, Entry(f"{place}/{path}", stamp))
-            return dict(sorted(found.items()))
-        for item in self._packed():
-            prefix = item.find(folder)
-            if prefix is not None:
-                for path, member in item.below(prefix):
-                    _add(found, path, Entry(f"{item.uri}/{prefix}{path}", member.stamp, (member.extent,)))
-        return dict(sorted(found.items()))
+        if folder not in self._listed:
+            found: dict[str, Entry] = {}
+            for path, entry in self._entries(folder):
+                _add(found, path, entry)
+            self._listed[folder] = dict(sorted(found.items()))
+        return self._listed[folder]
 
     def file(self, path: str) -> Entry | None:
         """The file at `path`, looked for as folders are; None where there is none."""
@@ -92,6 +93,18 @@ class FileTree:
             return b"".join(map(archive.read_extent, entry.extents)) if entry.extents else archive.read_file(entry.uri)
         except ExtentError as error:
             raise UserError(f"{entry.uri} {error}; {error.remedy}") from error
+
+    def _entries(self, folder: str) -> Iterator[tuple[str, Entry]]:
+        folder_uri = self._plain_folder(folder)
+        if folder_uri is not None:
+            for path, stamp in list_tree(folder_uri):
+                yield path, Entry(f"{folder_uri}/{path}", stamp)
+            return
+        for item in self._packed():
+            prefix = item.find(folder)
+            if prefix is not None:
+                for path, member in item.below(prefix):
+                    yield path, Entry(f"{item.uri}/{prefix}{path}", member.stamp, (member.extent,))
 
     def _plain_folder(self, folder: str) -> str | None:
         if archive.is_archive(self.root):
@@ -132,20 +145,20 @@ class _Archive:
 
     def find(self, folder: str) -> str | None:
         """The path of `folder` with a slash at its end, whatever is around it; the outermost if there are several."""
-        places = [path for path in self._folders if path == folder or path.endswith(f"/{folder}")]
-        return f"{self._outermost(places, folder)}/" if places else None
+        paths = [path for path in self._folders if path == folder or path.endswith(f"/{folder}")]
+        return f"{self._outermost(paths, folder)}/" if paths else None
 
     def find_file(self, path: str) -> str | None:
         """The member at `path`, whatever is around it."""
-        places = [name for name in self.members if name == path or name.endswith(f"/{path}")]
-        return self._outermost(places, path) if places else None
+        paths = [name for name in self.members if name == path or name.endswith(f"/{path}")]
+        return self._outermost(paths, path) if paths else None
 
     def below(self, prefix: str) -> Iterator[tuple[str, Member]]:
         """The members whose path starts with `prefix`, without it."""
         return ((path[len(prefix) :], member) for path, member in self.members.items() if path.startswith(prefix))
 
-    def _outermost(self, places: list[str], wanted: str) -> str:
-        ordered = sorted(places, key=lambda place: (place.count("/"), place))
+    def _outermost(self, paths: list[str], wanted: str) -> str:
+        ordered = sorted(paths, key=lambda path: (path.count("/"), path))
         if len(ordered) > 1 and ordered[0].count("/") == ordered[1].count("/"):
             raise UserError(
                 f"archive {self.uri} holds {wanted} twice, as {ordered[0]} and as {ordered[1]}; "

@@ -8,6 +8,7 @@ are one matrix product.
 from __future__ import annotations
 
 import numpy as np
+import scipy.stats
 from numpy.typing import NDArray
 
 from pipeline.evaluation.per_image import CountTable
@@ -17,7 +18,7 @@ RESAMPLES = 10_000
 CONFIDENCE = 0.95
 SEED = 0
 # Weights held at once: 128 MB.
-_CHUNK_WEIGHTS = 1 << 24
+_BATCH_WEIGHTS = 1 << 24
 
 # n images, K classes, R resamples
 
@@ -65,18 +66,26 @@ def resampled_differences(first: CountTable, second: CountTable, *, resamples: i
     # Whole numbers below 2**53 are exact as doubles, and products of them run on BLAS.
     counts = np.concatenate(parts, axis=1).astype(np.float64)
     num_images = len(counts)
-    chunk = max(1, _CHUNK_WEIGHTS // num_images)
-    rng = np.random.default_rng(seed)
-    found = []
-    for start in range(0, resamples, chunk):
-        rows = min(chunk, resamples - start)
-        drawn = rng.integers(0, num_images, (rows, num_images))
-        drawn += np.arange(rows)[:, None] * num_images
-        weights = np.bincount(drawn.ravel(), minlength=rows * num_images).reshape(rows, num_images)
+
+    def differences(drawn: NDArray[np.int64], axis: int = -1) -> NDArray[np.float64]:
+        drawn = np.atleast_2d(drawn)
+        rows = np.arange(len(drawn))[:, None] * num_images
+        weights = np.bincount((rows + drawn).ravel(), minlength=len(drawn) * num_images).reshape(-1, num_images)
         sums = weights.astype(np.float64) @ counts
         first_iou, first_union, second_iou, second_union = np.split(sums, 4, axis=1)
-        found.append(_mean_iou(second_iou, second_union) - _mean_iou(first_iou, first_union))
-    return np.concatenate(found)
+        return _mean_iou(second_iou, second_union) - _mean_iou(first_iou, first_union)
+
+    # It draws from two or more; a single image counted twice has the same IoU.
+    images = np.arange(max(2, num_images)) % num_images
+    found: NDArray[np.float64] = scipy.stats.bootstrap(
+        (images,),
+        differences,
+        n_resamples=resamples,
+        batch=max(1, _BATCH_WEIGHTS // num_images),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).bootstrap_distribution
+    return found
 
 
 def _mean_iou(intersection: NDArray[np.float64], union: NDArray[np.float64]) -> NDArray[np.float64]:

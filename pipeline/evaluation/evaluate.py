@@ -158,7 +158,7 @@ def evaluate_checkpoint(
     """
     if config.split not in shard_set.splits:
         raise UserError(f"evaluate.split {config.split!r} is not prepared; choose from {', '.join(shard_set.splits)}")
-    check_shard_set(shard_set, [config.split], say=print)
+    check_shard_set(shard_set, [config.split], log=print)
     with tempfile.TemporaryDirectory(prefix="segvit-config-") as folder:
         config_file = storage.fetch_file(storage.join(checkpoint.uri, CONFIG_FILE), folder)
         model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])
@@ -193,7 +193,7 @@ def evaluate_checkpoint(
         counts_digest = write_counts([one for part in parts for one in part.counts], f"{folder}/{COUNTS_FILE}")
         if lease is not None:
             lease.check()
-        storage.publish_folder(folder, target_uri)
+        storage.publish_folder(folder, target_uri, last=CONFUSION_FILE)
     metrics = segmentation_metrics(confusion.matrix)
     cost = model_cost(model_config, shard_set.num_classes, model_config.image_size)
     return Evaluation(

@@ -12,7 +12,9 @@ import numpy as np
 
 from pipeline import storage
 from pipeline.records import Check, Evaluation
+from pipeline.registry.model_package import checkpoint_structure
 from pipeline.storage.names import CHECKPOINT_FOLDER, PROBE_FOLDER, PROBE_IMAGES, PROBE_LABELS, WEIGHTS_FILE
+from segvit.decoders import DECODERS
 
 # Rounding differs between devices and moves single border pixels; another model or preprocessing moves many.
 MIN_PROBE_AGREEMENT = 0.995
@@ -25,11 +27,10 @@ import sys, warnings
 warnings.simplefilter("ignore")
 import mlflow.pyfunc
 import numpy as np
-folder, images, labels = sys.argv[1:]
+folder, images, labels, *modules = sys.argv[1:]
 model = mlflow.pyfunc.load_model(folder)
 np.save(labels, model.predict(np.load(images, allow_pickle=False)), allow_pickle=False)
-import segvit
-print(segvit.__file__)
+print(*(sys.modules[name].__file__ for name in modules), sep="\\n")
 """
 
 
@@ -54,7 +55,9 @@ def reproduces(folder: Path, evaluation: Evaluation) -> Check:
         probe = storage.fetch_folder(probe_uri, Path(scratch) / PROBE_FOLDER)
         expected = np.load(probe / PROBE_LABELS, allow_pickle=False)
         written = Path(scratch) / "predicted.npy"
-        arguments = [str(folder), str(probe / PROBE_IMAGES), str(written)]
+        plugin = DECODERS.plugin(checkpoint_structure(weights.parent))
+        modules = ["segvit", *([plugin.module] if plugin is not None else [])]
+        arguments = [str(folder), str(probe / PROBE_IMAGES), str(written), *modules]
         try:
             ended = subprocess.run(
                 [sys.executable, "-IB", "-c", LOAD_AND_PREDICT, *arguments],
@@ -69,9 +72,9 @@ def reproduces(folder: Path, evaluation: Evaluation) -> Check:
         if ended.returncode != 0:
             lines = ended.stderr.strip().splitlines()
             return result(False, f"does not load: {lines[-1] if lines else f'exit code {ended.returncode}'}")
-        carried = Path(ended.stdout.strip().splitlines()[-1])
-        if not carried.resolve().is_relative_to(folder.resolve()):
-            return result(False, f"does not carry its own code but used {carried}")
+        for used in map(Path, ended.stdout.strip().splitlines()[-len(modules) :]):
+            if not used.resolve().is_relative_to(folder.resolve()):
+                return result(False, f"does not carry its own code but used {used}")
         predicted = np.load(written, allow_pickle=False)
     if predicted.shape != expected.shape:
         return result(False, f"predicts shape {predicted.shape}, evaluated was {expected.shape}")

@@ -1,4 +1,4 @@
-"""What is remembered of promotions and rollbacks, in MLflow's tags.
+"""What is recorded of promotions and rollbacks, in MLflow's tags.
 
 A version carries every decision about it, each under its time, and the latest one at a glance. The registered
 model carries the moves of the alias `champion`, which therefore outlive versions that are deleted. Both are
@@ -107,7 +107,7 @@ def champions(tracking: Tracking, name: str, now: int | None) -> list[int]:
             line.append(move.after)
             continue
         if move.before is not None:
-            # The version gone back to may be further down the line a second time.
+            # The version that is champion again may be further down the line a second time.
             line.pop()
         _end_at(line, move.after)
     if now is not None:

@@ -94,7 +94,7 @@ def save_pyfunc(target: Path, checkpoint: Path) -> None:
     anything = Schema([TensorSpec(np.dtype("O"), (-1,))])
     with tempfile.TemporaryDirectory(prefix="segvit-code-") as scratch, warnings.catch_warnings():
         code = Path(scratch)
-        plugin = _decoder_code(checkpoint, code)
+        plugin = decoder_plugin(checkpoint_structure(checkpoint), code)
         image_reader = code / IMAGE_READER_FILE
         image_reader.write_text(inspect.getsource(decode), encoding="utf-8")
         # It would have an input example and type hints; neither suits images of any size.
@@ -129,6 +129,7 @@ def decoder_plugin(structure: str, folder: Path) -> list[Path]:
     return [module, metadata]
 
 
-def _decoder_code(checkpoint: Path, folder: Path) -> list[Path]:
+def checkpoint_structure(checkpoint: Path) -> str:
+    """Name of the decoder that the model in a checkpoint folder has."""
     config = json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
-    return decoder_plugin(config["model"].get("structure", ""), folder)
+    return str(config["model"].get("structure", ""))

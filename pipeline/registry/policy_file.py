@@ -27,7 +27,7 @@ class ChosenPolicy(NamedTuple):
 def load_policy(path: str | Path) -> PromotionPolicy:
     """The policy in a YAML or JSON file, which holds fields of PromotionPolicy, as an experiment's `promote` does.
 
-    Raises UserError listing every problem with its place, value and rule.
+    Raises UserError listing every problem with its key, value and rule.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -7,7 +7,6 @@ decision is written on the version before the alias moves, so asking again mends
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -57,7 +56,7 @@ def promote_best(
     where none passed. Its reason tells what became of the others.
     """
     refused: list[PromotionDecision] = []
-    ranked = sorted(versions, key=_rank)
+    ranked = sorted(versions, key=lambda one: (-one.evaluation.miou, one.evaluation.gflops))
     for version in ranked:
         decision = promote_version(tracking, version, policy, decided_by=decided_by)
         if decision.champion_after == version.version:
@@ -132,7 +131,7 @@ def promote_version(
 
 
 def verify_decision(record: PromotionDecision, tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
-    """Why a remembered decision no longer holds, or None; a step's `verify`."""
+    """Why a cached decision no longer holds, or None; a step's `verify`."""
     now = store.find_alias(tracking, record.name, CHAMPION)
     if now == record.champion_after:
         return None
@@ -177,11 +176,6 @@ def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, d
         f"{now}, and no earlier champion is usable ({tried or 'there was none'}); "
         f"promote a version with segvit promote {name} VERSION"
     )
-
-
-def _rank(version: ModelVersion) -> tuple[bool, float, float]:
-    miou = version.evaluation.miou
-    return math.isnan(miou), -miou, version.evaluation.gflops
 
 
 def _champion_evaluation(tracking: Tracking, version: ModelVersion, champion: int) -> Evaluation:

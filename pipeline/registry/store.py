@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 
 from pipeline import storage
+from pipeline.causes import one_line
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
 from pipeline.registry.model_package import PACKAGE_FORMAT, log_model
@@ -171,7 +172,7 @@ def versions_of_checkpoint(tracking: Tracking, name: str, checkpoint_digest: str
 
 
 def verify_version(record: ModelVersion, tracking: Tracking, arguments: Mapping[str, Any]) -> str | None:
-    """Why a remembered version no longer holds, or None; a step's `verify`."""
+    """Why a cached version no longer holds, or None; a step's `verify`."""
     try:
         found = get_version(tracking, record.name, record.version)
     except UserError as error:
@@ -185,9 +186,8 @@ def verify_version(record: ModelVersion, tracking: Tracking, arguments: Mapping[
 
 
 def _lost_files(tracking: Tracking, name: str, version: int) -> str | None:
-    """Which file of the checkpoint in a registered version is gone, or None."""
+    """Which file of the checkpoint in a registered version is gone; None where none is, or where nobody answers."""
     from mlflow.artifacts import list_artifacts
-    from mlflow.exceptions import MlflowException
 
     folder = storage.join(version_location(tracking, name, version), CHECKPOINT_FOLDER)
     if is_file_path(folder):
@@ -195,8 +195,9 @@ def _lost_files(tracking: Tracking, name: str, version: int) -> str | None:
     else:
         try:
             listed = list_artifacts(artifact_uri=folder, tracking_uri=tracking.uri)
-        except MlflowException:
-            listed = []
+        except Exception as error:  # of whichever client the artifacts need; an outage takes no file away
+            print(f"whether models:/{name}/{version} has its files cannot be told ({one_line(error)})", flush=True)
+            return None
         there = {one.path.rpartition("/")[2] for one in listed}
     gone = [file for file in CHECKPOINT_FILES if file not in there]
     return f"models:/{name}/{version} has lost its files ({', '.join(gone)})" if gone else None

@@ -16,7 +16,7 @@ from pipeline.decode import IGNORE_INDEX, DecodeError, decode_label, open_image
 from pipeline.reports.data_summary import DataSummary
 from pipeline.reports.pages import data_uri, image_png, refuse_existing, render_page, write_files
 from pipeline.shards.shard_reader import ShardReader, open_shard_set
-from pipeline.shards.shards import ShardSetError, spread
+from pipeline.shards.shards import ShardSetError, evenly_spaced
 from segvit.visualize import draw_legend
 
 SHEET_SAMPLES = 12
@@ -53,7 +53,7 @@ def write_data_report(summary: DataSummary, folder: Path, overwrite: bool = Fals
 def contact_sheet(reader: ShardReader, split: str, num_samples: int = SHEET_SAMPLES) -> Image.Image:
     """Samples evenly spread over `split`, each as image and overlay, and the legend of the classes in them."""
     index, manifest = reader.index(split), reader.manifest
-    chosen = spread(len(index), num_samples)
+    chosen = evenly_spaced(len(index), num_samples)
     cell = (2 * CELL[0] + GAP, CELL[1] + CAPTION)
     columns = min(SHEET_PAIRS, len(chosen))
     rows = -(-len(chosen) // columns)

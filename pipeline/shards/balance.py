@@ -64,9 +64,9 @@ def repeat_factors(reader: ShardReader, split: str, threshold: float) -> NDArray
 
 def _class_pixels(reader: ShardReader, split: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Pixels by class (rows, K) and pixels in all (rows,), part by part."""
-    place = storage.join(reader.uri, INDEX)
+    uri = storage.join(reader.uri, INDEX)
     num_classes = len(reader.manifest.classes)
-    with storage.open_uri(place) as file:
+    with storage.open_uri(uri) as file:
         batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=["split", "height", "width", "class_pixels"])
         for batch in batches:
             rows = batch.filter(pc.equal(batch["split"], split))
@@ -74,7 +74,7 @@ def _class_pixels(reader: ShardReader, split: str) -> Iterator[tuple[NDArray[np.
                 continue
             lengths = pc.list_value_length(rows["class_pixels"]).to_numpy(zero_copy_only=False)
             if (lengths != num_classes).any():
-                raise ShardSetError(f"{place} has not {num_classes} classes a sample; prepare the shard set again")
+                raise ShardSetError(f"{uri} has not {num_classes} classes a sample; prepare the shard set again")
             values = rows["class_pixels"].flatten().to_numpy(zero_copy_only=False)
             size = rows["height"].cast(pa.int64()).to_numpy() * rows["width"].cast(pa.int64()).to_numpy()
             yield values.reshape(len(rows), num_classes), size

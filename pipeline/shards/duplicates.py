@@ -1,4 +1,4 @@
-"""Images that are there twice: found by the digests that the shard tasks send back, 8 bytes an image.
+"""Duplicate images: found by the digests that the shard tasks send back, 8 bytes an image.
 
 One of the two is left out, and always the same one, whatever order the tasks ended in: an image of an evaluation
 split stays rather than one of train, for what is trained on must not be scored on; then the earlier one stays.
@@ -17,7 +17,7 @@ from pipeline.shards.shard_task import DIGEST_BYTES, ShardResult
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Position:
     """Checked sample number `row` of a shard."""
 
     shard: str
@@ -26,8 +26,8 @@ class Place:
 
 def find_duplicates(
     results: Sequence[ShardResult], read_digests: Callable[[str], Sequence[bytes]]
-) -> dict[Place, Place]:
-    """The place of every image to leave out, each with the place of its equal that stays.
+) -> dict[Position, Position]:
+    """The position of every image to leave out, each with that of its equal that stays.
 
     `results` come in the order of the data set. `read_digests` gives the whole sha256 of all checked images of a
     shard; it is called only for the few shards where the first 8 bytes meet.
@@ -38,22 +38,18 @@ def find_duplicates(
         return {}
     starts = np.cumsum([0, *(len(result.image_digests) // DIGEST_BYTES for result in ranked)])
     heads = np.frombuffer(b"".join(result.image_digests for result in ranked), dtype="<u8")
-    equals: defaultdict[bytes, list[Place]] = defaultdict(list)
+    equals: defaultdict[bytes, list[Position]] = defaultdict(list)
     digests: dict[str, Sequence[bytes]] = {}
-    for position in _repeated(heads).tolist():
-        number = int(np.searchsorted(starts, position, side="right")) - 1
-        place = Place(ranked[number].name, position - int(starts[number]))
-        if place.shard not in digests:
-            digests[place.shard] = read_digests(place.shard)
-        equals[digests[place.shard][place.row]].append(place)
-    return {place: places[0] for places in equals.values() for place in places[1:]}
+    for image in repeated(heads).tolist():
+        number = int(np.searchsorted(starts, image, side="right")) - 1
+        position = Position(ranked[number].name, image - int(starts[number]))
+        if position.shard not in digests:
+            digests[position.shard] = read_digests(position.shard)
+        equals[digests[position.shard][position.row]].append(position)
+    return {position: positions[0] for positions in equals.values() for position in positions[1:]}
 
 
-def _repeated(values: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Positions of all values that are there more than once, rising."""
-    ordered = np.sort(values)
-    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
-    if not twice.size:
-        return np.empty(0, dtype=np.int64)
-    found = np.minimum(np.searchsorted(twice, values), twice.size - 1)
-    return np.flatnonzero(twice[found] == values)
+def repeated(values: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Indices of all values that are there more than once, rising."""
+    unique, counts = np.unique(values, return_counts=True)
+    return np.flatnonzero(np.isin(values, unique[counts > 1]))

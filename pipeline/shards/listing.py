@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import DataConfig
-from pipeline.datasets import RawDataset, RawSample
+from pipeline.datasets import RawDataset, RawSample, list_splits
 from pipeline.datasets.raw import digest_of
 from pipeline.errors import UserError
+from pipeline.shards.duplicates import repeated
 from pipeline.shards.shard_task import ROWS_VERSION, ShardPlan
-from pipeline.shards.shards import FORMAT_VERSION, spread
+from pipeline.shards.shards import FORMAT_VERSION, evenly_spaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,14 @@ class Listing:
     """
 
     def __init__(self, dataset: RawDataset, config: DataConfig) -> None:
-        self.splits = dataset.splits()
+        self.splits: list[str] = []
         self.shards: list[PlannedShard] = []
         # Not closed on errors below: an unlinked file goes with its last reference.
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         identity = [FORMAT_VERSION, ROWS_VERSION, dataset.name, dataset.class_names, config.max_long_side]
-        for split in self.splits:
-            self._add_split(split, dataset.samples(split), config, digest_of(identity), dataset.name)
+        for split, samples in list_splits(dataset, config):
+            self.splits.append(split)
+            self._add_split(split, samples, config, digest_of(identity))
         self.num_samples = sum(shard.num_samples for shard in self.shards)
         self.digest = digest_of([shard.name, shard.digest] for shard in self.shards)
 
@@ -71,12 +73,7 @@ class Listing:
         samples = pickle.loads(zlib.decompress(self._file.read(shard.num_bytes)))
         return ShardPlan(shard.split, shard.name, samples, shard.digest)
 
-    def _add_split(
-        self, split: str, samples: Sequence[RawSample], config: DataConfig, identity: str, dataset: str
-    ) -> None:
-        if not samples:
-            place = f" below {config.root}" if config.root else ""
-            raise UserError(f"dataset {dataset} has no images in split {split!r}{place}; check data.root")
+    def _add_split(self, split: str, samples: Sequence[RawSample], config: DataConfig, identity: str) -> None:
         hashes = array("Q")
         first = len(self.shards)
         for number, chosen in enumerate(_cut(samples, config)):
@@ -90,8 +87,7 @@ class Listing:
         self._refuse_equal_keys(split, self.shards[first:], np.frombuffer(hashes, dtype=np.uint64))
 
     def _refuse_equal_keys(self, split: str, shards: Sequence[PlannedShard], hashes: NDArray[np.uint64]) -> None:
-        ordered = np.sort(hashes)
-        suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        suspects = set(hashes[repeated(hashes)].tolist())
         if not suspects:
             return
         seen: set[str] = set()
@@ -105,7 +101,7 @@ class Listing:
 def _cut(samples: Sequence[RawSample], config: DataConfig) -> Iterator[list[RawSample]]:
     """The samples to use, shard by shard."""
     limit = config.max_samples_per_split
-    chosen = samples if limit is None else (samples[int(place)] for place in spread(len(samples), limit))
+    chosen = samples if limit is None else (samples[int(index)] for index in evenly_spaced(len(samples), limit))
     shard: list[RawSample] = []
     for sample in chosen:
         shard.append(sample)

@@ -22,10 +22,10 @@ from pipeline.decode import DecodeError, decode_image, decode_label
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
 from pipeline.shards.balance import repeat_factors
-from pipeline.shards.lane_reader import DrawnSample, read_lanes
 from pipeline.shards.sample_stream import BatchPlan, Draw, SampleStream, share
 from pipeline.shards.shard_reader import SampleBytes, ShardReader, SplitIndex, open_shard_set
-from pipeline.shards.shards import ShardSetError, spread
+from pipeline.shards.shard_streams import DrawnSample, read_shard_streams
+from pipeline.shards.shards import ShardSetError, evenly_spaced
 from pipeline.shards.transforms import MEAN_PIXEL, AugmentedPair, training_view
 
 T = TypeVar("T")
@@ -58,21 +58,21 @@ class TrainLoader:
     """Iterates this rank's batches from `start_step` on, for ever; each `iter` starts there anew.
 
     The stream depends on `seed`, the split, `global_batch_size`, `repeat_factor_threshold` and `stream_buffer`; a
-    sample's augmentation on (`seed`, epoch, sample, for which time it comes in the epoch). Ranks and loader
+    sample's augmentation on (`seed`, epoch, sample, which repeat of it in the epoch). Ranks and loader
     processes only share out the work: over all ranks every sample comes once an epoch (or as often as its repeat
     factor says), every rank takes equally many steps, and any step can be continued from, on any number of ranks.
 
     Samples are read one by one, wherever they lie, in a fully shuffled order. With `stream_buffer`, for storage
-    where a request is slow, each place of the global batch is a lane that reads its part of the shards from front
-    to back, this many samples a request. All promises above hold as well, with fewer shards than ranks, too. What
-    is weaker is the shuffle: shards come in a random order, a batch takes its samples from as many places as it
-    has, and samples are shuffled within a block; two that are neighbours in a shard mostly stay within
-    `stream_buffer` steps of each other. A rank keeps two blocks for each of its lanes in memory.
+    where a request is slow, each index in the global batch is a shard stream that reads its part of the shards from
+    front to back, this many samples a request. All promises above hold as well, with fewer shards than ranks, too. What
+    is weaker is the shuffle: shards come in a random order, a batch takes its samples from as many shard streams as
+    it has, and samples are shuffled within a block; two that are neighbours in a shard mostly stay within
+    `stream_buffer` steps of each other. A rank keeps two blocks for each of its shard streams in memory.
 
     Args:
         repeat_factor_threshold: share of the images below which a class is rare, and images that hold it come
             more often (pipeline.shards.balance); None: every sample once an epoch.
-        stream_buffer: samples a lane reads with one request; None: no lanes.
+        stream_buffer: samples a shard stream reads with one request; None: no shard streams.
         num_workers: loader processes; 0 decodes in the calling process.
 
     Raises:
@@ -116,7 +116,7 @@ class TrainLoader:
             seed,
             repeat_factors=factors,
             shards=index.shard,
-            lanes=global_batch_size,
+            num_shard_streams=global_batch_size,
             buffer=stream_buffer,
         )
         self._plan = BatchPlan(stream, global_batch_size, rank, world_size, start_step)
@@ -127,30 +127,13 @@ class TrainLoader:
         return self._streamed_batches() if streamed else self._random_access_batches()
 
     def _random_access_batches(self) -> Iterator[Batch]:
-        return _from_processes(
-            DataLoader(
-                self._views,
-                batch_sampler=self._plan,
-                num_workers=self.num_workers,
-                collate_fn=_as_it_is,
-                # Without a generator of its own it would draw from the model's random stream.
-                generator=torch.Generator(),
-            )
-        )
+        return _iterate(self._views, self.num_workers, batch_sampler=self._plan)
 
     def _streamed_batches(self) -> Iterator[Batch]:
-        lanes = range(self._plan.share.start, self._plan.share.stop)
-        # A process that owns no lane would have nothing to hand over.
-        num_workers = min(self.num_workers, len(lanes))
-        parts: Iterator[Batch] = _from_processes(
-            DataLoader(
-                _LaneViews(self._views, self._plan),
-                batch_size=None,
-                num_workers=num_workers,
-                collate_fn=_as_it_is,
-                generator=torch.Generator(),
-            )
-        )
+        shard_streams = range(self._plan.share.start, self._plan.share.stop)
+        # A process that owns no shard stream would have nothing to hand over.
+        num_workers = min(self.num_workers, len(shard_streams))
+        parts = _iterate(_StreamedViews(self._views, self._plan), num_workers, batch_size=None)
         # Processes take turns, so that the parts of a batch come one after the other.
         return (_join(list(itertools.islice(parts, max(1, num_workers)))) for _ in itertools.count())
 
@@ -174,7 +157,7 @@ class EvalLoader:
         _check_rank(rank, world_size)
         reader = open_shard_set(shard_set)
         index = reader.index(split)
-        chosen = spread(len(index), max_samples)
+        chosen = evenly_spaced(len(index), max_samples)
         self.num_workers = num_workers
         self._samples = chosen[share(len(chosen), rank, world_size)]
         self._images = _WholeImages(reader, index)
@@ -183,15 +166,8 @@ class EvalLoader:
         return len(self._samples)
 
     def __iter__(self) -> Iterator[EvalSample]:
-        samples: Iterator[EvalSample] = _from_processes(
-            DataLoader(
-                self._images,
-                batch_size=None,
-                sampler=self._samples.tolist(),
-                num_workers=min(self.num_workers, len(self._samples)),
-                generator=torch.Generator(),
-            )
-        )
+        num_workers = min(self.num_workers, len(self._samples))
+        samples = _iterate(self._images, num_workers, batch_size=None, sampler=self._samples.tolist())
         return (sample._replace(label=sample.label.long()) for sample in samples)
 
 
@@ -231,28 +207,28 @@ class _TrainingViews(Dataset["Batch | _Failure"]):
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), tuple(sample.key for _, sample in drawn))
 
     def _view(self, draw: Draw, sample: SampleBytes, out: AugmentedPair) -> None:
-        copy = [draw.copy] if draw.copy else []
-        rng = np.random.default_rng([self.seed, _AUGMENTATION, draw.epoch, draw.sample, *copy])
+        repeat = [draw.repeat] if draw.repeat else []
+        rng = np.random.default_rng([self.seed, _AUGMENTATION, draw.epoch, draw.sample, *repeat])
         try:
             training_view(sample.image, sample.label, self.crop, self.augmentation, rng, self.pad_pixel, out)
         except DecodeError as error:
             raise _damaged(self.reader, sample, error) from error
 
 
-class _LaneViews(IterableDataset["Batch | _Failure"]):
-    """A rank's lanes; each loader process takes a contiguous part of them."""
+class _StreamedViews(IterableDataset["Batch | _Failure"]):
+    """A rank's shard streams; each loader process takes a contiguous part of them."""
 
     def __init__(self, views: _TrainingViews, plan: BatchPlan) -> None:
         self.views, self.plan = views, plan
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         worker = get_worker_info()
-        lanes = range(self.plan.share.start, self.plan.share.stop)
+        shard_streams = range(self.plan.share.start, self.plan.share.stop)
         if worker is not None:
-            lanes = lanes[share(len(lanes), worker.id, worker.num_workers)]
+            shard_streams = shard_streams[share(len(shard_streams), worker.id, worker.num_workers)]
         reader, index = self.views.reader, self.views.index
         try:
-            for drawn in read_lanes(reader, index, self.plan.stream, lanes, self.plan.start_step):
+            for drawn in read_shard_streams(reader, index, self.plan.stream, shard_streams, self.plan.start_step):
                 yield self.views.batch(drawn)
         except UserError as error:
             yield _Failure(error)
@@ -278,15 +254,18 @@ class _WholeImages(Dataset["EvalSample | _Failure"]):
         return EvalSample(pixels, torch.from_numpy(label.astype(np.uint8)), sample.key)
 
 
-def _from_processes(items: DataLoader[T | _Failure]) -> Iterator[T]:
+def _iterate(dataset: Dataset[T | _Failure], num_workers: int, **order: Any) -> Iterator[T]:
     """What the loader processes hand over, their errors raised here."""
+    # Without a generator of its own it would draw from the model's random stream.
+    generator = torch.Generator()
+    items = DataLoader(dataset, num_workers=num_workers, collate_fn=_as_it_is, generator=generator, **order)
     try:
         for item in items:
             if isinstance(item, _Failure):
                 raise item.error
             yield cast("T", item)
     except (RuntimeError, ConnectionError, FileNotFoundError, EOFError) as error:
-        if not (items.num_workers and _tells_of_a_death(error)):
+        if not (num_workers and _tells_of_a_death(error)):
             raise
         # They hold PyTorch's iterator, and with it the other processes and a signal handler that raises anywhere.
         traceback.clear_frames(error.__traceback__)

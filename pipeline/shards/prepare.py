@@ -22,13 +22,13 @@ from pipeline.datasets import RawDataset, open_dataset
 from pipeline.decode import IGNORE_INDEX
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
-from pipeline.shards.duplicates import Place, find_duplicates
+from pipeline.shards.duplicates import Position, find_duplicates
 from pipeline.shards.listing import Listing
+from pipeline.shards.shard_check import check_shard_set
 from pipeline.shards.shard_task import (
     ROWS,
     Duplicate,
     ShardResult,
-    TaskOptions,
     explain_duplicate,
     explain_rejection,
     prepare_shard,
@@ -38,15 +38,7 @@ from pipeline.shards.shard_task import (
     replace_duplicates,
     rows_name,
 )
-from pipeline.shards.shards import (
-    INDEX_SCHEMA,
-    QUARANTINE_SCHEMA,
-    Manifest,
-    ShardEntry,
-    ShardSetError,
-    read_manifest,
-    verify_shard_set,
-)
+from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, Manifest, ShardEntry, ShardSetError, read_manifest
 from pipeline.storage.names import INDEX, MANIFEST, QUARANTINE
 from pipeline.workflow.lease import Lease
 
@@ -71,15 +63,15 @@ def prepare_shards(
     Runs as Ray tasks, `max_tasks` at a time, where Ray is initialised, and in this process where it is not.
     `progress` gets a line every few seconds and one with the sums at the end; None prints them. Raises UserError
     for a missing data root, for a bad sample under the policy `fail`, and for more of them than the policy
-    `quarantine` allows. An image that is there twice is a bad sample, too.
-    Where others may write to `target`, `lease` is the right to do so; LeaseLost tells that it went to another.
+    `quarantine` allows. A duplicate image is a bad sample, too. Where others may write to `target`, `lease` is the
+    right to do so; raises LeaseLost where it went to another.
     """
     report = progress or (lambda line: print(line, flush=True))
     if storage.is_local(target):
         # Tasks on other processes resolve relative paths against folders of their own.
         target = str(storage.local_path(target))
     dataset = open_dataset(config)
-    with _list(dataset, config) as listing:
+    with Listing(dataset, config) as listing:
         current = _find_current(target, listing, config)
         if current is not None:
             report(f"prepare {dataset.name}: the shard set at {target} is up to date")
@@ -99,15 +91,6 @@ def prepare_shards(
     return shard_set
 
 
-def _list(dataset: RawDataset, config: DataConfig) -> Listing:
-    try:
-        return Listing(dataset, config)
-    except OSError as error:
-        raise UserError(
-            f"data root {config.root} cannot be listed ({error}); mend or remove what is named, or its permissions"
-        ) from error
-
-
 class _Run:
     """What is to be prepared, and where its tasks run."""
 
@@ -124,22 +107,16 @@ class _Run:
         self.listing = listing
         self.target = target
         self.config = config
-        self.options = TaskOptions(config.on_bad_sample == "fail", config.max_long_side)
         self._max_tasks = max_tasks
-        self._lease = lease
-
-    def check_lease(self) -> None:
-        """Raise LeaseLost where another process writes to the target now."""
-        if self._lease is not None:
-            self._lease.check()
+        self.check_lease: Callable[[], None] = lambda: None if lease is None else lease.check()
 
     def run_tasks(self, work: Callable[..., ShardResult], jobs: Iterable[tuple[Any, ...]]) -> Generator[ShardResult]:
-        """The results of `work(dataset, plan, target, options, *rest)` as they come, for each (plan, *rest)."""
+        """The results of `work(dataset, plan, target, config, *rest)` as they come, for each (plan, *rest)."""
         # Whoever initialised Ray has imported it; importing it here would cost a second for nothing.
         if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
             for plan, *rest in jobs:
                 self.check_lease()
-                yield work(self.dataset, plan, self.target, self.options, *rest)
+                yield work(self.dataset, plan, self.target, self.config, *rest)
             return
         import ray
 
@@ -150,7 +127,7 @@ class _Run:
                 # Plans are read from disk when there is room for their task, never all at once.
                 while len(running) < self._max_tasks and (job := next(waiting, None)) is not None:
                     self.check_lease()
-                    running.append(task.remote(shared, job[0], self.target, self.options, *job[1:]))
+                    running.append(task.remote(shared, job[0], self.target, self.config, *job[1:]))
                 if not running:
                     return
                 done, running = ray.wait(running, num_returns=1)
@@ -193,33 +170,31 @@ def _leave_out_duplicates(run: _Run, results: Results, report: Report) -> None:
         shard for shard in run.listing.shards if results[shard.name].duplicates != tuple(wanted.get(shard.name, ()))
     ]
     if changed:
-        report(
-            f"prepare {run.dataset.name}: {len(found)} images are there twice; writing {len(changed)} shards without"
-        )
+        report(f"prepare {run.dataset.name}: {len(found)} duplicate images; writing {len(changed)} shards without them")
     jobs = ((run.listing.load(shard), wanted.get(shard.name, [])) for shard in changed)
     with contextlib.closing(run.run_tasks(replace_duplicates, jobs)) as finished:
         for result in finished:
             results[result.name] = result
 
 
-def _name_duplicates(run: _Run, found: dict[Place, Place]) -> dict[str, list[Duplicate]]:
+def _name_duplicates(run: _Run, found: dict[Position, Position]) -> dict[str, list[Duplicate]]:
     """By shard, in the order of the data set: what to leave out, with the files' names."""
     rows: defaultdict[str, set[int]] = defaultdict(set)
-    for place in {*found, *found.values()}:
-        rows[place.shard].add(place.row)
-    files: dict[Place, str] = {}
+    for position in {*found, *found.values()}:
+        rows[position.shard].add(position.row)
+    files: dict[Position, str] = {}
     splits: dict[str, str] = {}
     for shard in run.listing.shards:
         if shard.name in rows:
             splits[shard.name] = shard.split
             by_key = {sample.key: sample.image for sample in run.listing.load(shard).samples}
             keys = read_column(run.target, shard.name, "key")
-            files |= {Place(shard.name, row): by_key[keys[row]] for row in rows[shard.name]}
+            files |= {Position(shard.name, row): by_key[keys[row]] for row in rows[shard.name]}
     named: dict[str, list[Duplicate]] = {name: [] for name in splits}
-    for place in sorted(found, key=lambda place: place.row):
-        kept = found[place]
+    for position in sorted(found, key=lambda position: position.row):
+        kept = found[position]
         same_as = f"{files[kept]} of split {splits[kept.shard]}"
-        named[place.shard].append(Duplicate(place.row, files[place], same_as))
+        named[position.shard].append(Duplicate(position.row, files[position], same_as))
     return {name: duplicates for name, duplicates in named.items() if duplicates}
 
 
@@ -298,7 +273,7 @@ def _find_current(target: str, listing: Listing, config: DataConfig) -> ShardSet
         manifest = read_manifest(target)
         if manifest.plan_digest != listing.digest:
             return None
-        shard_set = verify_shard_set(target, deep=True)
+        shard_set = check_shard_set(target).shard_set
     except ShardSetError:
         return None
     if manifest.num_quarantined:

@@ -19,7 +19,7 @@ _PNG_START = b"\x89PNG"
 
 
 class CheckedSample(NamedTuple):
-    """A sample as it goes into a shard; `row` is its row of the index but for the place in the tar."""
+    """A sample as it goes into a shard; `row` is its row of the index but for its offsets in the tar."""
 
     row: dict[str, Any]
     image: bytes
@@ -58,7 +58,7 @@ def check_sample(dataset: RawDataset, sample: RawSample, max_long_side: int | No
     class_pixels = counts[: len(dataset.class_names)]
     assert class_pixels.sum() + counts[IGNORE_INDEX] == label.size, "a data set let an unknown class id pass"
     if not class_pixels.any():
-        reason = "holds no class: all pixels are ignored"
+        reason = "contains only ignored pixels"
         raise RejectedSampleError(sample.label, reason, "label the image or remove the sample")
     label_png = encode_ids(label)
     row = {

@@ -3,19 +3,20 @@
 Training is one stream of positions 0, 1, 2, ..., cut into epochs. Global batch s of size G is positions s * G to
 (s + 1) * G - 1, and a rank's batch is a contiguous slice of it. So every rank takes the same number of steps, an
 epoch holds every sample as often as it should, and the step number alone says where to go on, on any number of
-ranks. Position p stands for place p - start of its epoch's order, which is made from the seed:
+ranks. Position p stands for item p - start of its epoch's order, which is made from the seed:
 
 - by default a permutation of all samples;
-- with a buffer, an order for sequential reading: lane j is the positions p with p % G = j, and walks through a
-  contiguous part of the shards, which come in a random order; samples are shuffled within blocks of the lane.
+- with a buffer, an order for sequential reading: shard stream j is the positions p with p % G = j, and
+  reads a contiguous part of the shards, which come in a random order; samples are shuffled within its blocks.
 
 Neither depends on ranks or loader processes. With repeat factors a sample with factor r comes floor(r) times an
 epoch, and once more in a share r - floor(r) of the epochs.
-n = samples of the split, m = positions of an epoch, G = lanes.
+n = samples of the split, m = positions of an epoch, G = shard streams.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -28,23 +29,16 @@ _PERMUTATION, _REPETITION, _SHARD_ORDER = 0, 2, 3
 # Shares of a repetition are counted in these, exactly, so that epochs of any number have exact bounds.
 _UNIT_BITS = 32
 _UNIT = 1 << _UNIT_BITS
-# Lanes look ahead into the next epoch while others are in this one.
+# Shard streams look ahead into the next epoch while others are in this one.
 _KEPT_ORDERS = 2
 
 
 class Draw(NamedTuple):
-    """One position of the training stream: which sample, seen in which epoch, for which time in it (from 0)."""
+    """One position of the training stream: which sample, in which epoch, and which of its repeats in it (from 0)."""
 
     epoch: int
     sample: int
-    copy: int = 0
-
-
-class Block(NamedTuple):
-    """Where a lane's position lies: which block of the lane, in which epoch."""
-
-    epoch: int
-    number: int
+    repeat: int = 0
 
 
 class SampleStream:
@@ -56,8 +50,8 @@ class SampleStream:
         repeat_factors: (n,) how often a sample comes an epoch on average, each at least 1; None: once.
         shards: (n,) which shard each sample lies in, samples of a shard in the order of their bytes; only
             needed with `buffer`.
-        lanes: G, the global batch size; only needed with `buffer`.
-        buffer: samples in a block of a lane; None: no lanes, full shuffle.
+        num_shard_streams: G, the global batch size; only needed with `buffer`.
+        buffer: samples in a block of a shard stream; None: no shard streams, full shuffle.
     """
 
     def __init__(
@@ -67,12 +61,13 @@ class SampleStream:
         *,
         repeat_factors: NDArray[np.float64] | None = None,
         shards: NDArray[np.integer] | None = None,
-        lanes: int = 1,
+        num_shard_streams: int = 1,
         buffer: int | None = None,
     ) -> None:
         assert num_samples >= 1, "there is no stream of no samples"
-        assert buffer is None or shards is not None, "lanes walk through shards"
-        self.num_samples, self.seed, self.lanes, self.buffer = num_samples, seed, lanes, buffer
+        assert buffer is None or shards is not None, "shard streams read shards"
+        self.num_samples, self.seed, self.buffer = num_samples, seed, buffer
+        self.num_shard_streams = num_shard_streams
         self._shards = shards
         self._whole: NDArray[np.int64] | None = None
         self._least, self._rest_sum, self._phase = num_samples, 0, 0
@@ -102,13 +97,13 @@ class SampleStream:
         while first < last:
             epoch = self.epoch_of(first)
             start, end = self.start(epoch), self.start(epoch + 1)
-            places = slice(first - start, min(last, end) - start, step)
-            order, copies = self.order(epoch)
-            if copies is None:
-                found += [Draw(epoch, sample) for sample in order[places].tolist()]
+            indices = slice(first - start, min(last, end) - start, step)
+            order, repeats = self.order(epoch)
+            if repeats is None:
+                found += [Draw(epoch, sample) for sample in order[indices].tolist()]
             else:
-                pairs = zip(order[places].tolist(), copies[places].tolist(), strict=True)
-                found += [Draw(epoch, sample, copy) for sample, copy in pairs]
+                pairs = zip(order[indices].tolist(), repeats[indices].tolist(), strict=True)
+                found += [Draw(epoch, sample, repeat) for sample, repeat in pairs]
             first += -(-(min(last, end) - first) // step) * step
         return found
 
@@ -117,35 +112,35 @@ class SampleStream:
         if epoch not in self._orders:
             while len(self._orders) >= _KEPT_ORDERS:
                 del self._orders[next(iter(self._orders))]
-            samples, copies = self._content(epoch)
+            samples, repeats = self._content(epoch)
             if self.buffer is None:
                 rng = np.random.default_rng([self.seed, _PERMUTATION, epoch])
-                # Of places, not of samples: the copies must follow.
-                places = rng.permutation(np.arange(len(samples), dtype=np.uint32))
+                # Of indices, not of samples: the repeats must follow.
+                indices = rng.permutation(np.arange(len(samples), dtype=np.uint32))
             else:
-                places = self._lane_places(epoch, len(samples), self.buffer)
-            self._orders[epoch] = samples[places], None if copies is None else copies[places]
+                indices = self._shard_stream_order(epoch, len(samples), self.buffer)
+            self._orders[epoch] = samples[indices], None if repeats is None else repeats[indices]
         return self._orders[epoch]
 
-    def block_of(self, position: int) -> Block:
-        """The block that a lane is in at `position`; all that a lane reads of a block lies close together."""
-        assert self.buffer is not None, "only lanes have blocks"
+    def block_of(self, position: int) -> tuple[int, int]:
+        """Epoch and number of the block at `position` of its shard stream; samples of a block lie close together."""
+        assert self.buffer is not None, "only shard streams have blocks"
         epoch = self.epoch_of(position)
-        lane = position % self.lanes
-        in_lane = (position - self._first_position(lane, self.start(epoch))) // self.lanes
-        return Block(epoch, (in_lane + self._stagger(lane)) // self.buffer)
+        shard_stream = position % self.num_shard_streams
+        in_stream = (position - self._first_position(shard_stream, self.start(epoch))) // self.num_shard_streams
+        return epoch, (in_stream + self._offset(shard_stream)) // self.buffer
 
     def block_end(self, position: int) -> int:
-        """The first position after `position`'s block, of the epoch or of the lane."""
-        assert self.buffer is not None, "only lanes have blocks"
+        """The first position after `position`'s block, of the epoch or of the shard stream."""
+        assert self.buffer is not None, "only shard streams have blocks"
         epoch, number = self.block_of(position)
-        lane = position % self.lanes
-        first = self._first_position(lane, self.start(epoch))
-        in_lane = (number + 1) * self.buffer - self._stagger(lane)
-        return min(first + int(in_lane) * self.lanes, self.start(epoch + 1))
+        shard_stream = position % self.num_shard_streams
+        first = self._first_position(shard_stream, self.start(epoch))
+        in_stream = (number + 1) * self.buffer - self._offset(shard_stream)
+        return min(first + int(in_stream) * self.num_shard_streams, self.start(epoch + 1))
 
     def _content(self, epoch: int) -> tuple[NDArray[np.uint32], NDArray[np.uint16] | None]:
-        """What comes in `epoch`, in no order that matters for a full shuffle, in that of the shards for lanes."""
+        """What comes in `epoch`: in the order of its shards for shard streams, in any order for a full shuffle."""
         samples = np.arange(self.num_samples, dtype=np.uint32) if self.buffer is None else self._shard_order(epoch)
         if self._whole is None:
             return samples, None
@@ -169,34 +164,34 @@ class SampleStream:
         return extra
 
     def _shard_order(self, epoch: int) -> NDArray[np.uint32]:
-        assert self._shards is not None, "lanes walk through shards"
+        assert self._shards is not None, "shard streams read shards"
         num_shards = int(self._shards.max()) + 1
         rank = np.random.default_rng([self.seed, _SHARD_ORDER, epoch]).permutation(num_shards)
         return np.argsort(rank[self._shards], kind="stable").astype(np.uint32)
 
-    def _lane_places(self, epoch: int, length: int, buffer: int) -> NDArray[np.int64]:
-        """(m,) for each position of `epoch` the place in the shards' sequence that it takes."""
+    def _shard_stream_order(self, epoch: int, length: int, buffer: int) -> NDArray[np.int64]:
+        """(m,) for each position of `epoch` its index in the shards' sequence."""
         start = self.start(epoch)
         positions = np.arange(start, start + length)
-        lane = positions % self.lanes
-        first_rows = -((np.arange(self.lanes) - start) // self.lanes)
-        in_lane = positions // self.lanes - first_rows[lane]
-        lengths = np.bincount(lane, minlength=self.lanes)
-        sequence = (np.cumsum(lengths) - lengths)[lane] + in_lane
-        block = (in_lane + self._stagger(lane)) // buffer
+        shard_stream = positions % self.num_shard_streams
+        first_rows = -((np.arange(self.num_shard_streams) - start) // self.num_shard_streams)
+        in_stream = positions // self.num_shard_streams - first_rows[shard_stream]
+        lengths = np.bincount(shard_stream, minlength=self.num_shard_streams)
+        sequence = (np.cumsum(lengths) - lengths)[shard_stream] + in_stream
+        block = (in_stream + self._offset(shard_stream)) // buffer
         # Rises along the sequence, by whole numbers: with a random fraction added, one sort shuffles every block.
         key = np.empty(length)
-        key[sequence] = lane * (int(block.max()) + 1) + block
+        key[sequence] = shard_stream * (int(block.max()) + 1) + block
         key += np.random.default_rng([self.seed, _PERMUTATION, epoch]).random(length)
         return np.argsort(key)[sequence]
 
-    def _first_position(self, lane: int, start: int) -> int:
-        return start + (lane - start) % self.lanes
+    def _first_position(self, shard_stream: int, start: int) -> int:
+        return start + (shard_stream - start) % self.num_shard_streams
 
-    def _stagger(self, lane: Any) -> Any:
-        # Lanes end their blocks one after the other, not all at the same step.
-        assert self.buffer is not None, "only lanes have blocks"
-        return lane * self.buffer // self.lanes
+    def _offset(self, shard_stream: Any) -> Any:
+        # Shard streams end their blocks one after the other, not all at the same step.
+        assert self.buffer is not None, "only shard streams have blocks"
+        return shard_stream * self.buffer // self.num_shard_streams
 
 
 class BatchPlan(Sampler[list[Draw]]):
@@ -209,10 +204,7 @@ class BatchPlan(Sampler[list[Draw]]):
         self.start_step = start_step
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        step = self.start_step
-        while True:
-            yield self.draws(step)
-            step += 1
+        return map(self.draws, itertools.count(self.start_step))
 
     def draws(self, step: int) -> list[Draw]:
         """This rank's draws at `step`."""

@@ -1,7 +1,7 @@
 """Damaged or exchanged shards are found before training, by sha256 sums of the files that it will read.
 
-Reading everything once more costs time, so a sum is remembered on this machine with the file's size and what
-storage says of its content (times and inode, or an object's ETag); only files that changed are read again.
+Reading everything once more costs time, so a sum is cached on this machine with the file's size and what storage
+says of its content (times and inode, or an object's ETag); only files that changed are read again.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from typing import NamedTuple
 from pipeline import storage
 from pipeline.records import ShardSet
 from pipeline.shards.shard_reader import open_shard_set
-from pipeline.shards.shards import Manifest, ShardSetError, check_sizes
-from pipeline.storage.file_stamps import file_stamps
+from pipeline.shards.shards import Manifest, ShardSetError
+from pipeline.storage.file_stamps import FileStamp, file_stamps
 from pipeline.storage.file_sums import SUMS_AT_ONCE, FileSums
 from pipeline.storage.names import INDEX, QUARANTINE
 
-_SAY_FROM_BYTES = 1 << 30
+_LOG_FROM_BYTES = 1 << 30
 
 
 class ShardCheck(NamedTuple):
-    """What a check did: files whose sums were calculated, and those it remembered."""
+    """What a check did: files whose sums were calculated, and those whose sums were cached."""
 
+    shard_set: ShardSet
     num_read: int
-    num_remembered: int
+    num_cached: int
     bytes_read: int
 
 
@@ -35,7 +36,7 @@ def check_shard_set(
     splits: Sequence[str] | None = None,
     *,
     cache_folder: Path | None = None,
-    say: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> ShardCheck:
     """Make sure that the shard set is, byte for byte, what its record and its manifest say.
 
@@ -45,8 +46,8 @@ def check_shard_set(
     Args:
         shard_set: a record, or a URI, whose manifest is taken at its word.
         splits: what is going to be read.
-        cache_folder: where sums are remembered; None: `segvit` in the user's cache folder.
-        say: told when much is going to be read.
+        cache_folder: where sums are cached; None: `segvit` in the user's cache folder.
+        log: gets a line when much is going to be read.
 
     Raises:
         ShardSetError: naming the first file that is missing, of another size or of other content.
@@ -54,29 +55,40 @@ def check_shard_set(
     reader = open_shard_set(shard_set)
     uri, manifest = reader.uri, reader.manifest
     stamps = file_stamps(uri)
-    check_sizes(uri, manifest, stamps)
-    for name in (INDEX, QUARANTINE):
-        if name not in stamps:
-            raise ShardSetError(f"{storage.join(uri, name)} is missing; prepare the shard set again")
+    _check_sizes(uri, manifest, stamps)
     expected = _expected_sums(manifest, splits)
-    memory = FileSums(uri, cache_folder)
-    unknown = [name for name in expected if memory.remembered(name, stamps[name]) != expected[name]]
+    sums = FileSums(uri, cache_folder)
+    unknown = [name for name in expected if sums.cached(name, stamps[name]) != expected[name]]
     num_bytes = sum(stamps[name].num_bytes for name in unknown)
-    if say is not None and num_bytes >= _SAY_FROM_BYTES:
-        say(f"checking {len(unknown)} files of {uri}, {num_bytes / 2**30:.1f} GiB, for the first time on this machine")
+    if log is not None and num_bytes >= _LOG_FROM_BYTES:
+        log(f"checking {len(unknown)} files of {uri}, {num_bytes / 2**30:.1f} GiB, for the first time on this machine")
     with ThreadPoolExecutor(SUMS_AT_ONCE) as pool:
-        sums = pool.map(storage.file_digest, (storage.join(uri, name) for name in unknown))
+        digests = pool.map(storage.file_digest, (storage.join(uri, name) for name in unknown))
         try:
-            for name, found in zip(unknown, sums, strict=True):
-                if found != expected[name]:
+            for name, digest in zip(unknown, digests, strict=True):
+                if digest != expected[name]:
                     raise ShardSetError(
                         f"{storage.join(uri, name)} differs from the manifest in its sha256; prepare it again"
                     )
-                memory.remember(name, stamps[name], found)
+                sums.add(name, stamps[name], digest)
         finally:
             pool.shutdown(cancel_futures=True)
-            memory.save()
-    return ShardCheck(len(unknown), len(expected) - len(unknown), num_bytes)
+            sums.save()
+    return ShardCheck(manifest.to_record(uri), len(unknown), len(expected) - len(unknown), num_bytes)
+
+
+def _check_sizes(uri: str, manifest: Manifest, stamps: dict[str, FileStamp]) -> None:
+    shards = [shard for part in manifest.splits.values() for shard in part]
+    for name in (*(shard.name for shard in shards), INDEX, QUARANTINE):
+        if name not in stamps:
+            raise ShardSetError(f"{storage.join(uri, name)} is missing; prepare the shard set again")
+    for shard in shards:
+        found = stamps[shard.name].num_bytes
+        if found != shard.num_bytes:
+            raise ShardSetError(
+                f"{storage.join(uri, shard.name)} has {found} bytes, the manifest says {shard.num_bytes}; "
+                "prepare it again"
+            )
 
 
 def _expected_sums(manifest: Manifest, splits: Iterable[str] | None) -> dict[str, str]:

@@ -69,29 +69,29 @@ class ShardReader:
         self._forget_files()
 
     def index(self, split: str) -> SplitIndex:
-        """Places of all samples of `split`.
+        """Where all samples of `split` lie.
 
         Raises ShardSetError where there is no such split, and where the index does not fit the manifest.
         """
         if split not in self.manifest.splits:
             choices = ", ".join(self.manifest.splits)
             raise ShardSetError(f"shard set {self.uri} has no split {split!r}; choose from {choices}")
-        place = storage.join(self.uri, INDEX)
+        uri = storage.join(self.uri, INDEX)
         columns = ["key", "shard", "image_offset", "image_size", "label_offset", "label_size"]
         try:
-            with storage.open_uri(place) as file:
+            with storage.open_uri(uri) as file:
                 # As a dictionary, a shard's name is kept once, not once a sample.
                 table = pq.read_table(file, columns=columns, filters=[("split", "=", split)], read_dictionary=["shard"])
         except (OSError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
-            raise ShardSetError(f"{place} cannot be read ({error}); prepare the shard set again") from error
+            raise ShardSetError(f"{uri} cannot be read ({error}); prepare the shard set again") from error
         entries = self.manifest.splits[split]
         index = SplitIndex(
             table["key"].combine_chunks(),
             tuple(entry.name for entry in entries),
-            _shard_numbers(place, table["shard"].combine_chunks(), entries),
+            _shard_numbers(uri, table["shard"].combine_chunks(), entries),
             *(table[column].to_numpy() for column in columns[2:]),
         )
-        _check_fit(place, index, entries)
+        _check_fit(uri, index, entries)
         return index
 
     def read(self, index: SplitIndex, sample: int) -> SampleBytes:
@@ -136,8 +136,8 @@ class ShardReader:
         try:
             data = self._read_local(name, start, end) if self._is_local else self._read_remote(name, start, end)
         except FileNotFoundError as error:
-            place = storage.join(self.uri, name)
-            raise ShardSetError(f"shard {place} is missing; prepare the shard set again") from error
+            uri = storage.join(self.uri, name)
+            raise ShardSetError(f"shard {uri} is missing; prepare the shard set again") from error
         if len(data) != end - start:
             raise ShardSetError(f"{storage.join(self.uri, name)} ends before byte {end}; prepare it again")
         return data
@@ -176,8 +176,8 @@ def _end(index: SplitIndex, sample: int) -> int:
     return int(index.label_offset[sample] + index.label_size[sample])
 
 
-def _shard_numbers(place: str, names: pa.Array, entries: Sequence[ShardEntry]) -> NDArray[np.int32]:
-    """Each sample's shard as its place in the manifest, whatever the order of names in the file is."""
+def _shard_numbers(uri: str, names: pa.Array, entries: Sequence[ShardEntry]) -> NDArray[np.int32]:
+    """Each sample's shard as its position in the manifest, whatever the order of names in the file is."""
     if not pa.types.is_dictionary(names.type):
         names = names.dictionary_encode()
     in_file = names.indices.to_numpy()
@@ -187,19 +187,19 @@ def _shard_numbers(place: str, names: pa.Array, entries: Sequence[ShardEntry]) -
     for position in np.unique(in_file).tolist():
         if listed[position] not in numbers:
             raise ShardSetError(
-                f"{place} names shard {listed[position]}, which the manifest does not; prepare the shard set again"
+                f"{uri} names shard {listed[position]}, which the manifest does not; prepare the shard set again"
             )
     shard: NDArray[np.int32] = np.array([numbers.get(name, -1) for name in listed], dtype=np.int32)[in_file]
     return shard
 
 
-def _check_fit(place: str, index: SplitIndex, entries: Sequence[ShardEntry]) -> None:
+def _check_fit(uri: str, index: SplitIndex, entries: Sequence[ShardEntry]) -> None:
     """Refuse an index of another shard set: other counts, or ranges outside of its shards."""
     counts = np.bincount(index.shard, minlength=len(entries))
     for entry, count in zip(entries, counts.tolist(), strict=True):
         if count != entry.num_samples:
             raise ShardSetError(
-                f"{place} has {count} samples of {entry.name}, the manifest says {entry.num_samples}; "
+                f"{uri} has {count} samples of {entry.name}, the manifest says {entry.num_samples}; "
                 "prepare the shard set again"
             )
     limits = np.array([entry.num_bytes for entry in entries], dtype=np.int64)
@@ -213,4 +213,4 @@ def _check_fit(place: str, index: SplitIndex, entries: Sequence[ShardEntry]) -> 
     if not fits.all():
         sample = int(np.argmin(fits))
         name = index.shard_names[index.shard[sample]]
-        raise ShardSetError(f"{place} puts sample {index.key(sample)} outside of {name}; prepare the shard set again")
+        raise ShardSetError(f"{uri} puts sample {index.key(sample)} outside of {name}; prepare the shard set again")

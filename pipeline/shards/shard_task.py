@@ -8,7 +8,6 @@ plan and whose tar is whole.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
 from pipeline import storage
+from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
 from pipeline.errors import UserError
 from pipeline.shards.sample_check import CheckedSample, check_sample
@@ -42,21 +41,8 @@ class ShardPlan:
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class TaskOptions:
-    """What all tasks of a run have in common.
-
-    Attributes:
-        fail: a rejected sample ends the task with a UserError.
-        max_long_side: larger images and their label maps are scaled down to it, pixels.
-    """
-
-    fail: bool = False
-    max_long_side: int | None = None
-
-
 class Duplicate(NamedTuple):
-    """A checked sample that is left out of its shard, because its image is there already."""
+    """A checked sample that is left out of its shard, because its image is a duplicate."""
 
     row: int  # number among the shard's checked samples
     file: str
@@ -90,10 +76,10 @@ class ShardResult:
         return self.num_rejected + len(self.duplicates)
 
 
-def prepare_shard(dataset: RawDataset, plan: ShardPlan, target: str, options: TaskOptions) -> ShardResult:
+def prepare_shard(dataset: RawDataset, plan: ShardPlan, target: str, config: DataConfig) -> ShardResult:
     """Publish one shard and its rows, or keep those that are there already: the work of one task.
 
-    Raises UserError for a rejected sample where the options say so; nothing is published then.
+    Raises UserError for a rejected sample where `on_bad_sample` is `fail`; nothing is published then.
     """
     kept = _read_result(target, plan)
     if kept is not None:
@@ -101,11 +87,11 @@ def prepare_shard(dataset: RawDataset, plan: ShardPlan, target: str, options: Ta
     # Rows of another plan must not vouch for the tar that is about to replace theirs.
     storage.remove_files(target, [rows_name(plan.name)])
     rejected: list[dict[str, str]] = []
-    return _publish_shard(plan, target, _check_samples(dataset, plan, options, rejected), rejected, ())
+    return _publish_shard(plan, target, _check_samples(dataset, plan, config, rejected), rejected, ())
 
 
 def replace_duplicates(
-    dataset: RawDataset, plan: ShardPlan, target: str, options: TaskOptions, duplicates: Sequence[Duplicate]
+    dataset: RawDataset, plan: ShardPlan, target: str, config: DataConfig, duplicates: Sequence[Duplicate]
 ) -> ShardResult:
     """Publish the shard of `plan` again without `duplicates`, which are all that shall be left out of it.
 
@@ -119,7 +105,7 @@ def replace_duplicates(
         samples = _stored_samples(target, plan, table, left_out)
     else:
         rejected = []
-        samples = _check_samples(dataset, plan, options, rejected)
+        samples = _check_samples(dataset, plan, config, rejected)
     return _publish_shard(plan, target, samples, rejected, duplicates)
 
 
@@ -134,8 +120,8 @@ def read_rows(target: str, shard: str) -> tuple[pa.Table, pa.Table]:
     duplicates = [Duplicate(*fields) for fields in mark["duplicates"]]
     rejected = list(mark["rejected"])
     for duplicate in duplicates:
-        place = {name: table[name][duplicate.row].as_py() for name in ("split", "key")}
-        rejected.append(place | explain_duplicate(duplicate))
+        origin = {name: table[name][duplicate.row].as_py() for name in ("split", "key")}
+        rejected.append(origin | explain_duplicate(duplicate))
     if duplicates:
         left_out = pa.array([duplicate.row for duplicate in duplicates])
         table = table.filter(pc.invert(pc.is_in(pa.array(range(len(table))), left_out)))
@@ -175,19 +161,16 @@ def explain_rejection(row: Mapping[str, str]) -> str:
 
 
 def _check_samples(
-    dataset: RawDataset, plan: ShardPlan, options: TaskOptions, rejected: list[dict[str, str]]
+    dataset: RawDataset, plan: ShardPlan, config: DataConfig, rejected: list[dict[str, str]]
 ) -> Iterator[CheckedSample]:
     """The samples that pass; quarantine rows of the others go to `rejected`."""
     for sample in plan.samples:
         try:
-            with warnings.catch_warnings():
-                # Pillow only warns of pictures too large to be meant; they must not fill the memory.
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                checked = check_sample(dataset, sample, options.max_long_side)
+            checked = check_sample(dataset, sample, config.max_long_side)
         except RejectedSampleError as error:
             row = {"split": plan.split, "key": sample.key, "file": error.file}
             row |= {"reason": error.reason, "remedy": error.remedy}
-            if options.fail:
+            if config.on_bad_sample == "fail":
                 raise UserError(explain_rejection(row)) from error
             rejected.append(row)
         else:
@@ -200,9 +183,9 @@ def _stored_samples(target: str, plan: ShardPlan, table: pa.Table, left_out: Con
         for number, row in enumerate(table.to_pylist()):
             members = [b"", b""]
             if number not in left_out:
-                for place, kind in enumerate(("image", "label")):
+                for position, kind in enumerate(("image", "label")):
                     file.seek(row[f"{kind}_offset"])
-                    members[place] = file.read(row[f"{kind}_size"])
+                    members[position] = file.read(row[f"{kind}_size"])
             yield CheckedSample(row, *members)
 
 
@@ -222,8 +205,8 @@ def _publish_shard(
             offsets = (0, 0)
             if number not in left_out:
                 offsets = writer.add(sample.row["key"], sample.suffix, sample.image, sample.label_png)
-            place = {"split": plan.split, "shard": plan.name, "image_offset": offsets[0], "label_offset": offsets[1]}
-            rows.append(sample.row | place)
+            location = {"split": plan.split, "shard": plan.name, "image_offset": offsets[0], "label_offset": offsets[1]}
+            rows.append(sample.row | location)
         sha256 = writer.finish()
     result = ShardResult(
         plan_digest=plan.digest,

@@ -13,15 +13,13 @@ from typing import IO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Record, ShardSet, SplitInfo
-from pipeline.storage.file_stamps import FileStamp, file_stamps
-from pipeline.storage.names import INDEX, MANIFEST, QUARANTINE
+from pipeline.storage.names import MANIFEST
 
 FORMAT_VERSION = 1
 
@@ -134,7 +132,7 @@ class ShardWriter:
         self.num_bytes += len(data)
 
 
-def spread(count: int, limit: int | None) -> NDArray[np.int64]:
+def evenly_spaced(count: int, limit: int | None) -> NDArray[np.int64]:
     """Positions among `count`, at most `limit` of them (None: all), evenly spaced and rising."""
     if limit is None or limit >= count:
         return np.arange(count)
@@ -143,60 +141,20 @@ def spread(count: int, limit: int | None) -> NDArray[np.int64]:
 
 def read_manifest(uri: str) -> Manifest:
     """The manifest of the shard set at `uri`; raises ShardSetError."""
-    place = storage.join(uri, MANIFEST)
+    manifest_uri = storage.join(uri, MANIFEST)
     try:
-        content = storage.read_json(place)
+        content = storage.read_json(manifest_uri)
     except FileNotFoundError as error:
         raise ShardSetError(f"no shard set at {uri}: {MANIFEST} is missing; prepare it first") from error
     except ValueError as error:
-        raise ShardSetError(f"{place} is not JSON; prepare the shard set again") from error
+        raise ShardSetError(f"{manifest_uri} is not JSON; prepare the shard set again") from error
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise ShardSetError(f"{place} has format version {version}, this code reads {FORMAT_VERSION}; prepare it again")
+        raise ShardSetError(
+            f"{manifest_uri} has format version {version}, this code reads {FORMAT_VERSION}; prepare it again"
+        )
     try:
         return Manifest.model_validate(content)
     except ValidationError as error:
         fields = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors()[:3])
-        raise ShardSetError(f"{place} is damaged at {fields}; prepare the shard set again") from error
-
-
-def verify_shard_set(uri: str, deep: bool = False) -> ShardSet:
-    """The record of the shard set at `uri` if it is whole; raises ShardSetError naming the first damage.
-
-    Shallow: manifest and index readable, all shards there with the right size. `deep`: all sha256 sums, too.
-    """
-    manifest = read_manifest(uri)
-    shards = [shard for shards in manifest.splits.values() for shard in shards]
-    check_sizes(uri, manifest, file_stamps(uri))
-    sums = {INDEX: manifest.index_sha256, QUARANTINE: manifest.quarantine_sha256}
-    rows = {INDEX: sum(shard.num_samples for shard in shards), QUARANTINE: manifest.num_quarantined}
-    for name, num_rows in rows.items():
-        if _count_rows(storage.join(uri, name)) != num_rows:
-            raise ShardSetError(f"{storage.join(uri, name)} has not {num_rows} rows; prepare it again")
-    if deep:
-        for name, sha256 in {**sums, **{shard.name: shard.sha256 for shard in shards}}.items():
-            place = storage.join(uri, name)
-            if storage.file_digest(place) != sha256:
-                raise ShardSetError(f"{place} differs from the manifest in its sha256; prepare it again")
-    return manifest.to_record(uri)
-
-
-def check_sizes(uri: str, manifest: Manifest, stamps: dict[str, FileStamp]) -> None:
-    """Raise ShardSetError for a shard that is missing or of another size than the manifest says."""
-    for shards in manifest.splits.values():
-        for shard in shards:
-            place, stamp = storage.join(uri, shard.name), stamps.get(shard.name)
-            if stamp is None:
-                raise ShardSetError(f"shard {place} is missing; prepare the shard set again")
-            if stamp.num_bytes != shard.num_bytes:
-                raise ShardSetError(
-                    f"shard {place} has {stamp.num_bytes} bytes, the manifest says {shard.num_bytes}; prepare it again"
-                )
-
-
-def _count_rows(uri: str) -> int:
-    try:
-        with storage.open_uri(uri) as file:
-            return int(pq.read_metadata(file).num_rows)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ShardSetError(f"{uri} cannot be read ({error}); prepare the shard set again") from error
+        raise ShardSetError(f"{manifest_uri} is damaged at {fields}; prepare the shard set again") from error

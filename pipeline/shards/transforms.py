@@ -1,8 +1,8 @@
 """Training augmentation (SegViT section 6): resize, crop, flip, photometric distortion, padding.
 
-The order of work is turned around where that changes next to nothing but the time: sizes and the crop's place are
+The order of work is turned around where that changes next to nothing but the time: sizes and the crop's position are
 drawn on the label map, the image is decoded no larger than needed, cut, and only then resized. Boxes begin and end
-on whole pixels, so that image and label are cut at the same place.
+on whole pixels, so that image and label are cut at the same position.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class Span(NamedTuple):
         """The pixel of the file, of `extent` pixels, under the centre of each resized pixel."""
         # In whole numbers, as a centre may fall on the border of two pixels: (x + 1/2) * length / resized.
         odd = np.arange(1, 2 * self.resized, 2, dtype=np.intp)
-        places = self.start * self.reduction + odd * (self.length * self.reduction) // (2 * self.resized)
+        indices = self.start * self.reduction + odd * (self.length * self.reduction) // (2 * self.resized)
         # An incomplete block of reduced pixels reaches over the end.
-        return np.minimum(places, extent - 1)
+        return np.minimum(indices, extent - 1)
 
     def within(self) -> slice:
         """The span in the image as decoded."""

@@ -236,7 +236,7 @@ def train_variant(
         if not fits_left:
             break
         # Here, not in the workers: none of them waits in a collective for another one's check.
-        check_shard_set(job.shard_set, ["train", "val"], say=print)
+        check_shard_set(job.shard_set, ["train", "val"], log=print)
         try:
             _fit(job, run_name, storage_uri, lease, MetricsToTracking(log, logged_step))
         except ray.exceptions.RayActorError as error:
@@ -311,7 +311,7 @@ def publish_checkpoint(job: TrainJob, saved: Sequence[SavedCheckpoint], target_u
             fetched = storage.fetch_file(storage.join(source.uri, name), scratch)
             (folder / name).write_bytes(fetched.read_bytes())
         digest = storage.file_digest(str(folder / WEIGHTS_FILE))
-        storage.publish_folder(folder, target_uri)
+        storage.publish_folder(folder, target_uri, last=CONFIG_FILE)
     return Checkpoint(
         variant=job.variant,
         uri=target_uri,

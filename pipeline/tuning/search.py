@@ -63,7 +63,7 @@ def search_settings(
         UserError: more trials failed than `tune` allows, or all; the message carries the first one's cause. The next
             start tries the failed ones again.
     """
-    check_shard_set(job.shard_set, ["train", "val"], say=print)
+    check_shard_set(job.shard_set, ["train", "val"], log=print)
     tune = tune.model_copy(update={"space": tune.space or default_space(job.settings)})
     record = SearchRecord.take_over(storage.join(target_uri, TRIALS_FOLDER), tune, lease)
     retry_failed(record, tune)

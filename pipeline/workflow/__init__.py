@@ -1,1 +1,1 @@
-"""Flows that survive: steps with fingerprints, executed once, remembered by MLflow, run on Ray."""
+"""Flows that survive: steps with fingerprints, executed once, cached by MLflow, run on Ray."""

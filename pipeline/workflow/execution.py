@@ -59,7 +59,7 @@ class Outcome:
     Attributes:
         record: what it returned; None where it failed or was skipped.
         error: one line: the cause of a failure, for a skipped step the root cause.
-        note: why a remembered result was not used.
+        note: why a cached result was not used.
         log_uri: where the full traceback lies.
     """
 
@@ -117,7 +117,7 @@ def look_up(tracking: Tracking, step: Step[..., Any], fingerprint: str, argument
 
 
 def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
-    """Run a step unless an input failed or its result is remembered; its failure is told, not raised."""
+    """Run a step unless an input failed or its result is cached; its failure is told, not raised."""
     begun = time.monotonic()
     failed = next((outcome for outcome in inputs if outcome.record is None), None)
     if failed is not None:

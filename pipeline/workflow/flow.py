@@ -1,4 +1,4 @@
-"""Flows: plain functions that call steps and pass references on; finished steps are remembered by MLflow.
+"""Flows: plain functions that call steps and pass references on; finished steps are cached by MLflow.
 
     def recipe(flow: Graph, config: Config) -> StepRef[Evaluation]:
         shards = flow.step(prepare, config.data)
@@ -8,7 +8,7 @@
     with Flow(workspace, tracking, "quickstart", config) as flow:
         recipe(flow, config)
 
-A step whose inputs are known and whose result is remembered costs a query. Any other becomes a Ray task that
+A step whose inputs are known and whose result is cached costs a query. Any other becomes a Ray task that
 waits for its inputs as object references; Ray starts with the first such task. Independent branches run in
 parallel because nothing orders them.
 """
@@ -60,7 +60,7 @@ class FlowEvent:
 
     Attributes:
         state: RUNNING when the inputs are there and the step is about to start, else how it ended.
-        message: cause of a failure, or why a remembered result was not used.
+        message: cause of a failure, or why a cached result was not used.
         index: position in the flow, from 1.
     """
 
@@ -98,7 +98,7 @@ class Flow(Graph):
 
     Args:
         workspace: folder or URI under which steps keep their outputs.
-        tracking: the MLflow store that remembers.
+        tracking: the MLflow store that keeps runs and records.
         name: the flow's name.
         config: what the flow was made from, kept with its run.
         runtime: given to every step as `context.runtime`; never part of a fingerprint.

@@ -55,7 +55,7 @@ class Graph(ABC):
 
     Args:
         workspace: folder or URI under which steps keep their outputs.
-        tracking: the MLflow store that remembers.
+        tracking: the MLflow store that keeps runs and records.
     """
 
     def __init__(self, workspace: str, tracking: Tracking) -> None:
@@ -138,7 +138,7 @@ class _BeyondPlan(Exception):  # noqa: N818 - not an error: a plan ends here
 
 
 class Plan(Graph):
-    """Looks up which steps are remembered; executes nothing and writes nothing.
+    """Looks up which steps are cached; executes nothing and writes nothing.
 
     Use it as a context manager around the recipe: a recipe that asks for the record of a step yet to run ends
     there, and `complete` is then False.
@@ -163,7 +163,7 @@ class Plan(Graph):
         return not self.complete
 
     def result(self, ref: StepRef[R]) -> R:
-        """The remembered record; ends the plan where there is none."""
+        """The cached record; ends the plan where there is none."""
         node = self._nodes[ref.label]
         if node.outcome is None:
             raise _BeyondPlan

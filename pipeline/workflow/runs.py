@@ -82,9 +82,9 @@ class PlannedStep(Record):
     """A step as a plan shows it.
 
     Attributes:
-        cached: whether a remembered result will be used.
-        run_id: the run that holds the remembered result.
-        note: why a remembered result cannot be used.
+        cached: whether a cached result will be used.
+        run_id: the run that holds the cached result.
+        note: why a cached result cannot be used.
     """
 
     label: str
@@ -186,7 +186,7 @@ def end_running_children(tracking: Tracking, run_id: str, state: RunState, reaso
 
 
 def cancel_run(
-    tracking: Tracking, run_id: str, user: str, *, timeout_s: float = CANCEL_TIMEOUT_S, say: Callable[[str], None]
+    tracking: Tracking, run_id: str, user: str, *, timeout_s: float = CANCEL_TIMEOUT_S, log: Callable[[str], None]
 ) -> RunSummary:
     """Ask the driver of a running flow to end, wherever it is, and wait until its run is marked.
 
@@ -205,7 +205,7 @@ def cancel_run(
         # Gone in this very moment, or another user's: the request stands all the same.
         with suppress(ProcessLookupError, PermissionError):
             os.kill(int(run.data.tags[liveness.PID_TAG]), signal.SIGTERM)
-    say(
+    log(
         f"asked the driver of {name} to end (process {run.data.tags.get(liveness.PID_TAG)} on "
         f"{run.data.tags.get(liveness.HOST_TAG)})"
     )

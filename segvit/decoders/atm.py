@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvit.attention import Dropout, FeedForward, MultiheadAttention, attend
+from segvit.attention import FeedForward, MultiheadAttention, attend
 from segvit.backbones.feature_map import FeatureMap
 from segvit.decoders.decoder import Decoder, DecoderSpec
 from segvit.output import at_least_float32, full_precision
@@ -142,7 +142,7 @@ class ATMLayer(nn.Module):
         self.norm2 = nn.LayerNorm(sizes.width)
         self.mlp = FeedForward(sizes.width, sizes.dropout)
         self.norm3 = nn.LayerNorm(sizes.width)
-        self.drop = Dropout(sizes.dropout)
+        self.drop = nn.Dropout(sizes.dropout)
 
     def forward(self, queries: Tensor, tokens: Tensor, *, with_mask: bool) -> tuple[Tensor, Tensor | None]:
         """The updated queries (B, N, C) and, if asked for, the layer's mask logits (B, N, L)."""

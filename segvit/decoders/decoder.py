@@ -32,7 +32,7 @@ class DecoderOutput(NamedTuple):
 
 
 class DownsamplingBlock(NamedTuple):
-    """The backbone block inside which query-based downsampling halves the grid, and how its queries are made."""
+    """The 0-based backbone block inside which the grid is halved, and how the queries of that block are made."""
 
     block: int
     queries: ShrinkQueries

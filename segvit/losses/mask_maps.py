@@ -30,7 +30,8 @@ class MaskMaps:
     def __init__(
         self, logits: Tensor, target: Tensor, ignored: Tensor | None, buffers: Sequence[Tensor] | None = None
     ) -> None:
-        wrong, self._wrong_squared, *scratch = buffers or logits.new_empty(NUM_BUFFERS, *logits.shape).unbind()
+        wrong, wrong_squared, *scratch = buffers or logits.new_empty(NUM_BUFFERS, *logits.shape).unbind()
+        self._wrong_squared: Tensor = wrong_squared
         self.area = target.sum((1, 2))
         """(P,): pixels where the mask should be."""
         self.count = torch.full_like(self.area, logits[0].numel())

@@ -152,7 +152,7 @@ def batches(name: str, folder: Path, crop: int) -> Iterator[tuple[Any, Any]]:
         from pipeline.config import AugmentationConfig
         from pipeline.shards.loader import TrainLoader
 
-        recipe = AugmentationConfig(recipe="published", resize_long=2048, resize_short=512)
+        recipe = AugmentationConfig(strength="published", resize_long=2048, resize_short=512)
         shards = str(folder / "shards")
         loader = TrainLoader(shards, crop=(crop, crop), augmentation=recipe, seed=0, global_batch_size=BATCH)
         for batch in loader:

@@ -41,7 +41,7 @@ def simulate(
     factors = np.random.default_rng(0).uniform(1.0, 2.5, num_samples) if repeat else None
     batch = num_ranks * batch_of_rank
     shards = np.arange(num_samples) // 1000 if buffer else None
-    stream = SampleStream(num_samples, 0, repeat_factors=factors, shards=shards, lanes=batch, buffer=buffer)
+    stream = SampleStream(num_samples, 0, repeat_factors=factors, shards=shards, num_shard_streams=batch, buffer=buffer)
     begin, end = stream.start(1), stream.start(2)
     before = time.monotonic()
     stream.order(1)
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--ranks", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=16, help="images a rank and step")
-    parser.add_argument("--buffer", type=int, help="plan lanes with blocks of this many samples")
+    parser.add_argument("--buffer", type=int, help="plan shard streams with blocks of this many samples")
     parser.add_argument("--repeat", action="store_true", help="with repeat factors between 1 and 2.5")
     chosen = parser.parse_args()
     figures = simulate(chosen.samples, chosen.ranks, chosen.batch, buffer=chosen.buffer, repeat=chosen.repeat)

@@ -30,7 +30,7 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.errors import UserError
 from pipeline.shards.prepare import prepare_shards
-from pipeline.shards.shards import verify_shard_set
+from pipeline.shards.shard_check import check_shard_set
 from tests.faults.mutations import BYTES, hostile_name, pack, replace_by_special
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -90,7 +90,7 @@ def judge(case: Path, number: int, seed: int) -> dict[str, str]:
     config = DataConfig(dataset="camvid", root=str(root), on_bad_sample="quarantine", max_quarantined_fraction=1.0)
     try:
         shard_set = prepare_shards(config, str(target), progress=lambda line: None)
-        verify_shard_set(str(target), deep=True)
+        check_shard_set(str(target))
         outcome = "quarantined" if shard_set.num_quarantined else "good"
         why = ""
     except UserError as error:

@@ -34,7 +34,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from pipeline.registry.models import list_models
-from pipeline.shards.shards import verify_shard_set
+from pipeline.shards.shard_check import check_shard_set
 from pipeline.storage import PARTIAL
 from pipeline.workflow.tracking import RunState, Tag, Tracking
 from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
@@ -193,7 +193,7 @@ def check_visible(workspace: Path) -> None:
     try:
         for folder in outputs("prepare"):
             if (folder / "manifest.json").exists():
-                verify_shard_set(str(folder), deep=True)
+                check_shard_set(str(folder))
         for folder in outputs("fetch_backbone"):
             assert not list(folder.iterdir()) or load_file(folder / "backbone.safetensors")
         for folder in outputs("tune"):

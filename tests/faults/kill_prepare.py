@@ -48,7 +48,7 @@ print("END", shard_set.num_quarantined, sum(split.num_samples for split in shard
 
 
 def build_source(root: Path) -> None:
-    """A CamVid miniature of 240x320 pixels with a broken image, one that is there twice, and one that leaks."""
+    """A CamVid miniature of 240x320 pixels with a broken image, a duplicate one, and one that leaks."""
     rng = np.random.default_rng(0)
     for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
         (root / split).mkdir(parents=True)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import preflight
 from pipeline.config import ExperimentConfig
 from pipeline.config.file import parse_config
 from pipeline.errors import UserError
@@ -53,7 +52,7 @@ def test_find_problems__none_where_all_fits(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-MISFITS: list[tuple[str, Any, str]] = [
+MISFITS: list[tuple[str, Any, str | None]] = [
     ("variants.full.out_layers", [1, 12], r"variants.full: out_layers .*12.* blocks are 0 to 11"),
     ("variants.full.out_layers", [3, 1], r"variants.full: .*ascending"),
     ("variants.full.out_layers", [], r"variants.full: out_layers"),
@@ -173,7 +172,7 @@ def test_find_problems__disk_that_is_too_small(tmp_path: Path, monkeypatch: pyte
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _path: usage(1, 1, 1_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: usage(1, 1, 1_000_000))
     [problem] = find_problems(experiment(), str(tmp_path / "ws"))
     assert "has 0.0 GB free, shards and checkpoints need about 0." in problem
 

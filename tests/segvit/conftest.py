@@ -30,6 +30,6 @@ def make_model() -> MakeModel:
         }
         if structure in ("naive_qd", "shrunk"):
             defaults["shrink_at"] = 4
-        return build_model(ModelConfig(structure=structure, **defaults | settings), num_classes).eval()  # type: ignore[arg-type]
+        return build_model(ModelConfig(structure=structure, **defaults | settings), num_classes).eval()
 
     return make

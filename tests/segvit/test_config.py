@@ -78,7 +78,7 @@ def test_replace__other_structure_leaves_out_what_it_has_not() -> None:
 
 def test_config__is_frozen() -> None:
     with pytest.raises(AttributeError):
-        ModelConfig(**SMALL).dropout = 0.2
+        ModelConfig(**SMALL).dropout = 0.2  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,10 @@ def test_plan__changed_loss_weight_trains_again_but_does_not_prepare(
     steps = facts(capfd, "plan", config, "--workspace", str(workspace), "--set", "runtime.log_every_steps=7")
     assert all(step["cached"] for step in steps)
     # What changes no result throws nothing away but the page that shows the settings.
-    raised = ("train.keep_checkpoints=5", "train.checkpoint_every_steps=3", "tune.max_failed_fraction=0.9")
-    raised += ("tune.trial_retries=3", "evaluate.latency_repeats=3", "data.max_quarantined_fraction=0.5")
+    raised = [
+        *("train.keep_checkpoints=5", "train.checkpoint_every_steps=3", "tune.max_failed_fraction=0.9"),
+        *("tune.trial_retries=3", "evaluate.latency_repeats=3", "data.max_quarantined_fraction=0.5"),
+    ]
     overrides = [word for one in raised for word in ("--set", one)]
     steps = facts(capfd, "plan", config, "--workspace", str(workspace), *overrides)
     assert [step["label"] for step in steps if not step["cached"]] == ["report"]

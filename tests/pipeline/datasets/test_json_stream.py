@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.datasets import json_stream
 from pipeline.datasets.json_stream import read_elements
+from tests.examples import num_examples
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -20,7 +21,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=num_examples(25), deadline=None)
 @given(
     content=st.dictionaries(st.text(max_size=5), VALUES | st.lists(VALUES, max_size=6), max_size=5),
     indent=st.sampled_from([None, 2]),

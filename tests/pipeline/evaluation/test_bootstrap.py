@@ -65,7 +65,7 @@ def test_resampled_differences__equal_an_image_by_image_count() -> None:
 def test_resampled_differences__do_not_depend_on_how_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = two_models(np.random.default_rng(2), 13, 6)
     whole = resampled_differences(first, second, resamples=50, seed=3)
-    monkeypatch.setattr("pipeline.evaluation.bootstrap._CHUNK_WEIGHTS", 40)
+    monkeypatch.setattr("pipeline.evaluation.bootstrap._BATCH_WEIGHTS", 40)
     assert resampled_differences(first, second, resamples=50, seed=3) == pytest.approx(whole, abs=1e-15)
 
 
@@ -79,6 +79,13 @@ def test_difference_interval__same_model_twice_is_exactly_zero() -> None:
     first, _ = two_models(np.random.default_rng(4), 30, 5)
     interval = difference_interval(first, first, resamples=200)
     assert (interval.low, interval.high, interval.share_above_zero) == (0.0, 0.0, 0.0)
+
+
+def test_difference_interval__of_a_single_image_is_its_difference() -> None:
+    first, second = two_models(np.random.default_rng(11), 1, 4)
+    interval = difference_interval(first, second, resamples=20)
+    true = slow_miou(second, [0]) - slow_miou(first, [0])
+    assert (interval.low, interval.high) == pytest.approx((true, true), abs=1e-12)
 
 
 def test_difference_interval__is_seeded_and_ordered() -> None:

@@ -207,14 +207,14 @@ def test_promote_version__two_at_once_agree_on_one_champion(
 def test_promote_best__a_cheaper_one_passes_where_the_best_is_over_budget(
     tracking: Tracking, trained: Any, register: Register
 ) -> None:
-    figures = ((0.6, 8.0), (0.5, 3.0), (0.7, 12.0), (0.6, 11.0))
-    versions = [register(trained.scored(miou, gflops=gflops)) for miou, gflops in figures]
+    figures = ((0.6, 8.0, "a"), (0.5, 3.0, "b"), (0.7, 12.0, "c"), (0.6, 11.0, "d"))
+    versions = [register(trained.scored(miou, gflops=gflops, variant=variant)) for miou, gflops, variant in figures]
     policy = PromotionPolicy(max_gflops=10.0)
     decision = promote_best(tracking, versions, policy, decided_by="ann")
     assert (decision.promoted, decision.version, decision.also_refused) == (True, 1, (3,))
     assert (decision.champion_before, decision.champion_after) == (None, 1)
     assert decision.reason == (
-        "promoted: mIoU 0.6000, the first champion; 2 checks passed; "
+        "promoted: mIoU 0.6000, the first champion; 3 checks passed; "
         "version 3 (mIoU 0.7000) refused: GFLOPs 12, at most 10"
     )
     assert [store.find_alias(tracking, decision.name, alias) for alias in ("champion", "candidate")] == [1, 1]
@@ -232,14 +232,13 @@ def test_promote_best__a_cheaper_one_passes_where_the_best_is_over_budget(
 def test_promote_best__where_none_passes_the_best_is_the_candidate(
     tracking: Tracking, trained: Any, register: Register
 ) -> None:
-    figures = ((0.5, 3.0), (0.7, 5.0), (0.7, 4.0), (float("nan"), 1.0))
-    versions = [register(trained.scored(miou, gflops=gflops)) for miou, gflops in figures]
+    figures = ((0.5, 3.0, "a"), (0.7, 5.0, "b"), (0.7, 4.0, "c"))
+    versions = [register(trained.scored(miou, gflops=gflops, variant=variant)) for miou, gflops, variant in figures]
     decision = promote_best(tracking, versions, PromotionPolicy(min_miou=0.8))
-    assert (decision.promoted, decision.version, decision.also_refused) == (False, 3, (2, 1, 4))
+    assert (decision.promoted, decision.version, decision.also_refused) == (False, 3, (2, 1))
     assert decision.reason == (
         "refused: mIoU 0.7000, minimum 0.8000; version 2 (mIoU 0.7000) refused: mIoU 0.7000, minimum 0.8000; "
-        "version 1 (mIoU 0.5000) refused: mIoU 0.5000, minimum 0.8000; "
-        "version 4 (mIoU nan) refused: mIoU nan, minimum 0.8000"
+        "version 1 (mIoU 0.5000) refused: mIoU 0.5000, minimum 0.8000"
     )
     assert [store.find_alias(tracking, decision.name, alias) for alias in ("champion", "candidate")] == [None, 3]
     assert verify_decision(decision, tracking, {}) is None

@@ -39,13 +39,13 @@ def test_register_model__loser_of_a_race_yields_to_the_first(
     tracking: Tracking, register: Register, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[Any] = []
-    real = store._versions_with_key
+    real = store._versions_with
 
     def blind_at_first(*arguments: Any) -> list[Any]:
         looks.append(arguments)
         return [] if len(looks) in (1, 3) else real(*arguments)
 
-    monkeypatch.setattr(store, "_versions_with_key", blind_at_first)
+    monkeypatch.setattr(store, "_versions_with", blind_at_first)
     first, second = register(), register()
     assert (len(looks), second) == (4, first)
     assert [one.version for one in models.list_models(tracking, first.name)] == [1]
@@ -94,6 +94,29 @@ def test_register_model__a_version_without_its_files_is_registered_anew(
         f"{first.model_uri} has lost its files (model.safetensors, config.json); registering the checkpoint again\n"
     )
     assert register() == second
+
+
+def test_verify_version__a_store_that_does_not_answer_has_lost_nothing(
+    tracking: Tracking, register: Register, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = register()
+    remote = "mlflow-artifacts://127.0.0.1:1/1/models/m-1/artifacts"
+    monkeypatch.setattr(store, "version_location", lambda *_: remote)
+
+    def unreachable(**_: Any) -> None:
+        raise ConnectionError("connection refused")
+
+    monkeypatch.setattr("mlflow.artifacts.list_artifacts", unreachable)
+    assert store.verify_version(version, tracking, {}) is None
+    assert capsys.readouterr().out == (
+        f"whether {version.model_uri} has its files cannot be told (ConnectionError: connection refused)\n"
+    )
+    assert register() == version
+    # An answer without the files is another matter.
+    monkeypatch.setattr("mlflow.artifacts.list_artifacts", lambda **_: [])
+    assert store.verify_version(version, tracking, {}) == (
+        f"{version.model_uri} has lost its files (model.safetensors, config.json)"
+    )
 
 
 def test_register_model__a_reliable_latency_replaces_an_unreliable_one(

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.shards.duplicates import Place, find_duplicates
+from pipeline.shards.duplicates import Position, find_duplicates
 from pipeline.shards.shard_task import DIGEST_BYTES, ShardResult
 
 
@@ -33,13 +33,13 @@ def test_find_duplicates__one_of_each_image_stays(layout: list[tuple[str, list[i
         return shards[shard]
 
     found = find_duplicates([result(name, digests) for name, digests in shards.items()], read_digests)
-    expected: dict[bytes, Place] = {}
+    expected: dict[bytes, Position] = {}
     for split in ("val", "test", "train"):
         for name, digests in shards.items():
             if name.startswith(split):
                 for row, digest in enumerate(digests):
-                    expected.setdefault(digest, Place(name, row))
-    every = {Place(name, row): digest for name, digests in shards.items() for row, digest in enumerate(digests)}
+                    expected.setdefault(digest, Position(name, row))
+    every = {Position(name, row): digest for name, digests in shards.items() for row, digest in enumerate(digests)}
     assert found == {place: expected[digest] for place, digest in every.items() if expected[digest] != place}
     assert set(read) == {place.shard for place in [*found, *found.values()]}
     assert len(read) == len(set(read))
@@ -49,7 +49,7 @@ def test_find_duplicates__equal_heads_alone_are_no_duplicates() -> None:
     one, other = sha(1), sha(1)[:DIGEST_BYTES] + bytes(24)
     results = [result("train-0", [one, other]), result("val-0", [other])]
     digests = {"train-0": [one, other], "val-0": [other]}
-    assert find_duplicates(results, digests.__getitem__) == {Place("train-0", 1): Place("val-0", 0)}
+    assert find_duplicates(results, digests.__getitem__) == {Position("train-0", 1): Position("val-0", 0)}
 
 
 def test_find_duplicates__a_million_images_take_seconds() -> None:
@@ -63,4 +63,4 @@ def test_find_duplicates__a_million_images_take_seconds() -> None:
     ]
     digests = {"train-00000": parts[0], "train-07200": parts[7200]}
     found = find_duplicates(results, lambda name: [value.tobytes() for value in digests[name]])
-    assert found == {Place("train-07200", 0): Place("train-00000", 100)}
+    assert found == {Position("train-07200", 0): Position("train-00000", 100)}

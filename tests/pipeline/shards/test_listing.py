@@ -93,14 +93,14 @@ def test_listing__equal_names_far_apart_are_found() -> None:
 
 
 def test_listing__memory_is_a_few_bytes_a_sample() -> None:
-    count = 20_000
+    count = 8_000
     tracemalloc.start()
     try:
         listing = Listing(Long(count), CONFIG)
         held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(listing.shards) == 158
+    assert len(listing.shards) == 64
     # As objects the samples would take about 500 bytes each.
     assert held < 8 * count
     assert peak < 60 * count

@@ -6,7 +6,6 @@ import contextlib
 import io
 import itertools
 import multiprocessing
-import os
 import signal
 import tempfile
 import time
@@ -34,6 +33,7 @@ from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.sample_stream import SampleStream
 from pipeline.shards.shard_reader import ShardReader
 from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, Manifest, ShardEntry, ShardSetError, ShardWriter
+from tests.examples import LONG_FORM, num_examples
 
 SCENES = DigitsConfig(num_train=11, num_val=7)
 CROP = (56, 70)
@@ -179,9 +179,7 @@ def no_child_handler() -> Iterator[None]:
 
 
 # Killed at once, or when batches that a dead process still had to hand over wait in the queue.
-@pytest.mark.parametrize("wait", [0.0, 1.0])
-@pytest.mark.parametrize("victims", [1, 2])
-@pytest.mark.parametrize("buffer", [None, 2])
+@pytest.mark.parametrize(("buffer", "victims", "wait"), [(None, 1, 0.0), (None, 2, 1.0), (2, 2, 0.0), (2, 1, 1.0)])
 @pytest.mark.usefixtures("no_child_handler")
 def test_train__killed_loader_process_is_told_and_nothing_hangs(
     shard_set: ShardSet, buffer: int | None, victims: int, wait: float
@@ -370,7 +368,9 @@ def check_promise(
         stream = [number for step in steps for number in step]
         assert sorted(stream[:num_samples]) == list(range(num_samples))
         shards = ShardReader(uri).index("train").shard
-        order = SampleStream(num_samples, 0, shards=shards, lanes=batch, buffer=buffer).draws(0, len(stream))
+        order = SampleStream(num_samples, 0, shards=shards, num_shard_streams=batch, buffer=buffer).draws(
+            0, len(stream)
+        )
         assert stream == [draw.sample for draw in order]
         if buffer is None:
             # Reads as training does, so once is enough.
@@ -380,18 +380,17 @@ def check_promise(
             assert keys == [f"{number:06d}" for number in range(num_samples)]
 
 
-# More of them: SEGVIT_PROMISE_EXAMPLES=500 pytest tests/pipeline/data/test_loader.py
-@settings(max_examples=int(os.environ.get("SEGVIT_PROMISE_EXAMPLES", "5")), deadline=None)
+@settings(max_examples=num_examples(4), deadline=None)
 @given(
-    num_samples=st.integers(1, 2000),
+    num_samples=st.integers(1, 2000 if LONG_FORM else 400),
     num_shards=st.integers(1, 50),
-    batch=st.integers(1, 256),
+    batch=st.integers(1, 256 if LONG_FORM else 64),
     ranks=st.tuples(st.integers(1, 16), st.integers(1, 16)),
     change=st.floats(0, 1),
     buffer=st.sampled_from([None, 4, 32]),
 )
 @example(num_samples=2, num_shards=1, batch=16, ranks=(16, 3), change=0.5, buffer=4)
-@example(num_samples=2000, num_shards=50, batch=64, ranks=(7, 16), change=0.4, buffer=32)
+@example(num_samples=500, num_shards=50, batch=64, ranks=(7, 16), change=0.4, buffer=32)
 def test_promise__holds_on_real_tars(
     num_samples: int, num_shards: int, batch: int, ranks: tuple[int, int], change: float, buffer: int | None
 ) -> None:
@@ -402,11 +401,11 @@ def test_promise__holds_on_real_tars(
 @pytest.mark.parametrize(
     ("num_samples", "num_shards", "batch", "ranks", "workers", "buffer"),
     [
-        (300, 7, 12, (3, 2), 1, None),
+        (120, 7, 12, (2, 1), 1, None),
         (3, 2, 4, (4, 2), 2, None),
         (90, 1, 8, (2, 1), 4, 4),
         (5, 5, 3, (3, 1), 2, 8),
-        (211, 50, 10, (2, 3), 3, 16),
+        (111, 20, 10, (1, 2), 3, 16),
     ],
 )
 def test_promise__holds_with_loader_processes(

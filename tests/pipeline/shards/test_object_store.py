@@ -18,20 +18,26 @@ from pipeline.errors import UserError
 from pipeline.shards import shard_task
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.sample_check import check_sample
-from pipeline.shards.shards import verify_shard_set
+from pipeline.shards.shard_check import check_shard_set
 
 pytest.importorskip("s3fs", reason="needs the extra s3: pip install 'segvit-pipeline[s3]'")
 server = pytest.importorskip("moto.server", reason="needs moto[server] of the extra dev")
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URI of an empty bucket on a server of the test's own; the surroundings hold no other credentials."""
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
     service = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     service.start()
     host, port = service.get_host_and_port()
+    yield f"http://{host}:{port}"
+    service.stop()
+
+
+@pytest.fixture
+def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of an empty bucket; the surroundings hold no other credentials."""
     settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
@@ -42,14 +48,12 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     filesystem_class = fsspec.get_filesystem_class("s3")
-    # Instances are remembered, and they remember the server of an earlier test.
+    # Instances are cached, and with them the credentials and the server that they were made with.
     filesystem_class.clear_instance_cache()
-    # The servers of all tests in this process share their buckets.
     name = f"bucket-{uuid.uuid4().hex}"
     fsspec.filesystem("s3").mkdir(name)
     yield f"s3://{name}"
     filesystem_class.clear_instance_cache()
-    service.stop()
 
 
 @pytest.fixture
@@ -88,7 +92,7 @@ def test_prepare__source_and_target_on_s3(bucket: str, camvid: Path, tmp_path: P
     assert remote.digest == local.digest
     assert (remote.num_quarantined, remote.splits["train"].num_samples, remote.splits["val"].num_samples) == (1, 4, 2)
     assert lines[-1] == (f"prepare camvid: 7 images = 6 in 4 shards + 1 in quarantine.parquet; published {bucket}/out")
-    assert verify_shard_set(f"{bucket}/out", deep=True) == remote
+    assert check_shard_set(f"{bucket}/out").shard_set == remote
     names = set(remote_sums(f"{bucket}/out"))
     assert names == {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     again = prepare_shards(config_of(f"{bucket}/raw"), f"{bucket}/out", progress=lines.append)

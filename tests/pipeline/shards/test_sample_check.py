@@ -90,7 +90,7 @@ def test_check_sample__fine_stripes_become_their_mean() -> None:
 
 def test_check_sample__nothing_labelled() -> None:
     pair = RawPair(jpeg(np.zeros((6, 8, 3), dtype=np.uint8)), np.full((6, 8), 255, dtype=np.uint8))
-    with pytest.raises(RejectedSampleError, match=r"^a\.png holds no class: all pixels are ignored; label the image"):
+    with pytest.raises(RejectedSampleError, match=r"^a\.png contains only ignored pixels; label the image"):
         check_sample(OneSample(pair), SAMPLE)
 
 

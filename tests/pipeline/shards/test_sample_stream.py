@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.shards.sample_stream import BatchPlan, Draw, SampleStream, share
+from tests.examples import num_examples
 
 
 def shards_of(num_samples: int, num_shards: int) -> np.ndarray:
@@ -23,13 +24,15 @@ def make_stream(
     num_samples: int,
     *,
     seed: int = 0,
-    lanes: int = 4,
+    num_shard_streams: int = 4,
     num_shards: int = 3,
     buffer: int | None = None,
     factors: np.ndarray | None = None,
 ) -> SampleStream:
     shards = shards_of(num_samples, num_shards)
-    return SampleStream(num_samples, seed, repeat_factors=factors, shards=shards, lanes=lanes, buffer=buffer)
+    return SampleStream(
+        num_samples, seed, repeat_factors=factors, shards=shards, num_shard_streams=num_shard_streams, buffer=buffer
+    )
 
 
 def test_order__is_the_seeded_permutation_of_the_epoch() -> None:
@@ -48,7 +51,7 @@ def test_order__factors_of_one_change_nothing() -> None:
     assert make_stream(50, factors=np.ones(50)).draws(0, 130) == make_stream(50).draws(0, 130)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=num_examples(25), deadline=None)
 @given(
     num_samples=st.integers(1, 2000),
     num_shards=st.integers(1, 50),
@@ -76,7 +79,9 @@ def test_plan__exactly_once_and_resumable_for_any_numbers(
     factors = np.random.default_rng(seed).uniform(1, 3, num_samples) if repeated else None
 
     def stream() -> SampleStream:
-        return make_stream(num_samples, seed=seed, lanes=batch, num_shards=num_shards, buffer=buffer, factors=factors)
+        return make_stream(
+            num_samples, seed=seed, num_shard_streams=batch, num_shards=num_shards, buffer=buffer, factors=factors
+        )
 
     whole = stream()
     first_epoch = whole.epoch_of(max(0, start * batch - 1)) + 1
@@ -98,33 +103,33 @@ def test_plan__exactly_once_and_resumable_for_any_numbers(
         assert set(times.values()) == {1}
     else:
         assert all(np.floor(factors[sample]) <= times[sample] <= np.floor(factors[sample]) + 1 for sample in times)
-        copies = Counter((draw.sample, draw.copy) for draw in together if draw.epoch == first_epoch)
+        copies = Counter((draw.sample, draw.repeat) for draw in together if draw.epoch == first_epoch)
         assert copies == Counter((sample, copy) for sample in times for copy in range(times[sample]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=num_examples(15), deadline=None)
 @given(
     num_samples=st.integers(1, 1000),
     num_shards=st.integers(1, 50),
-    lanes=st.integers(1, 40),
+    num_shard_streams=st.integers(1, 40),
     buffer=st.integers(1, 40),
     epoch=st.integers(0, 5),
 )
-def test_lanes__walk_through_the_shards_in_blocks(
-    num_samples: int, num_shards: int, lanes: int, buffer: int, epoch: int
+def test_shard_streams__walk_through_the_shards_in_blocks(
+    num_samples: int, num_shards: int, num_shard_streams: int, buffer: int, epoch: int
 ) -> None:
     num_shards = min(num_shards, num_samples)
     shards = shards_of(num_samples, num_shards)
-    stream = make_stream(num_samples, lanes=lanes, num_shards=num_shards, buffer=buffer)
+    stream = make_stream(num_samples, num_shard_streams=num_shard_streams, num_shards=num_shards, buffer=buffer)
     start, end = stream.start(epoch), stream.start(epoch + 1)
     visited: list[int] = []
-    for lane in range(lanes):
-        position = start + (lane - start) % lanes
+    for shard_stream in range(num_shard_streams):
+        position = start + (shard_stream - start) % num_shard_streams
         while position < end:
             block = stream.block_of(position)
             block_end = stream.block_end(position)
-            samples = [draw.sample for draw in stream.draws(position, block_end, lanes)]
-            positions = range(position, block_end, lanes)
+            samples = [draw.sample for draw in stream.draws(position, block_end, num_shard_streams)]
+            positions = range(position, block_end, num_shard_streams)
             assert {stream.block_of(one) for one in positions} == {block}
             assert {stream.block_end(one) for one in positions} == {block_end}
             assert 1 <= len(samples) == len(positions) <= buffer
@@ -132,8 +137,8 @@ def test_lanes__walk_through_the_shards_in_blocks(
             by_shard = [sorted(group) for _, group in itertools.groupby(sorted(samples), key=lambda one: shards[one])]
             assert all(group == list(range(group[0], group[-1] + 1)) for group in by_shard)
             visited += sorted(samples, key=lambda one: visited_key(stream, shards, epoch, one))
-            position += len(samples) * lanes
-    # One lane after the other, the blocks are the shards from front to back, each shard in one piece.
+            position += len(samples) * num_shard_streams
+    # One shard_stream after the other, the blocks are the shards from front to back, each shard in one piece.
     assert sorted(visited) == list(range(num_samples))
     pieces = [shard for shard, _ in itertools.groupby(shards[visited])]
     assert len(pieces) == len(set(pieces))
@@ -148,8 +153,8 @@ def visited_key(stream: SampleStream, shards: np.ndarray, epoch: int, sample: in
     return int(order[shards[sample]]), sample
 
 
-def test_lanes__shuffle_anew_each_epoch() -> None:
-    stream = make_stream(200, lanes=8, num_shards=10, buffer=16)
+def test_shard_streams__shuffle_anew_each_epoch() -> None:
+    stream = make_stream(200, num_shard_streams=8, num_shards=10, buffer=16)
     orders = [tuple(draw.sample for draw in stream.draws(stream.start(e), stream.start(e + 1))) for e in range(4)]
     assert len(set(orders)) == 4
     # A batch takes its samples from many shards.
@@ -158,9 +163,9 @@ def test_lanes__shuffle_anew_each_epoch() -> None:
     assert np.mean([len(set(batch.tolist())) for batch in batches]) > 5
 
 
-def test_lanes__do_not_end_their_blocks_together() -> None:
-    stream = make_stream(800, lanes=8, num_shards=10, buffer=16)
-    ends = [stream.block_end(lane) // 8 for lane in range(8)]
+def test_shard_streams__do_not_end_their_blocks_together() -> None:
+    stream = make_stream(800, num_shard_streams=8, num_shards=10, buffer=16)
+    ends = [stream.block_end(shard_stream) // 8 for shard_stream in range(8)]
     assert ends == [16, 14, 12, 10, 8, 6, 4, 2]
 
 
@@ -184,14 +189,14 @@ def test_repetition__is_another_draw_each_epoch_and_seed() -> None:
     def twice(seed: int, epoch: int) -> frozenset[int]:
         stream = make_stream(64, seed=seed, factors=factors)
         draws = stream.draws(stream.start(epoch), stream.start(epoch + 1))
-        return frozenset(draw.sample for draw in draws if draw.copy == 1)
+        return frozenset(draw.sample for draw in draws if draw.repeat == 1)
 
     assert len(twice(0, 0)) == 32
     assert twice(0, 0) == twice(0, 0)
     assert len({twice(0, 0), twice(0, 1), twice(1, 0)}) == 3
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=num_examples(20), deadline=None)
 @given(st.lists(st.floats(1.0, 9.0), min_size=1, max_size=30), st.integers(0, 10**7), st.integers(0, 5))
 def test_epoch_of__inverts_start(factors: list[float], epoch: int, seed: int) -> None:
     stream = make_stream(len(factors), seed=seed, num_shards=1, factors=np.array(factors))

@@ -54,10 +54,10 @@ def test_check__whole_set_is_read_once_a_machine(copied: ShardSet, tmp_path: Pat
     train = [name for name in stamps if name.startswith("train-") or name == "index.parquet"]
     num_bytes = sum(stamps[name].num_bytes for name in train)
     assert len(train) == 4
-    assert check_shard_set(copied, ["train"], cache_folder=cache) == ShardCheck(4, 0, num_bytes)
-    assert check_shard_set(copied, ["train"], cache_folder=cache) == ShardCheck(0, 4, 0)
+    assert check_shard_set(copied, ["train"], cache_folder=cache) == ShardCheck(copied, 4, 0, num_bytes)
+    assert check_shard_set(copied, ["train"], cache_folder=cache) == ShardCheck(copied, 0, 4, 0)
     num_bytes = stamps["val-00000.tar"].num_bytes + stamps["quarantine.parquet"].num_bytes
-    assert check_shard_set(copied, cache_folder=cache) == ShardCheck(2, 4, num_bytes)
+    assert check_shard_set(copied, cache_folder=cache) == ShardCheck(copied, 2, 4, num_bytes)
     # Only what changed is read again, even when it comes out the same.
     (Path(copied.uri) / "train-00001.tar").touch()
     assert check_shard_set(copied, cache_folder=cache).num_read == 1
@@ -135,7 +135,7 @@ def test_check__remote_set_and_no_cache(copied: ShardSet, tmp_path: Path) -> Non
     remote = copied.model_copy(update={"uri": "memory://checked"})
     assert check_shard_set(remote, cache_folder=tmp_path).num_read == 6
     assert check_shard_set(remote, cache_folder=tmp_path).num_read == 0
-    # A file in the place of the cache folder: the sums are made, not remembered.
+    # A file in the place of the cache folder: the sums are made, not cached.
     (tmp_path / "file").touch()
     assert check_shard_set(remote, cache_folder=tmp_path / "file").num_read == 6
     damaged = bytearray(storage.read_bytes("memory://checked/val-00000.tar"))
@@ -153,11 +153,11 @@ def test_check__damaged_cache_is_as_none(copied: ShardSet, tmp_path: Path) -> No
         assert check_shard_set(copied, cache_folder=tmp_path).num_read == 6
 
 
-def test_check__says_when_much_is_to_be_read(copied: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.shards.shard_check._SAY_FROM_BYTES", 1)
+def test_check__logs_when_much_is_to_be_read(copied: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.shards.shard_check._LOG_FROM_BYTES", 1)
     lines: list[str] = []
-    check_shard_set(copied, cache_folder=tmp_path, say=lines.append)
-    check_shard_set(copied, cache_folder=tmp_path, say=lines.append)
+    check_shard_set(copied, cache_folder=tmp_path, log=lines.append)
+    check_shard_set(copied, cache_folder=tmp_path, log=lines.append)
     assert lines == [f"checking 6 files of {copied.uri}, 0.0 GiB, for the first time on this machine"]
 
 

@@ -20,14 +20,14 @@ from pipeline.config import DataConfig, DigitsConfig
 from pipeline.datasets import open_dataset
 from pipeline.decode import decode_label, encode_png
 from pipeline.shards.prepare import prepare_shards
+from pipeline.shards.shard_check import check_shard_set
 from pipeline.shards.shard_reader import open_shard_set
 from pipeline.shards.shards import (
     Manifest,
     ShardSetError,
     ShardWriter,
+    evenly_spaced,
     read_manifest,
-    spread,
-    verify_shard_set,
 )
 
 CONFIG = DataConfig(dataset="digits", samples_per_shard=5, digits=DigitsConfig(num_train=12, num_val=6))
@@ -122,7 +122,7 @@ def test_reader__remote_ranges(shard_folder: Path) -> None:
     for file in shard_folder.iterdir():
         if file.is_file():
             storage.publish_bytes(f"memory://remote/{file.name}", file.read_bytes())
-    assert verify_shard_set("memory://remote", deep=True).digest == verify_shard_set(str(shard_folder)).digest
+    assert check_shard_set("memory://remote").shard_set.digest == check_shard_set(str(shard_folder)).shard_set.digest
     local, remote = open_shard_set(str(shard_folder)), open_shard_set("memory://remote")
     for number in range(6):
         assert remote.read(remote.index("val"), number) == local.read(local.index("val"), number)
@@ -136,7 +136,7 @@ def test_reader__unknown_split_lists_the_choices(shard_folder: Path) -> None:
 def test_manifest__digest_is_the_content_not_the_place(shard_folder: Path) -> None:
     manifest = read_manifest(str(shard_folder))
     record = manifest.to_record("elsewhere")
-    assert record.digest == verify_shard_set(str(shard_folder)).digest
+    assert record.digest == check_shard_set(str(shard_folder)).shard_set.digest
     assert (record.num_classes, record.splits["train"].num_samples) == (11, 12)
     assert (record.splits["train"].num_shards, record.splits["val"].num_shards) == (3, 2)
     touched = manifest.model_copy(update={"source_digest": "other", "index_sha256": "other"})
@@ -145,30 +145,6 @@ def test_manifest__digest_is_the_content_not_the_place(shard_folder: Path) -> No
     assert renamed.digest() != manifest.digest()
     sums = "".join(hashlib.sha256((shard_folder / f"val-0000{n}.tar").read_bytes()).hexdigest() + "\n" for n in (0, 1))
     assert record.splits["val"].digest == hashlib.sha256(sums.encode()).hexdigest()
-
-
-def test_verify__names_the_damage(copied_folder: Path) -> None:
-    uri = str(copied_folder)
-    verify_shard_set(uri, deep=True)
-    shard = copied_folder / "train-00001.tar"
-    data = bytearray(shard.read_bytes())
-    data[5000] ^= 1
-    shard.write_bytes(data)
-    verify_shard_set(uri)
-    with pytest.raises(ShardSetError, match=r"train-00001\.tar differs from the manifest in its sha256"):
-        verify_shard_set(uri, deep=True)
-    shard.write_bytes(data[:-1])
-    with pytest.raises(ShardSetError, match=rf"train-00001\.tar has {len(data) - 1} bytes, the manifest says"):
-        verify_shard_set(uri)
-    shard.unlink()
-    with pytest.raises(ShardSetError, match=r"train-00001\.tar is missing"):
-        verify_shard_set(uri)
-
-
-def test_verify__damaged_index(copied_folder: Path) -> None:
-    (copied_folder / "index.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(ShardSetError, match=r"index\.parquet cannot be read"):
-        verify_shard_set(str(copied_folder))
 
 
 @pytest.mark.parametrize(
@@ -205,9 +181,9 @@ def test_manifest__is_plain_json(shard_folder: Path) -> None:
     assert Manifest.model_validate(content) == read_manifest(str(shard_folder))
 
 
-def test_spread__even_and_within() -> None:
-    assert spread(10, 3).tolist() == [0, 3, 6]
-    assert spread(3, None).tolist() == spread(3, 5).tolist() == [0, 1, 2]
+def test_evenly_spaced__even_and_within() -> None:
+    assert evenly_spaced(10, 3).tolist() == [0, 3, 6]
+    assert evenly_spaced(3, None).tolist() == evenly_spaced(3, 5).tolist() == [0, 1, 2]
 
 
 def test_encode_png__reproducible() -> None:

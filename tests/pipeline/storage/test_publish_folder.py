@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def publish_often(tmp_path: Path, times: int, read: Callable[[Path], None]) -> l
         while not ended.is_set():
             read(target)
 
-    writers = [threading.Thread(target=guarded(lambda source=source: write(source))) for source in sources]
+    writers = [threading.Thread(target=guarded(partial(write, source))) for source in sources]
     readers = [threading.Thread(target=guarded(read_until_end)) for _ in range(2)]
     for thread in (*writers, *readers):
         thread.start()

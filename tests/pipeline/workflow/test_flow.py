@@ -310,7 +310,7 @@ def test_cancel__ends_a_flow_here_by_signal_and_elsewhere_by_its_poll(
             time.sleep(0.05)
         if far:
             lab.tracking.client().set_tag(flow.run_id, liveness.HOST_TAG, "elsewhere")
-        cancelled.append(runs.cancel_run(lab.tracking, "latest", "ann", say=said.append))
+        cancelled.append(runs.cancel_run(lab.tracking, "latest", "ann", log=said.append))
 
     monkeypatch.setattr(driver_watch, "CANCEL_POLL_S", 0.2 if far else 60.0)
     source, join = make_steps()
@@ -338,7 +338,7 @@ def test_cancel__ends_a_flow_here_by_signal_and_elsewhere_by_its_poll(
         assert time.monotonic() < deadline
         time.sleep(0.1)
     with pytest.raises(UserError, match=r"has ended already \(killed\); there is nothing to cancel"):
-        runs.cancel_run(lab.tracking, flow.run_id, "ann", say=said.append)
+        runs.cancel_run(lab.tracking, flow.run_id, "ann", log=said.append)
     lab.executed()
     with lab.flow() as again:
         again.step(source, "t")

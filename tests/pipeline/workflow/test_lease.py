@@ -11,12 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline import storage
-from pipeline.workflow import lease as lease_module
 from pipeline.workflow.lease import InLine, Lease, LeaseLost, last_number, take_lease, wait_in_line
 
 
@@ -51,11 +51,11 @@ def test_take_lease__paused_after_it_looked_it_overtakes_nobody(
     newer: list[Lease] = []
 
     def pause(mark: str, data: bytes) -> None:
-        monkeypatch.setattr(lease_module.storage, "publish_bytes", publish)
+        monkeypatch.setattr("pipeline.storage.publish_bytes", publish)
         newer.extend(take_lease(uri, "the table") for _ in range(2))
         publish(mark, data)
 
-    monkeypatch.setattr(lease_module.storage, "publish_bytes", pause)
+    monkeypatch.setattr("pipeline.storage.publish_bytes", pause)
     with pytest.raises(LeaseLost):
         take_lease(uri, "the table")
     newer[1].check()
@@ -82,6 +82,35 @@ def test_take_lease__of_many_processes_at_once_one_holds_it_in_the_end(tmp_path:
     assert final.rank.number > max(numbers)
 
 
+WRITER = """
+import sys, time
+from pipeline import storage
+from pipeline.workflow.lease import take_lease
+lease = take_lease(sys.argv[1], "the table")
+print("writing", flush=True)
+while True:
+    lease.check()
+    storage.publish_bytes(sys.argv[2], b"former")
+"""
+
+
+def test_lease__a_process_that_was_paused_ends_and_overwrites_nothing_but_what_it_was_writing(tmp_path: Path) -> None:
+    uri, file = str(tmp_path / "lease"), tmp_path / "file"
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, uri, str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGSTOP)
+    lease = take_lease(uri, "the table")
+    process.send_signal(signal.SIGCONT)
+    _, errors = process.communicate(timeout=60)
+    assert errors.splitlines()[-1].startswith("pipeline.workflow.lease.LeaseLost: the table was taken over by another")
+    storage.publish_bytes(str(file), b"newer")
+    lease.check()
+    assert file.read_bytes() == b"newer"
+
+
 class Memory:
     """A line in one process; `alive` tells of each key whether it is."""
 
@@ -90,7 +119,7 @@ class Memory:
 
     def others(self) -> Sequence[InLine]:
         found = [(key, number) for key, number in list(self.shown.items()) if key != self.key]
-        return [InLine(number, key, lambda key=key: self.alive(key)) for key, number in found]
+        return [InLine(number, key, partial(self.alive, key)) for key, number in found]
 
     def show(self, number: int | None) -> None:
         self.shown[self.key] = number
@@ -140,47 +169,3 @@ def test_wait_in_line__for_one_that_is_still_choosing() -> None:
     line.show(None)
     assert wait_in_line(line, "me", above=0, poll_s=0.001) == 1
     assert line.waited_for == "other"
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from pipeline import storage
-from pipeline.workflow.lease import LeaseLost, take_lease
-
-folder = Path(sys.argv[1])
-lease = take_lease(str(folder / "lease"), "the table")
-print("holds", flush=True)
-for line in sys.stdin:
-    try:
-        lease.check()
-    except LeaseLost as lost:
-        sys.exit(str(lost))
-    storage.publish_bytes(str(folder / "table"), line.strip().encode())
-    print("wrote", flush=True)
-"""
-
-
-def test_lease__of_a_process_that_was_stopped_is_lost_when_it_goes_on(tmp_path: Path) -> None:
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as holder:
-        assert holder.stdin is not None
-        assert holder.stdout is not None
-        assert holder.stderr is not None
-        assert holder.stdout.readline() == "holds\n"
-        print("first", file=holder.stdin, flush=True)
-        assert holder.stdout.readline() == "wrote\n"
-        holder.send_signal(signal.SIGSTOP)
-        newer = take_lease(str(tmp_path / "lease"), "the table")
-        storage.publish_bytes(str(tmp_path / "table"), b"newer")
-        print("second", file=holder.stdin, flush=True)
-        holder.send_signal(signal.SIGCONT)
-        told = holder.stderr.read()
-        assert holder.wait() == 1
-    assert told == (
-        f"the table was taken over by another process (lease 2 of {newer.rank.key[:8]}, after 1); "
-        "this one stops and leaves it alone\n"
-    )
-    assert (tmp_path / "table").read_bytes() == b"newer"
-    newer.check()

@@ -36,10 +36,10 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(liveness, "_sightings", {})
 
 
-def far(beat: int = 3, **tags: str) -> dict[str, str]:
+def far(beat: int = 3) -> dict[str, str]:
     """Tags of a driver on another machine whose clock is years off."""
     elsewhere = {liveness.HOST_TAG: "elsewhere", liveness.HEARTBEAT_TAG: f"{beat} at 2001-01-01T00:00:00+00:00"}
-    return liveness.identity_tags() | elsewhere | tags
+    return liveness.identity_tags() | elsewhere
 
 
 def finished_pid() -> str:
@@ -87,7 +87,7 @@ def test_is_running__though_the_clock_was_set_meanwhile(monkeypatch: pytest.Monk
     if moves == "create_time":
         monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
     assert liveness.is_running(tags) is True
-    assert liveness.is_running(tags | {liveness.PID_TAG: "1"}) is False
+    assert liveness.is_running(tags | {liveness.STARTED_TAG: "1.00 1.00"}) is False
 
 
 def test_why_dead__without_proc_a_process_id_in_other_hands_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,8 +105,8 @@ def test_why_dead__without_proc_a_process_id_in_other_hands_is_seen(monkeypatch:
         tags = liveness.identity_tags()
         assert tags[liveness.BOOT_TAG] == "unknown"
         assert liveness.why_dead(tags) is None
-        parent = tags | {liveness.PID_TAG: str(os.getppid())}
-        assert liveness.why_dead(parent) == f"its driver is gone (process {os.getppid()} is another one now)"
+        other = tags | {liveness.STARTED_TAG: "1.00 1.00"}
+        assert liveness.why_dead(other) == f"its driver is gone (process {os.getpid()} is another one now)"
     liveness._boot.cache_clear()
 
 
@@ -141,7 +141,7 @@ def test_why_dead__elsewhere_a_beat_that_stays_the_same_is_dead(clock: Clock) ->
     clock.now += 200
     assert liveness.why_dead(far()) == "its driver on elsewhere has been silent for 400 s"
     # Two drivers have a silence each.
-    assert liveness.why_dead(far(**{liveness.PID_TAG: "77"})) is None
+    assert liveness.why_dead(far() | {liveness.PID_TAG: "77"}) is None
 
 
 def test_why_dead__is_told_at_once_when_an_earlier_process_has_looked(

@@ -113,10 +113,10 @@ def test_cancel_run__of_a_dead_driver_marks_it_and_says_so(tracking: Tracking) -
     with pytest.raises(
         UserError, match=r"run .* of flow quick had no driver any more \(.* is gone\); it is marked as ab"
     ):
-        runs.cancel_run(tracking, flow, "ann", say=lambda _: None)
+        runs.cancel_run(tracking, flow, "ann", log=lambda _: None)
     assert tracking.client().get_run(flow).data.tags[Tag.STATE] == "abandoned"
     with pytest.raises(UserError, match=r"has ended already \(abandoned\)"):
-        runs.cancel_run(tracking, flow, "ann", say=lambda _: None)
+        runs.cancel_run(tracking, flow, "ann", log=lambda _: None)
 
 
 def test_cancel_run__a_driver_that_does_not_answer_is_told_after_the_bound(tracking: Tracking) -> None:
@@ -124,7 +124,7 @@ def test_cancel_run__a_driver_that_does_not_answer_is_told_after_the_bound(track
     with pytest.raises(
         UserError, match=r"has not ended after 1 s; the request stands: .* or end process \d+ on elsewhere"
     ):
-        runs.cancel_run(tracking, flow, "ann", timeout_s=1.0, say=lambda _: None)
+        runs.cancel_run(tracking, flow, "ann", timeout_s=1.0, log=lambda _: None)
     assert tracking.client().get_run(flow).data.tags[Tag.CANCEL] == "ann"
 
 

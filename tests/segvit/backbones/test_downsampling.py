@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from segvit.backbones.downsampling import SHRINK_QUERIES, GridDownsampling, ShrinkQueries, halve_mean, halve_nearest
 from segvit.backbones.families import create_vit
 from segvit.backbones.plain import PlainBackbone
-from segvit.backbones.positions import TokenPositions, downsampled_places, token_positions
-from segvit.backbones.timm_blocks import Places, check_known, query_block, run_block
+from segvit.backbones.positions import TokenPositions, downsampled_positions, token_positions
+from segvit.backbones.timm_blocks import AttentionPositions, block_problem, query_block, run_block
 
 FAMILIES = [
     ("vit_tiny_patch16_224", 1),
@@ -23,7 +23,7 @@ FAMILIES = [
     ("vit_small_patch16_dinov3", 5),
     ("vit_small_patch16_rope_mixed_224", 1),
 ]
-NOWHERE = Places(None, None, None)
+NOWHERE = AttentionPositions(None, None, None)
 
 
 def random_vit(name: str, grid: tuple[int, int]) -> Any:
@@ -92,9 +92,9 @@ def test_average__positions_add_the_mean_over_the_pooled_patches(name: str) -> N
     vit = random_vit(name, grid)
     positions = token_positions(vit, grid, 1)
     places = positions.of_block(0)
-    pooled = downsampled_places(places, grid, 1, GridDownsampling("average", 48))
+    pooled = downsampled_positions(places, grid, 1, GridDownsampling("average", 48))
 
-    def similarities(query: Places, patch: int) -> Tensor:
+    def similarities(query: AttentionPositions, patch: int) -> Tensor:
         """(heads, L) of one query content standing at the patch."""
         content, keys = torch.ones(1, 3, 1, 16), torch.linspace(-1, 1, 3 * 16 * 16).view(1, 3, 16, 16)
         if query.query_rotary is None:
@@ -169,13 +169,14 @@ def test_downsampling__gradient_check_in_float64(name: str, kind: ShrinkQueries)
     assert torch.autograd.gradcheck(shrunk, tokens, fast_mode=True)
 
 
-def test_check_known__unknown_attention_is_refused() -> None:
+def test_block_problem__unknown_attention_is_refused() -> None:
     class Gated(Block):
         pass
 
     for block in (Gated(dim=24, num_heads=3), nn.Identity()):
-        with pytest.raises(ValueError, match="query-based downsampling does not know"):
-            check_known(block)
+        problem = block_problem(block)
+        assert problem is not None
+        assert problem.startswith(f"query-based downsampling does not know {type(block).__name__} with")
     with pytest.raises(ValueError, match="does not know EvaBlockPostNorm with EvaAttention"):
         PlainBackbone(random_vit("eva02_enormous_patch14_clip_224", (2, 2)), (1,), shrink_at=1)
 
@@ -184,4 +185,4 @@ def test_positions__plain_vit_has_none() -> None:
     vit = random_vit("vit_tiny_patch16_224", (2, 2))
     positions = token_positions(vit, (2, 2), 1)
     assert positions == TokenPositions(vit, 1, None, None, None)
-    assert downsampled_places(positions.of_block(0), (2, 2), 1, GridDownsampling("average", 48)) == NOWHERE
+    assert downsampled_positions(positions.of_block(0), (2, 2), 1, GridDownsampling("average", 48)) == NOWHERE

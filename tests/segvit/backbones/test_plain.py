@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from segvit.backbones.families import create_vit
 from segvit.backbones.feature_map import FeatureMap
 from segvit.backbones.plain import PlainBackbone, pad_to_multiple
-from segvit.backbones.positions import bias_table, geometric_places, token_positions
+from segvit.backbones.positions import bias_table, geometric_distances, token_positions
 from segvit.config import ModelConfig
 from segvit.model import build_backbone, build_model
 
@@ -165,8 +165,8 @@ def test_gradients__of_a_resized_bias_table_are_those_of_its_definition() -> Non
     assert torch.autograd.gradcheck(resized, table.detach().requires_grad_())
 
 
-def test_geometric_places__end_at_the_new_extent_and_start_with_one() -> None:
-    places = geometric_places(14, 32)
+def test_geometric_distances__end_at_the_new_extent_and_start_with_one() -> None:
+    places = geometric_distances(14, 32)
     assert len(places) == 27
     assert places[13:15] == [0.0, 1.0]
     assert places[-1] == pytest.approx(31, abs=1e-3)

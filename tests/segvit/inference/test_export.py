@@ -50,7 +50,7 @@ class ColourModel(SegViT):
 
 def tiny_config(structure: str, **settings: Any) -> ModelConfig:
     sizes: dict[str, Any] = {"backbone": "test_vit", "image_size": (64, 64), "decoder_layers": 1}
-    return ModelConfig(structure=structure, **sizes | settings)  # type: ignore[arg-type]
+    return ModelConfig(structure=structure, **sizes | settings)
 
 
 def tiny_model(structure: str, **settings: Any) -> SegViT:

@@ -1,4 +1,4 @@
-"""Sequential reading of a lane-ordered sample stream: blocks of samples, one request a block, fetched ahead."""
+"""Sequential reading of a sample stream in shard streams: blocks of samples, one request a block, fetched ahead."""
 
 from __future__ import annotations
 
@@ -23,31 +23,34 @@ class _Ahead(NamedTuple):
     next_position: int
 
 
-def read_lanes(
-    reader: ShardReader, index: SplitIndex, stream: SampleStream, lanes: Sequence[int], start_step: int
+def read_shard_streams(
+    reader: ShardReader, index: SplitIndex, stream: SampleStream, shard_streams: Sequence[int], start_step: int
 ) -> Iterator[list[DrawnSample]]:
-    """For each step from `start_step` on, for ever, the samples of `lanes` in their order.
+    """For each step from `start_step` on, for ever, the samples of `shard_streams` in their order.
 
-    A lane reads the shards of its part from their beginning to their end, a block a request, each byte once an
-    epoch; a resumed lane asks for the rest of its block again. Two blocks a lane are in memory.
+    A shard stream reads the shards of its part from front to back, a block a request, each byte once an epoch;
+    a resumed one asks for the rest of its block again. Two blocks a shard stream are in memory.
     Raises ShardSetError for a shard that is missing or too short.
     """
-    pool = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="segvit-lanes")
+    pool = ThreadPoolExecutor(MAX_REQUESTS, thread_name_prefix="segvit-shard-streams")
     try:
-        walks = [_walk(reader, index, stream, start_step * stream.lanes + lane, pool) for lane in lanes]
+        streams = [
+            _read_blocks(reader, index, stream, start_step * stream.num_shard_streams + shard_stream, pool)
+            for shard_stream in shard_streams
+        ]
         while True:
-            yield [next(walk) for walk in walks]
+            yield [next(samples) for samples in streams]
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _walk(
+def _read_blocks(
     reader: ShardReader, index: SplitIndex, stream: SampleStream, position: int, pool: ThreadPoolExecutor
 ) -> Iterator[DrawnSample]:
     def request(first: int) -> _Ahead:
-        draws = stream.draws(first, stream.block_end(first), stream.lanes)
+        draws = stream.draws(first, stream.block_end(first), stream.num_shard_streams)
         content = pool.submit(reader.read_block, index, [draw.sample for draw in draws])
-        return _Ahead(draws, content, first + len(draws) * stream.lanes)
+        return _Ahead(draws, content, first + len(draws) * stream.num_shard_streams)
 
     ahead = request(position)
     while True:
