@@ -65,7 +65,7 @@ def prepare(context: StepContext, config: DataConfig, source_digest: str) -> Sha
     from pipeline.shards.prepare import prepare_shards
 
     runtime = _runtime(context)
-    return prepare_shards(config, context.output_uri(), max_tasks=runtime.prepare_tasks)
+    return prepare_shards(config, context.output_uri(), max_tasks=runtime.prepare_tasks, lease=context.lease)
 
 
 def _verify_backbone(record: BackboneRecord, _tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
@@ -94,6 +94,7 @@ def fetch_backbone(context: StepContext, backbone: str, weights: str, sources: d
         file = Path(folder) / BACKBONE_FILE
         save_file({name: tensor.contiguous() for name, tensor in found.state.items()}, file)
         digest = storage.file_digest(str(file))
+        context.lease.check()
         storage.publish_bytes(uri, file.read_bytes())
     return BackboneRecord(backbone=backbone, uri=uri, digest=digest, source=found.source, message=found.message)
 
@@ -171,7 +172,9 @@ def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, 
     """Score a checkpoint."""
     from pipeline.evaluation.evaluate import evaluate_checkpoint
 
-    evaluation = evaluate_checkpoint(checkpoint, shard_set, config, _runtime(context), context.output_uri())
+    evaluation = evaluate_checkpoint(
+        checkpoint, shard_set, config, _runtime(context), context.output_uri(), lease=context.lease
+    )
     figures = {
         "miou": evaluation.miou,
         "macc": evaluation.macc,
@@ -188,6 +191,7 @@ def register(
     context: StepContext, name: str, checkpoint: Checkpoint, evaluation: Evaluation, shard_set: ShardSet
 ) -> ModelVersion:
     """Register a checkpoint with its evaluation."""
+    context.lease.check()
     return store.register_model(
         context.tracking,
         name,
@@ -242,6 +246,7 @@ def report(
         )
     ).encode()
     uri = context.output_uri(REPORT_FILE)
+    context.lease.check()
     storage.publish_bytes(uri, page)
     client.log_text(context.flow_run_id, page.decode(), REPORT_FILE)
     return Report(uri=uri, digest=hashlib.sha256(page).hexdigest())

@@ -37,6 +37,7 @@ from pipeline.storage.names import (
     PROBE_LABELS,
     SCORES_FILE,
 )
+from pipeline.workflow.lease import Lease
 from pipeline.workflow.ray_session import wants_gpu
 from segvit.checkpoint import read_config
 from segvit.flops import model_cost
@@ -146,10 +147,14 @@ def evaluate_checkpoint(
     config: EvaluateConfig,
     runtime: RuntimeConfig,
     target_uri: str,
+    *,
+    lease: Lease | None = None,
 ) -> Evaluation:
     """Score on the cluster, one task a worker, then time the model, and publish the evaluation folder to `target_uri`.
 
-    Raises UserError for a split that the shard set lacks.
+    Where others may do the same, `lease` is the right to write there.
+
+    Raises UserError for a split that the shard set lacks, and LeaseLost.
     """
     if config.split not in shard_set.splits:
         raise UserError(f"evaluate.split {config.split!r} is not prepared; choose from {', '.join(shard_set.splits)}")
@@ -186,6 +191,8 @@ def evaluate_checkpoint(
             palette=manifest["palette"],
         )
         counts_digest = write_counts([one for part in parts for one in part.counts], f"{folder}/{COUNTS_FILE}")
+        if lease is not None:
+            lease.check()
         storage.publish_folder(folder, target_uri, last=CONFUSION_FILE)
     metrics = segmentation_metrics(confusion.matrix)
     cost = model_cost(model_config, shard_set.num_classes, model_config.image_size)

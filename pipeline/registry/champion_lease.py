@@ -55,15 +55,13 @@ class ChampionLease:
         """Make `version` champion; raises LeaseLost, and leaves what a newer holder wants, where there is one."""
         self.check()
         self.write(champion=version)
-        store.set_alias(self.tracking, self.model, CHAMPION, version)
-        newest = self._newest()
-        if newest is not None and newest[0] != self._rank:
+        champion: int | None = version
+        self._set(champion)
+        # Until nothing else is wanted: the newest holder may change its mind while its former wish is put back.
+        while (newest := self._newest()) is not None and newest[1]["champion"] != champion:
             champion = newest[1]["champion"]
-            if champion is None:
-                self.tracking.client().delete_registered_model_alias(self.model, CHAMPION)
-            else:
-                store.set_alias(self.tracking, self.model, CHAMPION, champion)
-            self.check()
+            self._set(champion)
+        self.check()
 
     def others(self) -> Sequence[InLine]:
         """All who want the lease or hold it."""
@@ -103,6 +101,12 @@ class ChampionLease:
             kept = key == self.key or (newest is not None and key == newest[0].key)
             if not kept and (entry.get("ended") or not self._is_alive(key, entry)):
                 self.remove(key)
+
+    def _set(self, champion: int | None) -> None:
+        if champion is None:
+            self.tracking.client().delete_registered_model_alias(self.model, CHAMPION)
+        else:
+            store.set_alias(self.tracking, self.model, CHAMPION, champion)
 
     @property
     def _rank(self) -> Rank:

@@ -40,6 +40,7 @@ from pipeline.shards.shard_task import (
 )
 from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, Manifest, ShardEntry, ShardSetError, read_manifest
 from pipeline.storage.names import INDEX, MANIFEST, QUARANTINE
+from pipeline.workflow.lease import Lease
 
 PROGRESS_INTERVAL_S = 2.0
 ROW_GROUP_ROWS = 1 << 16
@@ -55,13 +56,15 @@ def prepare_shards(
     *,
     max_tasks: int = 8,
     progress: Report | None = None,
+    lease: Lease | None = None,
 ) -> ShardSet:
     """Write the shard set that `config` describes to the folder `target`; what is there and valid is kept.
 
     Runs as Ray tasks, `max_tasks` at a time, where Ray is initialised, and in this process where it is not.
     `progress` gets a line every few seconds and one with the sums at the end; None prints them. Raises UserError
     for a missing data root, for a bad sample under the policy `fail`, and for more of them than the policy
-    `quarantine` allows. A duplicate image is a bad sample, too.
+    `quarantine` allows. A duplicate image is a bad sample, too. Where others may write to `target`, `lease` is the
+    right to do so; raises LeaseLost where it went to another.
     """
     report = progress or (lambda line: print(line, flush=True))
     if storage.is_local(target):
@@ -73,10 +76,12 @@ def prepare_shards(
         if current is not None:
             report(f"prepare {dataset.name}: the shard set at {target} is up to date")
             return current
+        run = _Run(dataset, listing, target, config, max_tasks, lease)
+        run.check_lease()
         storage.remove_files(target, [MANIFEST])
-        run = _Run(dataset, listing, target, config, max_tasks)
         results = _check_all(run, report)
         _leave_out_duplicates(run, results, report)
+        run.check_lease()
         shard_set = _publish_set(run, results)
     num_good = sum(result.num_samples for result in results.values())
     report(
@@ -89,18 +94,28 @@ def prepare_shards(
 class _Run:
     """What is to be prepared, and where its tasks run."""
 
-    def __init__(self, dataset: RawDataset, listing: Listing, target: str, config: DataConfig, max_tasks: int) -> None:
+    def __init__(
+        self,
+        dataset: RawDataset,
+        listing: Listing,
+        target: str,
+        config: DataConfig,
+        max_tasks: int,
+        lease: Lease | None,
+    ) -> None:
         self.dataset = dataset
         self.listing = listing
         self.target = target
         self.config = config
         self._max_tasks = max_tasks
+        self.check_lease: Callable[[], None] = lambda: None if lease is None else lease.check()
 
     def run_tasks(self, work: Callable[..., ShardResult], jobs: Iterable[tuple[Any, ...]]) -> Generator[ShardResult]:
         """The results of `work(dataset, plan, target, config, *rest)` as they come, for each (plan, *rest)."""
         # Whoever initialised Ray has imported it; importing it here would cost a second for nothing.
         if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
             for plan, *rest in jobs:
+                self.check_lease()
                 yield work(self.dataset, plan, self.target, self.config, *rest)
             return
         import ray
@@ -111,6 +126,7 @@ class _Run:
             while True:
                 # Plans are read from disk when there is room for their task, never all at once.
                 while len(running) < self._max_tasks and (job := next(waiting, None)) is not None:
+                    self.check_lease()
                     running.append(task.remote(shared, job[0], self.target, self.config, *job[1:]))
                 if not running:
                     return

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -152,3 +153,30 @@ def test_champion_lease__overtaken_twice_puts_back_what_the_newest_wants(
         with pytest.raises(LeaseLost, match=f"the champion of {one.name} is in other hands meanwhile"):
             lease.move(one.version)
     assert store.find_alias(tracking, one.name, "champion") == three.version
+
+
+def test_champion_lease__newest_holder_changes_its_mind_while_its_former_wish_is_put_back(
+    tracking: Tracking, register: Any, trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LAPSES_AFTER_S", 0.0)
+    one, two, three = (scored(register, trained, miou) for miou in (0.50, 0.60, 0.70))
+    store.set_alias(tracking, one.name, "champion", two.version)
+    set_alias = store.set_alias
+    with ExitStack() as stack:
+        newer: list[ChampionLease] = []
+
+        def overtaken(tracking: Tracking, name: str, alias: str, version: int) -> None:
+            if not newer:
+                newer.append(stack.enter_context(champion_lease(tracking, name)))
+            elif version == two.version:
+                # What the newer one wanted when it was asked; it moves the alias before that is put back.
+                monkeypatch.setattr(store, "set_alias", set_alias)
+                newer[0].move(three.version)
+            set_alias(tracking, name, alias, version)
+
+        with champion_lease(tracking, one.name) as lease:
+            monkeypatch.setattr(store, "set_alias", overtaken)
+            with pytest.raises(LeaseLost):
+                lease.move(one.version)
+        assert store.find_alias(tracking, one.name, "champion") == three.version
+        newer[0].check()

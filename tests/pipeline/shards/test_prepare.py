@@ -22,6 +22,7 @@ from pipeline.shards import shard_task
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.sample_check import check_sample
 from pipeline.shards.shard_check import check_shard_set
+from pipeline.workflow.lease import LeaseLost, take_lease
 
 DIGITS = DataConfig(dataset="digits", samples_per_shard=4, digits=DigitsConfig(num_train=10, num_val=3))
 
@@ -68,6 +69,32 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(Digits, "read", read)
     return keys
+
+
+def test_prepare__who_was_overtaken_stops_and_leaves_the_newer_set_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, uri = tmp_path / "set", str(tmp_path / "lease")
+    overtaken, newer = take_lease(uri, "step prepare"), take_lease(uri, "step prepare")
+    prepare_shards(DIGITS, str(folder), progress=lambda _: None, lease=newer)
+    before = sums(folder)
+    changed = DIGITS.model_copy(update={"samples_per_shard": 5})
+    with pytest.raises(LeaseLost, match="step prepare was taken over"):
+        prepare_shards(changed, str(folder), progress=lambda _: None, lease=overtaken)
+    assert sums(folder) == before
+    # Overtaken on the way: it finishes its shard and no more.
+    keys, read = count_calls(monkeypatch), Digits.read
+
+    def take_over(self: Digits, sample: RawSample) -> object:
+        if len(keys) == 1:
+            take_lease(uri, "step prepare")
+        return read(self, sample)
+
+    monkeypatch.setattr(Digits, "read", take_over)
+    with pytest.raises(LeaseLost):
+        prepare_shards(DIGITS, str(tmp_path / "other"), progress=lambda _: None, lease=newer)
+    assert len(keys) == DIGITS.samples_per_shard
+    assert not (tmp_path / "other" / "manifest.json").exists()
 
 
 def test_prepare__twice_from_scratch_gives_the_same_bytes(tmp_path: Path) -> None:

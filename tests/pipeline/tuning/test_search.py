@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from pipeline import storage
+from pipeline.causes import one_line
 from pipeline.config import LossConfig, RuntimeConfig, SearchRange, TrainConfig, TuneConfig, VariantSettings
 from pipeline.errors import UserError
 from pipeline.records import SearchResult
 from pipeline.tuning import search as tune
 from pipeline.tuning.record import SearchRecord
-from pipeline.workflow.lease import take_lease
+from pipeline.workflow.lease import LeaseLost, take_lease
 from pipeline.workflow.tracking import Tracking
 
 SPACE = {
@@ -52,6 +53,8 @@ def search(
 
         import ray.tune
 
+        from pipeline.workflow.lease import take_lease
+
         number = int(sampled["trial"])
         with Path(started).open("a") as file:
             file.write(f"{number}\n")
@@ -60,6 +63,8 @@ def search(
         for step in range(1, tune.steps + 1):
             if step == 2 and (what == "dies" or (what == "dies once" and attempts == 1)):
                 os._exit(1)
+            if step == 2 and what == "overtakes":
+                take_lease(uris.lease.uri, "the search")
             if step == 2 and what == "fails":
                 ray.tune.report({"step": 0.0, "val_miou": -1.0, "cause": f"trial {number} has no memory"})
                 return
@@ -178,3 +183,18 @@ def test_search__over_the_limit_ends_with_the_first_cause_and_the_next_start_tri
         ("finished", 1, None),
     ]
     assert statuses(tracking) == [(str(number), "FINISHED") for number in range(4)]
+
+
+def test_search__overtaken_ends_with_one_line_and_changes_nothing_more(search: Search, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"0": "overtakes"}))
+    settings = TuneConfig(num_trials=3, steps=3, report_every_steps=1, reduction_factor=3, space=SPACE)
+    message = r"^the search was taken over by another process \(lease 2 of \w{8}, after 1\); this one stops"
+    with pytest.raises(LeaseLost, match=message) as lost:
+        search(settings)
+    assert len(one_line(lost.value)) < 200
+    assert started(tmp_path) == [0]
+    (trial,) = SearchRecord.load(str(tmp_path / "search" / "trials")).trials.values()
+    assert (trial.state, [score.step for score in trial.scores]) == ("running", [1])
+    assert not (tmp_path / "search" / "trials.json").exists()
+    (tmp_path / "plan.json").write_text("{}")
+    assert search(settings).num_trials == 3
