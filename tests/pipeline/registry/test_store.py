@@ -39,13 +39,13 @@ def test_register_model__loser_of_a_race_yields_to_the_first(
     tracking: Tracking, register: Register, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[Any] = []
-    real = store._versions_with_key
+    real = store._versions_with
 
     def blind_at_first(*arguments: Any) -> list[Any]:
         looks.append(arguments)
         return [] if len(looks) in (1, 3) else real(*arguments)
 
-    monkeypatch.setattr(store, "_versions_with_key", blind_at_first)
+    monkeypatch.setattr(store, "_versions_with", blind_at_first)
     first, second = register(), register()
     assert (len(looks), second) == (4, first)
     assert [one.version for one in models.list_models(tracking, first.name)] == [1]
