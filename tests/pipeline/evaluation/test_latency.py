@@ -79,7 +79,12 @@ def test_time_prediction__repeats_a_short_run_until_load_can_be_told(
     machine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(latency, "measure_latency", lambda *given: asked.append(given) or 1.0)
+
+    def measure(*given: Any) -> float:
+        asked.append(given)
+        return 1.0
+
+    monkeypatch.setattr(latency, "measure_latency", measure)
     monkeypatch.setattr(latency, "MIN_WINDOW_S", 0.05)
     time_prediction(None, (32, 48), 5, {"flip": True})  # type: ignore[arg-type]
     assert asked[0] == (None, (32, 48), 3, {"flip": True})
