@@ -265,7 +265,9 @@ def test_promote_version__the_champion_scored_anew_is_what_counts(
 ) -> None:
     promote_version(tracking, register(trained.scored(0.9)), PromotionPolicy())
     sliding = {"inference": {"mode": "sliding", "stride": (8, 8)}}
-    worse, better = (register(trained.scored(miou, checkpoint_digest="c" * 64, **sliding)) for miou in (0.6, 0.8))
+    worse, better = (register(trained.scored(miou, **sliding)) for miou in (0.6, 0.8))
+    for version in (worse, better):
+        store.set_version_tags(tracking, version.name, version.version, {store.CHECKPOINT_DIGEST: "c" * 64})
     refused = promote_version(tracking, better, PromotionPolicy())
     assert ": not comparable; run the champion's experiment with this data" in refused.reason
     register(trained.scored(0.7, **sliding))
