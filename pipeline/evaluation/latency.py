@@ -19,7 +19,7 @@ from segvit.model import SegViT
 
 # Evaluations of one user share the file; what others run shows in the load.
 LOCK_FILE = Path(tempfile.gettempdir()) / f"segvit-latency-{os.getuid()}.lock"
-LOCK_WAIT_S = 300.0
+LOCK_WAIT_S = 60.0
 QUIET_WAIT_S = 5.0
 POLL_S = 0.5
 # What daemons of Ray and MLflow take now and then.
