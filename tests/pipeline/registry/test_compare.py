@@ -133,11 +133,11 @@ def test_compare_versions__what_cannot_be_compared(scored: Scored) -> None:
     elsewhere = evaluation.model_copy(update={"data_digest": "f" * 64})
     with (
         tag_changed(scored, store.EVALUATION, elsewhere.to_json()),
-        pytest.raises(UserError, match=r"^version 1 was scored on data \w{8} \(val\), ") as raised,
+        pytest.raises(UserError, match=r"^version 1 was scored on data \w{8}, ") as raised,
     ):
         compare_versions(tracking, name, 1, 2)
     assert str(raised.value).endswith(
-        "version 2 on ffffffff (val): not comparable; evaluate both on the same shard set"
+        "version 2 on data ffffffff: not comparable; evaluate both on the same shard set with the same settings"
     )
     counts = Path(evaluation.uri) / COUNTS_FILE
     content = counts.read_bytes()
