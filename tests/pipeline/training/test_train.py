@@ -286,7 +286,6 @@ def test_train_variant__overtaken_uploads_and_publishes_nothing_more(
     with pytest.raises(UserError) as caught:
         ray_session.get(ray_session.submit(task, name="train", max_retries=0))
     said = execution.one_line(caught.value)
-    print(said)
     assert re.search(r"training was taken over by another process \(lease \d of \w{8}, after 1\)", said)
     assert [path for path in (tmp_path / "ray/run").glob("checkpoint_*") if path.is_dir()] == []
     assert not (tmp_path / "published").exists()
