@@ -14,6 +14,7 @@ from typing import Any
 
 import ray.tune
 from ray.tune import Callback, Stopper
+from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -213,7 +214,7 @@ def run_trials(
     """Run all trials that wait; `session_uri` and `session_name`: where Ray Tune keeps what it needs meanwhile."""
     # It tells where its own state lies, which is removed at the end, and of failures, which are told in one line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    ray.tune.Tuner(
+    tuner = ray.tune.Tuner(
         ray.tune.with_resources(trainable, resources),
         tune_config=ray.tune.TuneConfig(
             num_samples=driver.num_waiting,
@@ -229,4 +230,10 @@ def run_trials(
             callbacks=[TrialWatch(driver)],
             verbose=0,
         ),
-    ).fit()
+    )
+    try:
+        tuner.fit()
+    except TuneError:
+        # It holds the text of a traceback; where another process has the search, that is all there is to tell.
+        driver.record.check_lease()
+        raise

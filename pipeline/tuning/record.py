@@ -123,11 +123,15 @@ class SearchRecord:
 
     def save(self, trial: TrialRecord) -> None:
         """Keep `trial`; raises LeaseLost where another process has the right now."""
-        assert self.lease is not None, "a record that was only loaded cannot be changed"
-        self.lease.check()
+        self.check_lease()
         content = {"digest": trial.content_digest(), "trial": trial.model_dump(mode="json")}
         storage.publish_json(storage.join(self.uri, f"{trial_name(trial.number)}.json"), content)
         self.trials[trial.number] = trial
+
+    def check_lease(self) -> None:
+        """Raise LeaseLost where another process has the right to save."""
+        assert self.lease is not None, "a record that was only loaded cannot be changed"
+        self.lease.check()
 
     def change(self, number: int, **changes: Any) -> TrialRecord:
         """Save the trial with some fields changed."""
