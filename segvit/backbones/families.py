@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -36,9 +37,20 @@ def outline_backbone(
         image_size: (height, width) in pixels that its grid or windows are for, valid by `image_size_problems`;
             None: the name's own.
 
+    Returns:
+        A network to be read only: who asks again gets the same one.
+
     Raises:
         ValueError: Unknown name, or neither a plain ViT with square patches nor a Swin.
     """
+    return _outline(name, tuple(sorted(options.items())), image_size)
+
+
+@lru_cache(maxsize=16)
+def _outline(
+    name: str, given: tuple[tuple[str, int | float], ...], image_size: tuple[int, int] | None
+) -> PlainViT | SwinTransformer:
+    options = dict(given)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(FAMILY_PATTERNS), n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models('vit_*')"
