@@ -133,7 +133,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluated(packed: Path, trained: Any) -> Evaluation:
     digest = storage.file_digest(str(packed / "checkpoint/model.safetensors"))
-    return trained.scored(0.5, checkpoint_digest=digest, uri=str(packed))
+    scored: Evaluation = trained.scored(0.5, checkpoint_digest=digest, uri=str(packed))
+    return scored
 
 
 def test_save_pyfunc__a_decoder_of_another_package_loads_where_that_is_not_installed(
