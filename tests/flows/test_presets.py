@@ -61,7 +61,7 @@ def test_plan__every_preset_fits(
     config.write_text(yaml.safe_dump(tree))
     main(["plan", str(config), "--workspace", str(tmp_path / "ws"), "--json"])
     labels = [step["label"] for step in json.loads(capfd.readouterr().out)]
-    assert [label for label in labels if label.startswith("train/")] == [f"train/{name}" for name in PRESETS]
+    assert {label for label in labels if label.startswith("train/")} == {f"train/{name}" for name in PRESETS}
     backbones = {preset.model.backbone for preset in PRESETS.values()}
     assert sum(label.startswith("fetch_backbone/") for label in labels) == len(backbones)
 
