@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def test_plan__in_a_fresh_workspace_creates_nothing_and_imports_neither_mlflow_n
 
 def test_plan__tells_why_a_result_cannot_be_used(tracking: Tracking, tmp_path: Path) -> None:
     remember(tracking, tmp_path / "gone", prepare, "t")
+    shutil.rmtree(tmp_path / "gone")
     with Plan(str(tmp_path), tracking) as plan:
         plan.step(prepare, "t")
     assert (plan.steps[0].cached, plan.steps[0].note) == (False, f"{tmp_path}/gone is gone")
