@@ -85,10 +85,13 @@ def _of_variants(config: ExperimentConfig, num_classes: int) -> list[str]:
 def _of_settings(config: ExperimentConfig, name: str, num_classes: int) -> list[str]:
     try:
         settings = config.variant_settings(name)
-        model = ModelConfig.from_dict(settings.model)
-    except (UserError, ValueError) as error:
+    except UserError as error:
         return [str(error)]
-    return [*_model_problems(settings, model, num_classes), *_schedule_problems(settings)]
+    try:
+        found = _model_problems(settings, ModelConfig.from_dict(settings.model), num_classes)
+    except ValueError as error:
+        found = [str(error)]
+    return [*found, *_schedule_problems(settings)]
 
 
 def _model_problems(settings: VariantSettings, model: ModelConfig, num_classes: int) -> list[str]:
