@@ -1,6 +1,6 @@
 """Recipes by name: which steps, in which order. `recipe:` in an experiment file chooses one.
 
-A package of one's own adds a recipe by an entry point of the group `segvit.recipes` (docs/recipes.md).
+A package of one's own adds a recipe by an entry point of the group `segvit.recipes` (docs/extending.md).
 """
 
 from __future__ import annotations
