@@ -70,6 +70,7 @@ class ScheduleConfig(BaseModel):
 class TrainConfig(Section):
     """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step.
 
+    `precision`: bf16 computes in fp32 on a device without bf16 instructions, and the log says so.
     `repeat_factor_threshold`: images with a class that fewer than this share of the images hold come more often,
     sqrt(threshold / share) times an epoch (LVIS); left out, every image comes once.
     `stream_buffer`: read shards from front to back, this many samples a request, for storage where a request is

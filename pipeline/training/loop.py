@@ -47,6 +47,8 @@ def run_training(
         torch.cuda.set_device(context.device)
     trainer = Trainer(job, context, resume_from)
     train, state = job.train, trainer.state
+    if context.rank == 0 and trainer.precision != train.precision:
+        log(f"{job.variant}  in {trainer.precision}: this {context.device.type} has no {train.precision} instructions")
     batches = micro_batches(job, context, state.step)
     training_log = TrainingLog(job, context, state, report, log, report_every_s)
     while state.step < train.steps:

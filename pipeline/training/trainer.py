@@ -33,6 +33,9 @@ from segvit.weights.pretrained import load_backbone_state, read_file
 
 LOCALIZE_IMAGES = 48
 
+# Instructions that multiply bf16 matrices, of x86 and of ARM.
+_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
 
 class TrainJob(Record):
     """All that a training worker needs, serialisable.
@@ -81,6 +84,7 @@ class Trainer:
     def __init__(self, job: TrainJob, context: DistributedContext, resume_from: Path | None = None) -> None:
         self.job = job
         self.context = context
+        self.precision = computed_precision(job.train.precision, context.device)
         self.state = TrainState()
         self.watch = FiniteWatch(context.device)
         torch.manual_seed(job.train.seed)
@@ -128,8 +132,8 @@ class Trainer:
         return forward
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """bf16 autocast where the job asks for it."""
-        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.job.train.precision == "bf16")
+        """bf16 autocast where the job asks for it and the device has it."""
+        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches; returns this rank's weighted loss terms, detached."""
@@ -211,6 +215,17 @@ class Trainer:
             "palette": manifest["palette"],
         }
         save_training(folder, self.model, self.optimizer, self.state, rng, metadata)
+
+
+def computed_precision(asked: str, device: torch.device) -> str:
+    """`asked`, but fp32 where the device would have to emulate bf16 (on a CPU six times slower than fp32)."""
+    if asked != "bf16":
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # Absent before PyTorch 2.11; then nothing is known of the processor.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if any(capabilities.get(name) for name in _CPU_BF16) else "fp32"
 
 
 def job_schedule(train: TrainConfig) -> Callable[[int], float]:

@@ -172,7 +172,10 @@ def poison(step: int) -> None:
 
 
 @pytest.mark.parametrize("structure", ["cascade", "shrunk"])
-def test_train_step__bf16_with_frozen_blocks(make_job: MakeJob, structure: str) -> None:
+def test_train_step__bf16_with_frozen_blocks(
+    make_job: MakeJob, structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     job = make_job(structure, precision="bf16", freeze_blocks=1)
     trainer = Trainer(job, ALONE)
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
@@ -183,6 +186,22 @@ def test_train_step__bf16_with_frozen_blocks(make_job: MakeJob, structure: str) 
     assert frozen
     assert changed == before.keys() - frozen
     assert {value.dtype for value in trainer.model.parameters()} == {torch.float32}
+
+
+def test_run_training__bf16_is_fp32_where_the_processor_would_emulate_it(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
+    weights, lines = {}, list[str]()
+    for precision in ("bf16", "fp32"):
+        job = make_job(precision=precision, steps=1)
+        reports = Reports()
+        run_training(job, ALONE, reports, work_folder=tmp_path / precision, log=lines.append)
+        weights[precision] = (tmp_path / precision / "step-00000001" / "model.safetensors").read_bytes()
+    assert weights["bf16"] == weights["fp32"]
+    assert [line for line in lines if "instructions" in line] == [
+        "full  in fp32: this cpu has no bf16 instructions"
+    ]
 
 
 def test_trainer__localized_upsampling_starts_from_position_codes(make_job: MakeJob) -> None:
