@@ -1,8 +1,8 @@
-"""Images and label maps for training: the same pixels as `pipeline.decode`, decoded faster or smaller.
+"""Images and label maps for training: the same pixels as `segvit.image_files`, decoded faster or smaller.
 
 simplejpeg is libjpeg-turbo straight into an array, half again as fast as Pillow, and scales in the DCT domain. Label
 maps are written without PNG's filters, which help nothing in class ids, so that reading them is inflating them. What
-is read differently from Pillow (CMYK, palettes, 16 bits, images that are no JPEG) is left to `pipeline.decode`.
+is read differently from Pillow (CMYK, palettes, 16 bits, images that are no JPEG) is left to `segvit.image_files`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from zlib_ng import zlib_ng
 
-from pipeline.decode import MAX_PIXELS, DecodeError, decode_label, exif_orientation, open_image
+from segvit.image_files import MAX_PIXELS, DecodeError, decode_label, exif_orientation, open_image
 
 _PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _PNG_HEADER = struct.Struct(">II5s")  # width, height; depth, colour, compression, filter, interlace

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, cast
 import fsspec
 
 from pipeline import storage
-from pipeline.decode import one_line
 from pipeline.errors import UserError
+from segvit.image_files import one_line
 
 SUFFIXES = (".zip", ".tar")
 # Compressed as one stream: reading one member would mean reading all before it.

@@ -19,7 +19,7 @@ from pipeline import storage
 from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, pair_by_stem, read_label
 from pipeline.datasets.raw import LabelIds, RawSample, load_metadata
 from pipeline.datasets.tree import Entry
-from pipeline.decode import MAX_PIXELS, DecodeError, decode_label, one_line
+from segvit.image_files import MAX_PIXELS, DecodeError, decode_label, one_line
 
 LISTS = {"train": "train", "val": "test"}
 FOLDERS = {"train": "train2014", "val": "test2014"}

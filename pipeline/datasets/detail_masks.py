@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.json_stream import Element, read_elements
-from pipeline.decode import MAX_PIXELS, DecodeError
+from segvit.image_files import MAX_PIXELS, DecodeError
 
 Span = tuple[int, int]  # offset and size in the file, bytes
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 from pipeline.config import DigitsConfig
 from pipeline.datasets.raw import Palette, RawPair, RawSample, digest_of
-from pipeline.decode import encode_png
 from pipeline.errors import UserError
+from segvit.image_files import encode_png
 
 BACKGROUND = 10
 VAL_FRACTION = 0.2

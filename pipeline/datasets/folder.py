@@ -22,8 +22,8 @@ from pipeline.config import FolderConfig, Section
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, decode_text, pair_by_stem, split_lines
 from pipeline.datasets.raw import LabelIds, Palette, digest_of
 from pipeline.datasets.tree import FileTree
-from pipeline.decode import IGNORE_INDEX
 from pipeline.errors import UserError
+from segvit.image_files import IGNORE_INDEX
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
 

@@ -22,8 +22,8 @@ from pipeline.datasets.raw import (
     sample_key,
 )
 from pipeline.datasets.tree import Entry, FileTree
-from pipeline.decode import DecodeError, decode_label, orient_label
 from pipeline.errors import UserError
+from segvit.image_files import DecodeError, decode_label, orient_label
 
 # Of files that are meant to be images. All but JPEG and PNG are listed to be rejected, not passed over in silence.
 IMAGE_SUFFIXES = (

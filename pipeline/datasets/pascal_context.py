@@ -20,8 +20,8 @@ from pipeline.datasets.detail_masks import DetailImage, draw_label, index_detail
 from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, read_label
 from pipeline.datasets.raw import LabelIds, RawSample, load_metadata
 from pipeline.datasets.tree import Entry
-from pipeline.decode import decode_label
 from pipeline.errors import UserError
+from segvit.image_files import decode_label
 
 DETAIL = "trainval_merged.json"
 IMAGES, CONVERTED, LISTS = "JPEGImages", "SegmentationClassContext", "ImageSets/SegmentationContext"

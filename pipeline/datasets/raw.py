@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.archive import Extent
-from pipeline.decode import IGNORE_INDEX
+from segvit.image_files import IGNORE_INDEX
 
 Palette = tuple[tuple[int, int, int], ...]
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 import segvit
 from pipeline import storage
-from pipeline.decode import DecodeError, decode_image
 from pipeline.errors import UserError
 from pipeline.records import Record
+from segvit.image_files import DecodeError, decode_image
 from segvit.visualize import draw_legend, overlay, palette_image
 
 

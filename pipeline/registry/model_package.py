@@ -1,12 +1,11 @@
 """Packing a checkpoint as an MLflow model that needs nothing of this source tree, and logging it.
 
-The model is "from code": MLflow stores the loader script, the `segvit` package, the reader of image files, a decoder
-that another package adds, and the checkpoint as files.
+The model is "from code": MLflow stores the loader script, the `segvit` package, a decoder that another package adds,
+and the checkpoint as files.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import tempfile
@@ -17,18 +16,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import decode, storage
+from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint
 from pipeline.storage.names import CHECKPOINT_FILES, CONFIG_FILE, WEIGHTS_FILE
 from pipeline.workflow.tracking import Tracking
 from segvit.decoders import DECODERS
 
-# The name under which pipeline.decode lies in the model; its own would hide any package of the user's.
-IMAGE_READER_FILE = "segvit_decode.py"
 REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow")
 # Raise it when registered models are made another way; a checkpoint registered before then gets a new version.
-PACKAGE_FORMAT = 2
+PACKAGE_FORMAT = 3
 DESCRIPTION = {
     "input": "uint8 RGB images (B, H, W, 3), an object array of (H, W, 3) images, or base64 JPEG or PNG files",
     "output": "label maps (B, H, W), an object array of (H, W) maps, or base64 PNG files of class ids",
@@ -93,17 +90,14 @@ def save_pyfunc(target: Path, checkpoint: Path) -> None:
     # Images of any size, as arrays or as text: of all MLflow's types only this one takes them all.
     anything = Schema([TensorSpec(np.dtype("O"), (-1,))])
     with tempfile.TemporaryDirectory(prefix="segvit-code-") as scratch, warnings.catch_warnings():
-        code = Path(scratch)
-        plugin = decoder_plugin(checkpoint_structure(checkpoint), code)
-        image_reader = code / IMAGE_READER_FILE
-        image_reader.write_text(inspect.getsource(decode), encoding="utf-8")
+        plugin = decoder_plugin(checkpoint_structure(checkpoint), Path(scratch))
         # It would have an input example and type hints; neither suits images of any size.
         warnings.simplefilter("ignore")
         mlflow.pyfunc.save_model(
             str(target),
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"checkpoint": str(checkpoint)},
-            code_paths=[str(path) for path in (Path(package.origin).parent, image_reader, *plugin)],
+            code_paths=[str(path) for path in (Path(package.origin).parent, *plugin)],
             signature=ModelSignature(inputs=anything, outputs=anything),
             metadata=DESCRIPTION,
             pip_requirements=[f"{name}=={installed_version(name).split('+')[0]}" for name in REQUIREMENTS],

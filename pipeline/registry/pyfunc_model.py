@@ -1,7 +1,7 @@
 """The registered model as MLflow runs it.
 
-MLflow copies this file into the model, beside the `segvit` package, the reader of image files and the checkpoint,
-and runs the copy to load it. So it knows of neither this package nor its tree, and nothing of ours is pickled.
+MLflow copies this file into the model, beside the `segvit` package and the checkpoint, and runs the copy to load it.
+So it knows of neither this package nor its tree, and nothing of ours is pickled.
 
 Arrays give arrays, and files give files, so that what comes back never has to be guessed:
 
@@ -97,8 +97,7 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
 
 def _picture(number: int, item: Any) -> NDArray[np.uint8]:
     """The upright RGB pixels (H, W, 3) of a JPEG or PNG file."""
-    # Copied into the model from pipeline.decode, so that a file gives the same pixels everywhere.
-    from segvit_decode import DecodeError, decode_image  # type: ignore[import-not-found, unused-ignore]
+    from segvit.image_files import DecodeError, decode_image
 
     if not isinstance(item, str | bytes):
         raise UnusableInputError(f"image {number} is no base64 text as others are; send all images in one form")

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pydantic import ValidationError
 
-from pipeline.decode import IGNORE_INDEX, DecodeError, decode_image, decode_label
 from pipeline.errors import UserError
 from pipeline.records import ModelVersion, ShardSet
 from pipeline.registry import store
@@ -21,6 +20,7 @@ from pipeline.registry.models import checkpoint_folder
 from pipeline.reports.pages import data_uri, image_png, refuse_existing, render_page, write_files
 from pipeline.shards.shard_reader import SampleBytes, open_shard_set
 from pipeline.workflow.tracking import Tracking
+from segvit.image_files import IGNORE_INDEX, DecodeError, decode_image, decode_label
 
 if TYPE_CHECKING:
     import segvit

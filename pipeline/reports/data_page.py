@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 import segvit
-from pipeline.decode import IGNORE_INDEX, DecodeError, decode_label, open_image
 from pipeline.reports.data_summary import DataSummary
 from pipeline.reports.pages import data_uri, image_png, refuse_existing, render_page, write_files
 from pipeline.shards.shard_reader import ShardReader, open_shard_set
 from pipeline.shards.shards import ShardSetError, evenly_spaced
+from segvit.image_files import IGNORE_INDEX, DecodeError, decode_label, open_image
 from segvit.visualize import draw_legend
 
 SHEET_SAMPLES = 12

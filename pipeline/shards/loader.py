@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from pipeline.config import AugmentationConfig
-from pipeline.decode import DecodeError, decode_image, decode_label
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
 from pipeline.shards.balance import repeat_factors
@@ -27,6 +26,7 @@ from pipeline.shards.shard_reader import SampleBytes, ShardReader, SplitIndex, o
 from pipeline.shards.shard_streams import DrawnSample, read_shard_streams
 from pipeline.shards.shards import ShardSetError, evenly_spaced
 from pipeline.shards.transforms import MEAN_PIXEL, AugmentedPair, training_view
+from segvit.image_files import DecodeError, decode_image, decode_label
 
 T = TypeVar("T")
 

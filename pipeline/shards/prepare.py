@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, open_dataset
-from pipeline.decode import IGNORE_INDEX
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
 from pipeline.shards.duplicates import Position, find_duplicates
@@ -41,6 +40,7 @@ from pipeline.shards.shard_task import (
 from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, Manifest, ShardEntry, ShardSetError, read_manifest
 from pipeline.storage.names import INDEX, MANIFEST, QUARANTINE
 from pipeline.workflow.lease import Lease
+from segvit.image_files import IGNORE_INDEX
 
 PROGRESS_INTERVAL_S = 2.0
 ROW_GROUP_ROWS = 1 << 16

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
-from pipeline.decode import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, open_image
 from pipeline.fast_decode import encode_ids
+from segvit.image_files import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, open_image
 
 JPEG_QUALITY = 95
 _PNG_START = b"\x89PNG"

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import AugmentationConfig
-from pipeline.decode import IGNORE_INDEX, DecodeError
 from pipeline.fast_decode import decode_ids, decode_reduced, use_one_thread
+from segvit.image_files import IGNORE_INDEX, DecodeError
 
 # ImageNet's mean colour; close to 0 after the normalisation of every backbone we know.
 MEAN_PIXEL = (124, 116, 104)

@@ -84,8 +84,8 @@ def load_training(
     parameters = dict(model.named_parameters())
     for key, value in load_file(folder / OPTIMIZER_FILE).items():
         name, _, moment = key.rpartition(":")
-        # AdamW counts its steps on the CPU.
-        optimizer.state[parameters[name]][moment] = value.to("cpu" if moment == "step" else device)
+        # Its count of steps, too: the fused AdamW wants all of its state beside the parameter.
+        optimizer.state[parameters[name]][moment] = value.to(device)
     _restore_rng(load_file(folder / RNG_FILE), rank, device)
     history = [json.loads(line) for line in (folder / HISTORY_FILE).read_text().splitlines()]
     return TrainState(history=history, **json.loads((folder / STATE_FILE).read_text()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +98,7 @@ class Trainer:
                 decoder_lr_multiplier=job.train.decoder_lr_multiplier,
             ),
             betas=(0.9, 0.999),
+            fused=True,
         )
         self.rate_factor = job_schedule(job.train)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -224,7 +225,7 @@ def computed_precision(asked: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # Absent before PyTorch 2.11; then nothing is known of the processor.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if any(capabilities.get(name) for name in _CPU_BF16) else "fp32"
 
 

@@ -1,4 +1,4 @@
-"""Fast decoding gives what `pipeline.decode` gives; reduced decoding gives means of blocks."""
+"""Fast decoding gives what `segvit.image_files` gives; reduced decoding gives means of blocks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.decode import DecodeError, decode_image, decode_label, encode_png
 from pipeline.fast_decode import decode_ids, decode_reduced, encode_ids
+from segvit.image_files import DecodeError, decode_image, decode_label, encode_png
 
 
 def scene(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -16,8 +16,8 @@ from PIL import Image
 from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, RejectedSampleError, open_dataset
 from pipeline.datasets.coco_stuff import decode_mat
-from pipeline.decode import DecodeError
 from pipeline.errors import UserError
+from segvit.image_files import DecodeError
 
 NAMES = {
     "train": ["COCO_train2014_000000000077", "COCO_train2014_000000000025"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.datasets.detail_masks import decode_counts, draw_polygon, draw_runs
-from pipeline.decode import DecodeError
+from segvit.image_files import DecodeError
 
 
 def test_decode_counts__known_strings() -> None:

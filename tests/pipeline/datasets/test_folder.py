@@ -20,11 +20,11 @@ from PIL import Image
 from pipeline.config import AugmentationConfig, DataConfig
 from pipeline.datasets import RawDataset, RejectedSampleError, open_dataset
 from pipeline.datasets.folder import default_palette
-from pipeline.decode import open_image
 from pipeline.errors import UserError
 from pipeline.shards.loader import EvalLoader, TrainLoader
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.shard_reader import open_shard_set
+from segvit.image_files import open_image
 
 HEIGHT, WIDTH = 24, 32
 

@@ -143,7 +143,6 @@ def test_save_pyfunc__a_decoder_of_another_package_loads_where_that_is_not_insta
     assert sorted(path.name for path in (packed / "model/code").iterdir()) == [
         "own",
         "segvit",
-        "segvit_decode.py",
         "segvit_decoder_scaled-0.dist-info",
     ]
     # As where it was packed: the decoder's own module has to come from the artifact, too.

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from pipeline import storage
 from pipeline.config import AugmentationConfig, DataConfig, DigitsConfig
 from pipeline.datasets.digits import Digits
-from pipeline.decode import encode_png
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
 from pipeline.shards.loader import Batch, EvalLoader, LoaderProcessError, TrainLoader
@@ -33,6 +32,7 @@ from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.sample_stream import SampleStream
 from pipeline.shards.shard_reader import ShardReader
 from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, Manifest, ShardEntry, ShardSetError, ShardWriter
+from segvit.image_files import encode_png
 from tests.examples import LONG_FORM, num_examples
 
 SCENES = DigitsConfig(num_train=11, num_val=7)

@@ -13,9 +13,9 @@ from PIL import Image
 
 from pipeline.config import DataConfig, DigitsConfig
 from pipeline.datasets import RawPair, RawSample, RejectedSampleError, open_dataset
-from pipeline.decode import decode_label, encode_png, open_image
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.sample_check import check_sample
+from segvit.image_files import decode_label, encode_png, open_image
 
 SAMPLE = RawSample("a", "a.jpg", "a.png", "")
 DIGITS = DataConfig(dataset="digits", samples_per_shard=4, digits=DigitsConfig(num_train=7, num_val=2))

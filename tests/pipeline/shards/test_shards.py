@@ -18,7 +18,6 @@ from PIL import Image
 from pipeline import storage
 from pipeline.config import DataConfig, DigitsConfig
 from pipeline.datasets import open_dataset
-from pipeline.decode import decode_label, encode_png
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.shards.shard_reader import open_shard_set
@@ -29,6 +28,7 @@ from pipeline.shards.shards import (
     evenly_spaced,
     read_manifest,
 )
+from segvit.image_files import decode_label, encode_png
 
 CONFIG = DataConfig(dataset="digits", samples_per_shard=5, digits=DigitsConfig(num_train=12, num_val=6))
 

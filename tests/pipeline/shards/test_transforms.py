@@ -15,7 +15,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from pipeline.config import AugmentationConfig
-from pipeline.decode import DecodeError, encode_png
 from pipeline.shards.transforms import (
     MEAN_PIXEL,
     AugmentedPair,
@@ -31,6 +30,7 @@ from pipeline.shards.transforms import (
     resize,
     training_view,
 )
+from segvit.image_files import DecodeError, encode_png
 from tests.examples import num_examples
 
 PLAIN = AugmentationConfig(

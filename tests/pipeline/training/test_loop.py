@@ -199,9 +199,7 @@ def test_run_training__bf16_is_fp32_where_the_processor_would_emulate_it(
         run_training(job, ALONE, reports, work_folder=tmp_path / precision, log=lines.append)
         weights[precision] = (tmp_path / precision / "step-00000001" / "model.safetensors").read_bytes()
     assert weights["bf16"] == weights["fp32"]
-    assert [line for line in lines if "instructions" in line] == [
-        "full  in fp32: this cpu has no bf16 instructions"
-    ]
+    assert [line for line in lines if "instructions" in line] == ["full  in fp32: this cpu has no bf16 instructions"]
 
 
 def test_trainer__localized_upsampling_starts_from_position_codes(make_job: MakeJob) -> None:

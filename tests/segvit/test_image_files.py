@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline import decode
-from pipeline.decode import DecodeError, decode_image, decode_label, encode_png, open_image, orient_label
+from segvit import image_files
+from segvit.image_files import DecodeError, decode_image, decode_label, encode_png, open_image, orient_label
 
 
 def encoded(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
@@ -105,7 +105,7 @@ def test_open_image__camera_files_with_several_pictures_are_jpeg() -> None:
 
 def test_max_pixels__refused_before_the_pixels_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode_png(np.zeros((100, 100), np.uint8))
-    monkeypatch.setattr(decode, "MAX_PIXELS", 9_999)
+    monkeypatch.setattr(image_files, "MAX_PIXELS", 9_999)
     for read in (decode_image, decode_label):
         with pytest.raises(DecodeError, match="has 100x100 pixels, more than the 9999 allowed"):
             read(data)
