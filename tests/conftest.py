@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.config import DataConfig, DigitsConfig
 from pipeline.records import ShardSet
-from pipeline.training.trainer import TrainJob
+from pipeline.training.job import TrainJob
 from tests.jobs import tiny_job
 
 MakeJob = Callable[..., TrainJob]

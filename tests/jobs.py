@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config import LossConfig, RuntimeConfig, TrainConfig, VariantSettings
 from pipeline.records import BackboneRecord, ShardSet
-from pipeline.training.trainer import TrainJob
+from pipeline.training.job import TrainJob
 
 
 def tiny_job(shard_set: ShardSet, structure: str = "cascade", **train: Any) -> TrainJob:

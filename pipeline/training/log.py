@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.train_checkpoint import TrainState
-from pipeline.training.trainer import DistributedContext, TrainJob
 
 _ROW_FIGURES = ("step", "total", "learning_rate", "images_per_s", "seconds")
 

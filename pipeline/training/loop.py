@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from pipeline.shards.loader import Batch, TrainLoader
+from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.log import Reporter, TrainingLog
 from pipeline.training.non_finite import stop_training
 from pipeline.training.train_checkpoint import TrainState
-from pipeline.training.trainer import DistributedContext, Trainer, TrainJob
+from pipeline.training.trainer import Trainer
 
 
 def run_training(

@@ -29,7 +29,7 @@ from pipeline.errors import UserError, root_cause
 from pipeline.records import Checkpoint
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
-from pipeline.training.loop import run_training
+from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.train_run import (
     SavedCheckpoint,
     chosen_checkpoint,
@@ -37,7 +37,6 @@ from pipeline.training.train_run import (
     repair_run,
     usable_checkpoints,
 )
-from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.workflow.lease import Lease
 from pipeline.workflow.ray_session import wants_gpu
 from pipeline.workflow.tracking import MetricLog
@@ -103,6 +102,9 @@ def train_worker(loop_config: dict[str, Any]) -> None:
 
     Rows of metrics wait for one another up to `report_every_s`, if that is given.
     """
+    # Here, so that the processes that only lead the workers load no model.
+    from pipeline.training.loop import run_training
+
     # Ray would print every report a second time, by loggers that bear the names of its files.
     for name in ("ray.train", None):
         logging.getLogger(name).setLevel(logging.WARNING)

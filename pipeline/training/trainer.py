@@ -10,7 +10,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import segvit
 from pipeline import storage
-from pipeline.config import RuntimeConfig, TrainConfig, VariantSettings
+from pipeline.config import TrainConfig
 from pipeline.evaluation.scoring import confusion_of_split
-from pipeline.records import BackboneRecord, Record, ShardSet
 from pipeline.shards.loader import Batch, EvalLoader, TrainLoader
 from pipeline.storage.names import MANIFEST
+from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
 from segvit.decoders.localize import localize_upsampling
@@ -35,41 +35,6 @@ LOCALIZE_IMAGES = 48
 
 # Instructions that multiply bf16 matrices, of x86 and of ARM.
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-
-
-class TrainJob(Record):
-    """All that a training worker needs, serialisable.
-
-    Attributes:
-        max_val_samples: validation looks at this many samples at most (None: all).
-        save_checkpoints: False for search trials, which are thrown away.
-    """
-
-    variant: str
-    settings: VariantSettings
-    shard_set: ShardSet
-    backbone: BackboneRecord
-    runtime: RuntimeConfig
-    max_val_samples: int | None = None
-    save_checkpoints: bool = True
-
-    @property
-    def train(self) -> TrainConfig:
-        """Optimisation and augmentation."""
-        return self.settings.train
-
-    @property
-    def model(self) -> segvit.ModelConfig:
-        """The model's configuration; raises ValueError where its fields do not fit one another."""
-        return segvit.ModelConfig.from_dict(self.settings.model)
-
-
-class DistributedContext(NamedTuple):
-    """Which worker this is, among how many, on which device."""
-
-    rank: int
-    world_size: int
-    device: torch.device
 
 
 class Trainer:

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.records import SearchResult
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.storage.names import TRIALS_FILE, TRIALS_FOLDER
-from pipeline.training.trainer import TrainJob
+from pipeline.training.job import TrainJob
 from pipeline.tuning.driver import SearchDriver, run_trials
 from pipeline.tuning.record import (
     SearchRecord,

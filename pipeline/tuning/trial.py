@@ -21,11 +21,10 @@ from pipeline.causes import one_line
 from pipeline.config import RuntimeConfig, TuneConfig
 from pipeline.errors import UserError
 from pipeline.storage.names import HISTORY_FILE
-from pipeline.training.loop import run_training
+from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.train import StopOnUserError, scaling, train_worker
 from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.train_run import repair_run
-from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.tuning.proposals import METRIC, STEP
 from pipeline.tuning.record import TrialUris, remove_folder, trial_name
 from pipeline.tuning.space import values_text
@@ -91,6 +90,9 @@ def run_trial(sampled: dict[str, Any], job: TrainJob, tune: TuneConfig, uris: Tr
 
 
 def _train_here(job: TrainJob, uris: TrialUris, number: int) -> None:
+    # Here, so that the process that leads the search loads no model.
+    from pipeline.training.loop import run_training
+
     folder_uri = uris.trial_uri(number)
     with tempfile.TemporaryDirectory(prefix="segvit-trial-") as folder:
         resume = _fetch_checkpoint(folder_uri, Path(folder) / "resume")

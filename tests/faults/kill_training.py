@@ -34,7 +34,7 @@ from pipeline.config import DataConfig, DigitsConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
 from pipeline.training import train as train_module
-from pipeline.training.trainer import TrainJob
+from pipeline.training.job import TrainJob
 from pipeline.workflow import ray_session
 from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import MetricLog, Tracking

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from pipeline.records import Checkpoint
+from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import run_training
-from pipeline.training.trainer import DistributedContext, TrainJob
 from pipeline.workflow import ray_session
 from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import MetricLog, Tracking

@@ -16,8 +16,8 @@ from pipeline.config import RuntimeConfig
 from pipeline.config.file import parse_config
 from pipeline.records import BackboneRecord
 from pipeline.shards.prepare import prepare_shards
+from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import run_training
-from pipeline.training.trainer import DistributedContext, TrainJob
 from segvit.presets import PRESETS
 from tests.pipeline.datasets.test_ade20k import make_ade20k
 

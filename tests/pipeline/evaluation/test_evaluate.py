@@ -13,7 +13,8 @@ import segvit
 from pipeline.config import EvaluateConfig, InferenceConfig, RuntimeConfig
 from pipeline.evaluation.evaluate import evaluate_part, write_evaluation_folder
 from pipeline.records import ShardSet
-from pipeline.training.trainer import TrainJob, build_job_model
+from pipeline.training.job import TrainJob
+from pipeline.training.trainer import build_job_model
 from segvit.metrics import ConfusionMatrix
 
 NAMES = [str(digit) for digit in range(10)] + ["background"]

@@ -11,7 +11,8 @@ from PIL import Image
 import segvit
 from pipeline.errors import UserError
 from pipeline.evaluation.predict import predict_images
-from pipeline.training.trainer import TrainJob, build_job_model
+from pipeline.training.job import TrainJob
+from pipeline.training.trainer import build_job_model
 
 NAMES = [f"class {index}" for index in range(11)]
 PALETTE = [[20 * index, 255 - 20 * index, 128] for index in range(11)]

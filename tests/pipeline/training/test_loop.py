@@ -14,9 +14,10 @@ from torch.multiprocessing.spawn import spawn
 
 from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError
+from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import micro_batches, run_training
 from pipeline.training.train_checkpoint import damage_of
-from pipeline.training.trainer import DistributedContext, Trainer, TrainJob
+from pipeline.training.trainer import Trainer
 from segvit.losses.segmentation_loss import SegmentationLoss
 from tests.jobs import with_settings
 

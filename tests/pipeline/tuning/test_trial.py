@@ -9,7 +9,7 @@ import pytest
 import ray.tune
 
 from pipeline.config import RuntimeConfig, TuneConfig
-from pipeline.training.trainer import TrainJob
+from pipeline.training.job import TrainJob
 from pipeline.tuning import trial as search_trial
 from pipeline.tuning.record import SearchRecord, TrialUris
 from pipeline.tuning.trial import history_scores, in_process, run_trial, trial_job, trial_resources

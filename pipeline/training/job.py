@@ -1,0 +1,47 @@
+"""What a training worker is given: its job, and its position among the workers. Loads no PyTorch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import segvit
+from pipeline.config import RuntimeConfig, TrainConfig, VariantSettings
+from pipeline.records import BackboneRecord, Record, ShardSet
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TrainJob(Record):
+    """All that a training worker needs, serialisable.
+
+    Attributes:
+        max_val_samples: validation looks at this many samples at most (None: all).
+        save_checkpoints: False for search trials, which are thrown away.
+    """
+
+    variant: str
+    settings: VariantSettings
+    shard_set: ShardSet
+    backbone: BackboneRecord
+    runtime: RuntimeConfig
+    max_val_samples: int | None = None
+    save_checkpoints: bool = True
+
+    @property
+    def train(self) -> TrainConfig:
+        """Optimisation and augmentation."""
+        return self.settings.train
+
+    @property
+    def model(self) -> segvit.ModelConfig:
+        """The model's configuration; raises ValueError where its fields do not fit one another."""
+        return segvit.ModelConfig.from_dict(self.settings.model)
+
+
+class DistributedContext(NamedTuple):
+    """Which worker this is, among how many, on which device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
