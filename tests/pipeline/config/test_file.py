@@ -43,7 +43,7 @@ def test_parse_config__every_worker_has_a_sample() -> None:
     elastic = parse_config(tree(runtime={"num_workers": [2, 5]})).runtime
     assert (elastic.num_workers, elastic.max_workers) == ((2, 5), 5)
     with pytest.raises(UserError, match=r"batch_size 16 / .* 4 = 4 leaves some of runtime.num_workers 5 without"):
-        parse_config(tree(runtime={"num_workers": [2, 5]}, train={"accumulation_steps": 4}))
+        parse_config(tree(runtime={"num_workers": [2, 5]}, train={"batch_size": 16, "accumulation_steps": 4}))
     with pytest.raises(UserError, match=r"num_workers \[5, 2\] is \[least, most\]; swap them"):
         parse_config(tree(runtime={"num_workers": [5, 2]}))
 

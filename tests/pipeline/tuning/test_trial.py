@@ -9,6 +9,7 @@ import pytest
 import ray.tune
 
 from pipeline.config import RuntimeConfig, TuneConfig
+from pipeline.training import loop
 from pipeline.training.job import TrainJob
 from pipeline.tuning import trial as search_trial
 from pipeline.tuning.record import SearchRecord, TrialUris
@@ -155,7 +156,7 @@ def test_run_trial__failure_is_told_in_one_line_and_a_lost_search_ends_it(
     assert "\n" not in told[0]["cause"]
     told.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(search_trial, "run_training", fail)
+        patch.setattr(loop, "run_training", fail)
         run_trial(SAMPLED, make_job(), TUNE, uris)
     assert told == [{"step": 0.0, "val_miou": -1.0, "cause": "ValueError: no such thing"}]
     take_lease(uris.lease.uri, "the search")
