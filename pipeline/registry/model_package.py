@@ -108,11 +108,16 @@ def decoder_plugin(structure: str, folder: Path) -> list[Path]:
     """The code of a decoder that another package adds, and the metadata by which it is found; none for a built-in one.
 
     The code is the module of its entry point, or all of the top-level package that the module is in. What else it
-    imports has to be installed where the model is loaded. The metadata is written below `folder`.
+    imports has to be installed where the model is loaded. The metadata is written below `folder`. Raises UserError for
+    a decoder whose module is not installed.
     """
     point, file = DECODERS.plugin(structure), DECODERS.plugin_file(structure)
-    if point is None or file is None:
+    if point is None:
         return []
+    if file is None:
+        raise UserError(
+            f"decoder {structure!r} is {point.value}, which is not installed here; install it, then run again"
+        )
     module = file.parent if file.name == "__init__.py" else file
     for _ in range(point.module.count(".")):
         module = module.parent

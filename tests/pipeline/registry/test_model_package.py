@@ -12,6 +12,7 @@ import pytest
 
 import segvit
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.records import Evaluation
 from pipeline.registry.artifact_check import reproduces
 from pipeline.registry.model_package import decoder_plugin
@@ -103,6 +104,14 @@ def test_decoder_plugin__is_found_without_its_package(
     ended = subprocess.run([sys.executable, "-IBc", FIND, str(code), root], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert Path(ended.stdout.strip()).is_relative_to(code)
+
+
+def test_decoder_plugin__whose_module_is_gone_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DECODERS, "plugin", lambda _: EntryPoint("mine", "nowhere_at_all:Mine", DECODERS.group))
+    with pytest.raises(
+        UserError, match=r"^decoder 'mine' is nowhere_at_all:Mine, which is not installed here; install"
+    ):
+        decoder_plugin("mine", tmp_path)
 
 
 def test_decoder_plugin__of_a_built_in_decoder_is_nothing(tmp_path: Path) -> None:
