@@ -82,9 +82,12 @@ def build_backbone(config: ModelConfig) -> Backbone:
     vit = create_vit(config.backbone, config.image_size, config.backbone_options)
     depth = len(vit.blocks)
     downsampling = config.decoder.downsampling(depth)
+    out_layers = config.out_layers or config.decoder.default_out_layers(depth, hierarchical=False)
+    if problems := config.decoder.out_layer_problems(out_layers, depth):
+        raise ValueError("; ".join(problems))
     return PlainBackbone(
         vit,
-        config.out_layers or config.decoder.default_out_layers(depth, hierarchical=False),
+        out_layers,
         shrink_at=downsampling.block if downsampling else None,
         shrink_queries=downsampling.queries if downsampling else "nearest",
         class_token=config.class_token,

@@ -21,6 +21,7 @@ DECODERS: Registry[type[Decoder]] = Registry(
         "single": "segvit.decoders.single:Single",
         "naive_qd": "segvit.decoders.naive_qd:NaiveQD",
         "shrunk": "segvit.decoders.shrunk:Shrunk",
+        "anchored": "segvit.decoders.anchored:Anchored",
         "linear": "segvit.decoders.linear:Linear",
     },
 )

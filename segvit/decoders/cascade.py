@@ -40,7 +40,7 @@ class Cascade(ATMOnFeatures):
         """(5, 7, 11) of 12 blocks and (7, 15, 23) of 24 as published, the ends of the thirds of others; all stages."""
         if hierarchical:
             return tuple(range(depth))
-        return (5, 7, 11) if depth == 12 else tuple(sorted({max(depth * third // 3 - 1, 0) for third in (1, 2, 3)}))
+        return cascade_layers(depth)
 
     def build(self, spec: DecoderSpec) -> nn.Module:
         """See `Decoder`."""
@@ -51,6 +51,11 @@ class Cascade(ATMOnFeatures):
             share_queries=self.share_queries,
             accumulate=self.accumulate_masks,
         )
+
+
+def cascade_layers(depth: int) -> tuple[int, ...]:
+    """The blocks that a cascade reads of a plain ViT: the published choice for 12, else the ends of the thirds."""
+    return (5, 7, 11) if depth == 12 else tuple(sorted({max(depth * third // 3 - 1, 0) for third in (1, 2, 3)}))
 
 
 class ATMCascade(nn.Module):
