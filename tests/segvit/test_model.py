@@ -12,7 +12,7 @@ from segvit.model import SegViT, build_model
 from segvit.presets import find_preset
 
 MakeModel = Callable[..., SegViT]
-STRUCTURES = ["cascade", "single", "naive_qd", "shrunk"]
+STRUCTURES = ["cascade", "single", "naive_qd", "shrunk", "anchored"]
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -71,7 +71,7 @@ import torch
 from segvit.decoders import DECODERS
 from segvit.losses import LOSS_TERMS
 from segvit.schedules import SCHEDULES, build_schedule
-assert DECODERS.names() == ["cascade", "single", "naive_qd", "shrunk", "linear", "broken", "pooled"]
+assert DECODERS.names() == ["cascade", "single", "naive_qd", "shrunk", "anchored", "linear", "broken", "pooled"]
 assert LOSS_TERMS.names()[-1] == "margin" and SCHEDULES.names()[-1] == "square"
 assert "own_parts" not in sys.modules, "names import nothing"
 assert DECODERS.plugin_file("pooled") == Path(sys.argv[1]) / "own_parts.py"
