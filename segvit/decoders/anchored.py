@@ -78,7 +78,7 @@ class AnchoredUpsampling(nn.Module):
 
     def _heads(self, groups: Tensor) -> Tensor:
         """(B, L, tokens, C) to (B, L, heads, tokens, C / heads)."""
-        return groups.unflatten(3, (self.num_heads, -1)).transpose(2, 3)
+        return torch.unflatten(groups, 3, (self.num_heads, -1)).transpose(2, 3)
 
 
 class AnchoredDecoder(nn.Module):
@@ -135,6 +135,15 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
             "and then one or more from it on"
         ]
 
+    def spec_problems(self, spec: DecoderSpec) -> list[str]:
+        """The features' width must divide into the heads, too: each head weighs channels of its own."""
+        heads = self.sizes(spec).num_heads
+        unfit = [width for width in spec.feature_widths[1:] if width % heads]
+        rule = (
+            [f"the features' width {unfit[0]} is not a multiple of decoder_heads {heads}; change it"] if unfit else []
+        )
+        return [*super().spec_problems(spec), *rule]
+
     def build(self, spec: DecoderSpec) -> nn.Module:
         """See `Decoder`."""
         return AnchoredDecoder(spec.feature_widths, self.input_widths(spec)[1:], self.sizes(spec), self.shrink_queries)
@@ -149,21 +158,21 @@ def bilinear_weights(sampling: ShrinkQueries) -> Tensor:
 def neighbours_of(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, L, neighbours, C) of tokens (B, L, C); beyond the border the nearest token stands again."""
     rows, columns = grid
-    cells = F.pad(tokens.transpose(1, 2).unflatten(2, grid), (1, 1, 1, 1), mode="replicate")
+    cells = F.pad(torch.unflatten(tokens.transpose(1, 2), 2, grid), (1, 1, 1, 1), mode="replicate")
     shifted = [cells[:, :, row : row + rows, column : column + columns] for row in range(3) for column in range(3)]
     return torch.stack(shifted, dim=1).flatten(3).permute(0, 3, 1, 2)
 
 
 def cells_of(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, L, places, C) of tokens (B, h*w, C); a lone last row or column is doubled."""
-    patches = fill_windows(tokens.transpose(1, 2).unflatten(2, grid))  # (B, C, h, w)
-    windows = patches.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, rows, 2, columns, 2)
+    patches = fill_windows(torch.unflatten(tokens.transpose(1, 2), 2, grid))  # (B, C, h, w)
+    windows = torch.unflatten(torch.unflatten(patches, 3, (-1, 2)), 2, (-1, 2))  # (B, C, rows, 2, columns, 2)
     return windows.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
 
 def patches_of(cells: Tensor, coarse: tuple[int, int], fine: tuple[int, int]) -> Tensor:
     """(B, h*w, C) of cells (B, L, places, C), without what doubling had added."""
     assert coarse == halved_grid(fine), f"{coarse} is not half of {fine}"
-    windows = cells.unflatten(2, (2, 2)).unflatten(1, coarse)  # (B, rows, columns, 2, 2, C)
+    windows = torch.unflatten(torch.unflatten(cells, 2, (2, 2)), 1, coarse)  # (B, rows, columns, 2, 2, C)
     patches = windows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return patches[:, : fine[0], : fine[1]].flatten(1, 2)

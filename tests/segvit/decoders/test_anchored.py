@@ -33,7 +33,7 @@ def features(seed: int = 0) -> tuple[FeatureMap, FeatureMap]:
 
 
 def as_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    return torch.unflatten(tokens.transpose(1, 2), 2, grid)
 
 
 def tiny(**options: object) -> segvit.ModelConfig:
@@ -84,7 +84,7 @@ def test_anchored_upsampling__a_patch_reads_its_surroundings_and_its_own_detail_
     upsampling(coarse, low).tokens[0, row * FINE[1] + column].sum().backward()
     assert coarse.tokens.grad is not None
     assert low.tokens.grad is not None
-    read = coarse.tokens.grad[0].abs().sum(1).unflatten(0, COARSE) > 0
+    read = torch.unflatten(coarse.tokens.grad[0].abs().sum(1), 0, COARSE) > 0
     expected = torch.zeros(COARSE, dtype=torch.bool)
     expected[max(row // 2 - 1, 0) : row // 2 + 2, column // 2 - 1 : column // 2 + 2] = True
     assert torch.equal(read, expected)
@@ -121,7 +121,7 @@ def test_anchored__every_parameter_learns_at_the_full_grid(size: tuple[int, int]
         optimizer.step()
     assert output.mask_logits.shape[-2:] == (5, -(-size[1] // 16))
     assert len(output.auxiliary) == 1
-    assert [name for name, value in model.named_parameters() if value.requires_grad and not value.grad.any()] == []
+    assert [name for name, value in model.named_parameters() if value.grad is not None and not value.grad.any()] == []
 
 
 def test_anchored__default_layers_and_their_rule() -> None:
@@ -131,6 +131,11 @@ def test_anchored__default_layers_and_their_rule() -> None:
         with pytest.raises(ValueError, match=r"do not fit shrink_at 1; name one block before it, read for detail"):
             segvit.build_model(tiny(out_layers=layers), num_classes=3)
         assert any("do not fit shrink_at 1" in problem for problem in segvit.model_problems(tiny(out_layers=layers), 3))
+
+
+def test_anchored__heads_must_split_the_features() -> None:
+    with pytest.raises(ValueError, match=r"^the features' width 192 is not a multiple of decoder_heads 5; change it$"):
+        segvit.build_model(tiny(decoder_width=20, decoder_heads=5), num_classes=3)
 
 
 def test_anchored__costs_about_half_of_the_full_model() -> None:
