@@ -189,7 +189,7 @@ def computed_precision(asked: str, device: torch.device) -> str:
         return asked
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Absent before PyTorch 2.11; then nothing is known of the processor.
+    # Older releases of PyTorch cannot tell; then the processor is taken to have none.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if any(capabilities.get(name) for name in _CPU_BF16) else "fp32"
 
