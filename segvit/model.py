@@ -81,15 +81,13 @@ def build_backbone(config: ModelConfig) -> Backbone:
         return build_hierarchical(config)
     vit = create_vit(config.backbone, config.image_size, config.backbone_options)
     depth = len(vit.blocks)
-    downsampling = config.decoder.downsampling(depth)
     out_layers = config.out_layers or config.decoder.default_out_layers(depth, hierarchical=False)
     if problems := config.decoder.out_layer_problems(out_layers, depth):
         raise ValueError("; ".join(problems))
     return PlainBackbone(
         vit,
         out_layers,
-        shrink_at=downsampling.block if downsampling else None,
-        shrink_queries=downsampling.queries if downsampling else "nearest",
+        config.decoder.downsampling(depth),
         class_token=config.class_token,
         drop_path_rate=config.drop_path_rate,
     )

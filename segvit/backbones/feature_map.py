@@ -17,13 +17,15 @@ class FeatureMap(NamedTuple):
     """Patch tokens of one block or stage and where they lie."""
 
     tokens: Tensor
-    """(B, h*w, C), row by row, without prefix tokens and without the final norm."""
+    """(B, h*w, C), row by row, without prefix tokens and without the final norm; with `places`, (B, M, C)."""
     grid: tuple[int, int]
     """(h, w)."""
     stride: int
     """Pixels a token covers on each side."""
     patch_grid: tuple[int, int]
     """(h, w) of the backbone's patches, before any downsampling."""
+    places: Tensor | None = None
+    """(B, M) patch of each token, as an index into `patch_grid`, where others than those of `grid` were kept."""
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int) -> Tensor:

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from segvit.backbones.downsampling import GridDownsampling, ShrinkQueries, halved_grid
+from segvit.backbones.downsampling import (
+    Downsampling,
+    GridDownsampling,
+    edge_patches,
+    halved_grid,
+    rows_at,
+    sampled_patches,
+)
 from segvit.backbones.families import PlainViT, num_heads_of
 from segvit.backbones.feature_map import FeatureMap, resize_positions
 from segvit.backbones.positions import TokenPositions, downsampled_positions, token_positions
@@ -76,8 +83,7 @@ class PlainBackbone(Backbone):
     Args:
         vit: A model of `create_vit`; taken over and cut.
         out_layers: 0-based blocks to return, ascending.
-        shrink_at: 0-based block inside which query-based downsampling halves the grid, or None.
-        shrink_queries: How that block's queries are made; see `ShrinkingDecoder`.
+        downsampling: Where and how query-based downsampling halves the grid, or None.
         class_token: Whether the class token stays in the sequence. Without it the position embedding's entry for
             it is unused, as in the published models.
         drop_path_rate: Stochastic depth of the last block's MLP branch, linear from 0 over all blocks.
@@ -90,20 +96,20 @@ class PlainBackbone(Backbone):
         self,
         vit: PlainViT,
         out_layers: Sequence[int],
-        shrink_at: int | None = None,
-        shrink_queries: ShrinkQueries = "nearest",
+        downsampling: Downsampling | None = None,
         class_token: bool = True,
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(vit, out_layers)
-        if problems := block_problems(self.name, vit, self.out_layers, shrink_at, drop_path_rate):
+        self.shrink_at = downsampling.block if downsampling else None
+        if problems := block_problems(self.name, vit, self.out_layers, self.shrink_at, drop_path_rate):
             raise ValueError("; ".join(problems))
-        self.shrink_at = shrink_at
+        self.keep = downsampling.keep if downsampling else 0.0
         self.num_heads = num_heads_of(vit.blocks[0])
         self.widths = (vit.embed_dim,) * len(out_layers)
         set_drop_path(list(vit.blocks), drop_path_rate)
-        if shrink_at is not None:
-            self.downsampling = GridDownsampling(shrink_queries, vit.embed_dim)
+        if downsampling is not None:
+            self.downsampling = GridDownsampling(downsampling.queries, vit.embed_dim)
         self.num_unused_tokens = 1 if vit.cls_token is not None and not class_token else 0
         self.num_prefix_tokens: int = vit.num_prefix_tokens - self.num_unused_tokens
         self._cut(max(out_layers) + 1)
@@ -127,29 +133,38 @@ class PlainBackbone(Backbone):
         with torch.set_grad_enabled(trainable):
             tokens, patch_grid = self.embed(pad_to_multiple(images, self.patch_size))
             positions = token_positions(self.vit, patch_grid, self.num_prefix_tokens)
-        grid = patch_grid
+        grid, places = patch_grid, None
         features, stride = [], self.patch_size
         for index, block in enumerate(self.vit.blocks):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.num_frozen_blocks):
                 if index == self.shrink_at:
-                    tokens, positions = self.downsample(tokens, positions, grid)
+                    tokens, positions, places = self.downsample(tokens, positions, grid)
                     grid, stride = halved_grid(grid), 2 * stride
                 else:
                     tokens = run_block(block, tokens, positions.of_block(index), self.num_prefix_tokens)
             if index in self.out_layers:
-                features.append(FeatureMap(tokens[:, self.num_prefix_tokens :], grid, stride, patch_grid))
+                features.append(FeatureMap(tokens[:, self.num_prefix_tokens :], grid, stride, patch_grid, places))
         return features
 
     def downsample(
         self, tokens: Tensor, positions: TokenPositions, grid: tuple[int, int]
-    ) -> tuple[Tensor, TokenPositions]:
-        """Tokens (B, prefix + h*w, C) after the downsampling block, (B, prefix + h/2*w/2, C), and their positions."""
+    ) -> tuple[Tensor, TokenPositions, Tensor | None]:
+        """Tokens (B, prefix + h*w, C) after the downsampling block, their positions, and their places.
+
+        Returns:
+            (B, prefix + h/2*w/2 + K, C), K patches kept at edges; of all but the prefix tokens the patches (B, M)
+            where K > 0, see `FeatureMap.places`.
+        """
         assert self.shrink_at is not None
-        prefix = self.num_prefix_tokens
-        block_positions = downsampled_positions(positions.of_block(self.shrink_at), grid, prefix, self.downsampling)
+        prefix, kept, places = self.num_prefix_tokens, None, None
         queries = self.downsampling(tokens, grid, prefix)
-        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, block_positions, prefix)
-        return tokens, positions.halved(grid)
+        if self.keep:
+            kept = edge_patches(tokens[:, prefix:], grid, self.keep)
+            queries = torch.cat((queries, rows_at(tokens, kept + prefix)), dim=1)
+            places = torch.cat((sampled_patches(grid, kept.device).expand(len(kept), -1), kept), dim=1)
+        here = downsampled_positions(positions.of_block(self.shrink_at), grid, prefix, self.downsampling, kept)
+        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, here, prefix)
+        return tokens, positions.halved(grid, kept), places
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Prefix and patch tokens (B, L, C) with learned positions, and the grid (h, w), of whole-patch images."""

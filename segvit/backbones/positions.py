@@ -22,9 +22,10 @@ class TokenPositions(NamedTuple):
     vit: PlainViT
     num_prefix_tokens: int
     rotary: Tensor | None
-    """Sine and cosine (patches, 2D) for all blocks, or (depth, heads, patches, 2D); None: not rotary."""
+    """Sine and cosine (patches, 2D) for all blocks, or (depth, heads, patches, 2D); None: not rotary. Where every
+    image kept other patches, (1, B, 1, patches, 2D) or (depth, B, heads, patches, 2D)."""
     bias_index: Tensor | None
-    """(L, L) entries of the relative position bias table; None: no such bias."""
+    """(L, L) or (B, L, L) entries of the relative position bias table; None: no such bias."""
     interpolation: tuple[Tensor, Tensor] | None
     """Resizes such a table to the grid; None: it has the grid's size."""
 
@@ -32,32 +33,47 @@ class TokenPositions(NamedTuple):
         """Positions as the block's attention takes them."""
         rotary = self.rotary
         if rotary is not None and rotary.ndim > 2:
-            rotary = rotary[index]
+            rotary = rotary[index if len(rotary) > 1 else 0]
         bias = None
         if self.bias_index is not None:
-            bias = bias_table(self, index)[self.bias_index].permute(2, 0, 1)
+            bias = bias_table(self, index)[self.bias_index].movedim(-1, -3)
         return AttentionPositions(rotary, rotary, bias)
 
-    def halved(self, grid: tuple[int, int]) -> TokenPositions:
+    def halved(self, grid: tuple[int, int], kept: Tensor | None = None) -> TokenPositions:
         """Of the tokens that downsampling leaves of (h, w): each stands at the top-left of its 2 x 2 patches.
+
+        After them come the patches `kept` (B, K), by index into h*w, where they are.
 
         Distances stay those in patches. Pooled tokens lie half a patch from there, all alike, so distances
         between them are the same. A family that scales positions by the grid's extent (EVA-02, DINOv3) gives the
         smaller grid the same distances.
         """
-        rotary, index = self.rotary, self.bias_index
+        rotary, index, prefix = self.rotary, self.bias_index, self.num_prefix_tokens
         if rotary is not None:
-            rotary = halve_nearest(rotary, grid, 0)
+            rows = halve_nearest(rotary, grid, 0)
+            if kept is not None:
+                rows = with_kept(rows, rotary, kept)
+                rows = rows[None, :, None] if rotary.ndim == 2 else rows.movedim(1, 0)
+            rotary = rows
         if index is not None:
-            rows = halve_nearest(index, grid, self.num_prefix_tokens)
-            index = halve_nearest(rows.T, grid, self.num_prefix_tokens).T
+            rows = halve_nearest(index, grid, prefix)
+            if kept is None:
+                index = halve_nearest(rows.T, grid, prefix).T
+            else:
+                tokens = torch.arange(len(index), device=index.device).unsqueeze(1)
+                left = with_kept(halve_nearest(tokens, grid, prefix), tokens, kept + prefix).squeeze(2)  # (B, M)
+                index = index[left.unsqueeze(2), left.unsqueeze(1)]
         return self._replace(rotary=rotary, bias_index=index)
 
 
 def downsampled_positions(
-    positions: AttentionPositions, grid: tuple[int, int], num_prefix_tokens: int, downsampling: GridDownsampling
+    positions: AttentionPositions,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    downsampling: GridDownsampling,
+    kept: Tensor | None = None,
 ) -> AttentionPositions:
-    """Positions for the block whose queries are downsampled; keys stay where they are.
+    """Positions for the block whose queries are downsampled; keys stay where they are, as do `kept` (B, K) patches.
 
     A pooled query's rotation and bias are the means over the patches that it pools (an odd last row or column
     for itself alone), so that what positions contribute to its similarity is the mean of what they would for
@@ -65,10 +81,20 @@ def downsampled_positions(
     """
     rotary, bias = positions.query_rotary, positions.bias
     if rotary is not None:
-        rotary = downsampling.positions(rotary, grid, 0)
+        rows = downsampling.positions(rotary, grid, 0)
+        if kept is not None:
+            rows = with_kept(rows, rotary, kept)
+            rows = rows.unsqueeze(1) if rotary.ndim == 2 else rows
+        rotary = rows
     if bias is not None:
-        bias = downsampling.positions(bias, grid, num_prefix_tokens)
+        rows = downsampling.positions(bias, grid, num_prefix_tokens)
+        bias = rows if kept is None else with_kept(rows, bias, kept + num_prefix_tokens)
     return AttentionPositions(rotary, positions.key_rotary, bias)
+
+
+def with_kept(halved: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
+    """(B, ..., L + K, X): what downsampling made of rows (..., h*w, X), and the rows `kept` (B, K) of every image."""
+    return torch.cat((halved.expand(len(kept), *halved.shape), rows[..., kept, :].movedim(-3, 0)), dim=-2)
 
 
 def token_positions(vit: PlainViT, grid: tuple[int, int], num_prefix_tokens: int) -> TokenPositions:

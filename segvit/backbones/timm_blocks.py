@@ -28,10 +28,11 @@ class AttentionPositions(NamedTuple):
     """What one block's attention knows of where its queries and keys lie; None where it is not told."""
 
     query_rotary: Tensor | None
-    """Sine and cosine (patches, 2D) or (heads, patches, 2D), without rows for prefix tokens."""
+    """Sine and cosine (patches, 2D) or (heads, patches, 2D), without rows for prefix tokens; (B, heads or 1, patches,
+    2D) where images differ."""
     key_rotary: Tensor | None
     bias: Tensor | None
-    """(heads, Q, L), added to the similarity."""
+    """(heads, Q, L) or (B, heads, Q, L), added to the similarity."""
 
 
 def block_problem(block: nn.Module) -> str | None:
@@ -108,7 +109,7 @@ def query_attention(
         q,
         k,
         v,
-        attn_mask=None if positions.bias is None else positions.bias.to(q.dtype).unsqueeze(0),
+        attn_mask=None if positions.bias is None else positions.bias.to(q.dtype),
         dropout_p=attention.attn_drop.p if attention.training else 0.0,
         scale=attention.scale,
     )

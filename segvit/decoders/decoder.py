@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from segvit.backbones.downsampling import ShrinkQueries
+from segvit.backbones.downsampling import Downsampling
 
 # B batch, N classes, h w grid of the masks
 
@@ -29,13 +29,6 @@ class DecoderOutput(NamedTuple):
 
     predictions: list[Prediction]
     stride: int
-
-
-class DownsamplingBlock(NamedTuple):
-    """The 0-based backbone block inside which the grid is halved, and how the queries of that block are made."""
-
-    block: int
-    queries: ShrinkQueries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +80,7 @@ class Decoder(ABC):
         """The blocks, or the stages of a hierarchical backbone, that are read where a configuration names none."""
         return (depth - 1,)
 
-    def downsampling(self, depth: int) -> DownsamplingBlock | None:
+    def downsampling(self, depth: int) -> Downsampling | None:
         """Where a backbone of that many blocks downsamples; None: nowhere."""
         return None
 

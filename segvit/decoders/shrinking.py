@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from segvit.backbones.downsampling import ShrinkQueries
-from segvit.decoders.decoder import Decoder, DownsamplingBlock
+from segvit.backbones.downsampling import Downsampling, ShrinkQueries
+from segvit.decoders.decoder import Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,6 @@ class ShrinkingDecoder(Decoder):
         rule = [] if valid else [f"shrink_at must be >= 1, got {self.shrink_at}; a block must precede it"]
         return [*super().problems(), *rule]
 
-    def downsampling(self, depth: int) -> DownsamplingBlock:
+    def downsampling(self, depth: int) -> Downsampling:
         """The block that the options name, or the one at a third of the depth, at least 1."""
-        return DownsamplingBlock(max(depth // 3, 1) if self.shrink_at is None else self.shrink_at, self.shrink_queries)
+        return Downsampling(max(depth // 3, 1) if self.shrink_at is None else self.shrink_at, self.shrink_queries)

@@ -8,7 +8,16 @@ from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from segvit.backbones.downsampling import SHRINK_QUERIES, GridDownsampling, ShrinkQueries, halve_mean, halve_nearest
+from segvit.backbones.downsampling import (
+    SHRINK_QUERIES,
+    Downsampling,
+    GridDownsampling,
+    ShrinkQueries,
+    edge_patches,
+    halve_mean,
+    halve_nearest,
+    rows_at,
+)
 from segvit.backbones.families import create_vit
 from segvit.backbones.plain import PlainBackbone
 from segvit.backbones.positions import TokenPositions, downsampled_positions, token_positions
@@ -62,12 +71,56 @@ def test_convolution__starts_as_the_mean_and_learns(grid: tuple[int, int]) -> No
 def test_nearest__equals_the_whole_block_at_the_kept_tokens(name: str, prefix: int, grid: tuple[int, int]) -> None:
     """Queries attend independently, so a kept token comes out as if all tokens had been queries."""
     vit = random_vit(name, grid)
-    backbone = PlainBackbone(vit, (1,), shrink_at=1).eval()
+    backbone = PlainBackbone(vit, (1,), Downsampling(1)).eval()
     positions = token_positions(vit, grid, prefix)
     tokens = torch.randn(2, prefix + grid[0] * grid[1], 48)
     whole = run_block(vit.blocks[1], tokens, positions.of_block(1), prefix)
-    shrunk, _ = backbone.downsample(tokens, positions, grid)
+    shrunk, *_ = backbone.downsample(tokens, positions, grid)
     torch.testing.assert_close(shrunk, halve_nearest(whole, grid, prefix), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "prefix"), FAMILIES)
+@torch.no_grad()
+def test_keep__kept_patches_come_out_as_of_the_whole_block_and_keep_their_positions(name: str, prefix: int) -> None:
+    """In every family: the block that shrinks, and one after it whose attention sees the tokens left alone."""
+    grid = (4, 5)
+    vit = random_vit(name, grid)
+    backbone = PlainBackbone(vit, (1,), Downsampling(1, keep=0.2)).eval()
+    positions = token_positions(vit, grid, prefix)
+    tokens = torch.randn(2, prefix + 20, 48)
+    left, left_positions, places = backbone.downsample(tokens, positions, grid)
+    assert places is not None
+    assert places[:, :6].tolist() == [[0, 2, 4, 10, 12, 14]] * 2
+    assert torch.equal(places[:, 6:], edge_patches(tokens[:, prefix:], grid, 0.2))
+    assert places[0, 6:].tolist() != places[1, 6:].tolist()
+    whole = run_block(vit.blocks[1], tokens, positions.of_block(1), prefix)
+    torch.testing.assert_close(left[:, prefix:], rows_at(whole, places + prefix), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(left[:, :prefix], whole[:, :prefix], rtol=1e-4, atol=1e-4)
+    # The next block: all tokens, those that are not left hidden from attention one image at a time.
+    for image in range(2):
+        rows = torch.cat((torch.arange(prefix), places[image] + prefix))
+        here = positions.of_block(1)
+        rotary = None if here.key_rotary is None else here.key_rotary[..., places[image], :]
+        bias = None if here.bias is None else here.bias[:, rows][:, :, rows]
+        one = tokens[image : image + 1, rows]
+        expected = query_block(vit.blocks[1], one, one, AttentionPositions(rotary, rotary, bias), prefix)
+        both = torch.cat(
+            [tokens[row : row + 1, torch.cat((torch.arange(prefix), places[row] + prefix))] for row in (0, 1)]
+        )
+        result = run_block(vit.blocks[1], both, left_positions.of_block(1), prefix)
+        torch.testing.assert_close(result[image : image + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_edge_patches__those_unlike_their_2x2_of_what_sampling_drops() -> None:
+    grid = (3, 5)
+    patches = torch.zeros(1, 15, 4)
+    patches[0] = torch.tensor([1.0, 0, 0, 0])
+    patches[0, 7] = torch.tensor([0.0, 0, 0, 9])  # row 1, column 2: its 2 x 2 is 2, 3, 7, 8
+    patches[0, 10] = torch.tensor([0.0, 5, 0, 0])  # sampled itself: row 2, column 0 stands with 11
+    assert edge_patches(patches, grid, 1 / 15).tolist() == [[7]]
+    assert edge_patches(patches, grid, 2 / 15).tolist() == [[7, 11]]
+    # What sampling drops and no more: 15 less 6.
+    assert edge_patches(patches, grid, 0.9).tolist() == [[1, 3, 5, 6, 7, 8, 9, 11, 13]]
 
 
 @torch.no_grad()
@@ -147,7 +200,7 @@ def test_later_blocks__halved_bias_is_that_of_the_kept_patches() -> None:
 @pytest.mark.parametrize(("name", "prefix"), FAMILIES)
 @pytest.mark.parametrize("kind", SHRINK_QUERIES)
 def test_downsampling__gradients_reach_every_parameter(name: str, prefix: int, kind: ShrinkQueries) -> None:
-    backbone = PlainBackbone(random_vit(name, (3, 4)), (1,), shrink_at=1, shrink_queries=kind)
+    backbone = PlainBackbone(random_vit(name, (3, 4)), (1,), Downsampling(1, kind))
     side = backbone.patch_size
     [feature] = backbone(torch.randn(1, 3, 5 * side, 3 * side))
     assert (feature.grid, feature.stride, feature.patch_grid) == ((3, 2), 2 * side, (5, 3))
@@ -159,7 +212,7 @@ def test_downsampling__gradients_reach_every_parameter(name: str, prefix: int, k
 @pytest.mark.parametrize("kind", SHRINK_QUERIES)
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "vit_small_patch16_dinov3"])
 def test_downsampling__gradient_check_in_float64(name: str, kind: ShrinkQueries) -> None:
-    backbone = PlainBackbone(random_vit(name, (2, 2)), (1,), shrink_at=1, shrink_queries=kind).double().eval()
+    backbone = PlainBackbone(random_vit(name, (2, 2)), (1,), Downsampling(1, kind)).double().eval()
     prefix = backbone.num_prefix_tokens
 
     def shrunk(tokens: Tensor) -> Tensor:
@@ -178,7 +231,7 @@ def test_block_problem__unknown_attention_is_refused() -> None:
         assert problem is not None
         assert problem.startswith(f"query-based downsampling does not know {type(block).__name__} with")
     with pytest.raises(ValueError, match="does not know EvaBlockPostNorm with EvaAttention"):
-        PlainBackbone(random_vit("eva02_enormous_patch14_clip_224", (2, 2)), (1,), shrink_at=1)
+        PlainBackbone(random_vit("eva02_enormous_patch14_clip_224", (2, 2)), (1,), Downsampling(1))
 
 
 def test_positions__plain_vit_has_none() -> None:

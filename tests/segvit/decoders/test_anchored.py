@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import segvit
-from segvit.backbones.downsampling import ShrinkQueries, halved_grid
+from segvit.backbones.downsampling import halved_grid
 from segvit.backbones.feature_map import FeatureMap
-from segvit.decoders.anchored import (
-    LEAST_WEIGHT,
-    AnchoredUpsampling,
-    bilinear_weights,
-    cells_of,
-    neighbours_of,
-    patches_of,
-)
-from segvit.decoders.atm import DecoderSizes
+from segvit.decoders.anchored import DISTANCE, SIMILARITY, AnchoredUpsampling
 
-SIZES = DecoderSizes(num_classes=3, width=8, num_heads=2, num_layers=1, dropout=0.0)
 FINE = (5, 8)
 COARSE = halved_grid(FINE)
+WIDTH = 16
+SAMPLED = [row * 8 + column for row in (0, 2, 4) for column in (0, 2, 4, 6)]
+KEPT = [[9, 23], [3, 14]]
 
 
-def features(seed: int = 0) -> tuple[FeatureMap, FeatureMap]:
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(2, COARSE[0] * COARSE[1], 16, generator=generator)
-    low = torch.randn(2, FINE[0] * FINE[1], 12, generator=generator)
-    return FeatureMap(coarse, COARSE, 32, FINE), FeatureMap(low, FINE, 16, FINE)
+def low_feature(seed: int = 0) -> FeatureMap:
+    tokens = torch.randn(2, FINE[0] * FINE[1], WIDTH, generator=torch.Generator().manual_seed(seed))
+    return FeatureMap(tokens, FINE, 16, FINE)
 
 
-def as_image(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    return torch.unflatten(tokens.transpose(1, 2), 2, grid)
+def shrunk_feature(seed: int = 1, kept: bool = True) -> FeatureMap:
+    places = torch.tensor([SAMPLED + more for more in KEPT]) if kept else None
+    num_tokens = len(SAMPLED) + 2 * kept
+    tokens = torch.randn(2, num_tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return FeatureMap(tokens, COARSE, 32, FINE, places)
 
 
-def tiny(**options: object) -> segvit.ModelConfig:
+def tiny(**options: Any) -> segvit.ModelConfig:
     return segvit.ModelConfig(
         backbone="vit_tiny_patch16_224",
         image_size=(80, 128),
@@ -47,81 +43,84 @@ def tiny(**options: object) -> segvit.ModelConfig:
     )
 
 
-def test_anchored_upsampling__pooled_tokens_start_as_bilinear_interpolation() -> None:
-    coarse, low = features()
-    upsampled = AnchoredUpsampling(12, 16, SIZES, "average")(coarse, low)
-    expected = F.interpolate(as_image(coarse.tokens, COARSE), scale_factor=2, mode="bilinear", align_corners=False)
-    difference = as_image(upsampled.tokens, FINE) - expected[:, :, : FINE[0], : FINE[1]]
-    # Five of the nine weights are LEAST_WEIGHT instead of nothing.
-    assert difference.abs().max() <= 5 * LEAST_WEIGHT * 2 * coarse.tokens.abs().max()
-    assert (upsampled.grid, upsampled.stride, upsampled.patch_grid) == (FINE, 16, FINE)
+@pytest.mark.parametrize("kept", [False, True])
+def test_anchored_upsampling__tokens_that_are_left_start_as_they_are(kept: bool) -> None:
+    feature = shrunk_feature(kept=kept)
+    [restored] = AnchoredUpsampling(WIDTH, 1)(low_feature(), [feature])
+    assert restored[:1] == (restored.tokens,)
+    assert restored[1:] == (FINE, 16, FINE, None)
+    for image in range(2):
+        places = SAMPLED + (KEPT[image] if kept else [])
+        assert torch.equal(restored.tokens[image, places], feature.tokens[image])
 
 
-def test_anchored_upsampling__sampled_tokens_start_at_their_own_patch() -> None:
-    coarse, low = features()
-    upsampled = as_image(AnchoredUpsampling(12, 16, SIZES, "nearest")(coarse, low).tokens, FINE)
-    image = as_image(coarse.tokens, COARSE)
-    limit = 8 * LEAST_WEIGHT * 2 * coarse.tokens.abs().max()
-    assert (upsampled[:, :, ::2, ::2] - image).abs().max() <= limit
-    between = (image[:, :, :, :-1] + image[:, :, :, 1:]) / 2
-    assert (upsampled[:, :, ::2, 1:-1:2] - between).abs().max() <= limit
+def test_anchored_upsampling__what_blocks_added_everywhere_is_added_to_every_patch() -> None:
+    low, added = low_feature(), torch.linspace(-1, 1, WIDTH)
+    places = torch.tensor([SAMPLED + more for more in KEPT])
+    tokens = torch.stack([low.tokens[image, places[image]] for image in range(2)]) + added
+    [restored] = AnchoredUpsampling(WIDTH, 1)(low, [FeatureMap(tokens, COARSE, 32, FINE, places)])
+    torch.testing.assert_close(restored.tokens, low.tokens + added)
 
 
-@pytest.mark.parametrize("sampling", ["nearest", "average", "convolution"])
-def test_bilinear_weights__of_every_patch_sum_to_one(sampling: ShrinkQueries) -> None:
-    assert torch.equal(bilinear_weights(sampling).sum(1), torch.ones(4))
-
-
-def test_anchored_upsampling__a_patch_reads_its_surroundings_and_its_own_detail_alone() -> None:
-    torch.manual_seed(0)
-    upsampling = AnchoredUpsampling(12, 16, SIZES, "nearest")
-    for branch in (upsampling.q, upsampling.detail):
-        torch.nn.init.normal_(branch.weight)
-    coarse, low = features()
-    coarse = coarse._replace(tokens=coarse.tokens.requires_grad_())
-    low = low._replace(tokens=low.tokens.requires_grad_())
-    row, column = 2, 5
-    upsampling(coarse, low).tokens[0, row * FINE[1] + column].sum().backward()
-    assert coarse.tokens.grad is not None
-    assert low.tokens.grad is not None
-    read = torch.unflatten(coarse.tokens.grad[0].abs().sum(1), 0, COARSE) > 0
-    expected = torch.zeros(COARSE, dtype=torch.bool)
-    expected[max(row // 2 - 1, 0) : row // 2 + 2, column // 2 - 1 : column // 2 + 2] = True
-    assert torch.equal(read, expected)
-    assert (low.tokens.grad[0].abs().sum(1) > 0).nonzero().flatten().tolist() == [row * FINE[1] + column]
-    assert not coarse.tokens.grad[1].any()
-
-
-@pytest.mark.parametrize("grid", [(4, 6), (5, 8), (3, 7), (1, 2)])
-def test_cells_of__patches_come_back_to_their_places(grid: tuple[int, int]) -> None:
-    tokens = torch.randn(2, grid[0] * grid[1], 3)
-    cells = cells_of(tokens, grid)
-    assert cells.shape == (2, halved_grid(grid)[0] * halved_grid(grid)[1], 4, 3)
-    assert torch.equal(patches_of(cells, halved_grid(grid), grid), tokens)
-
-
-def test_neighbours_of__row_by_row_with_the_border_repeated() -> None:
-    tokens = torch.arange(6.0).reshape(1, 6, 1)  # 0 1 2 / 3 4 5
-    neighbours = neighbours_of(tokens, (2, 3))[0, :, :, 0].tolist()
-    assert neighbours[1] == [0, 1, 2, 0, 1, 2, 3, 4, 5]
-    assert neighbours[3] == [0, 0, 1, 3, 3, 4, 3, 3, 4]
+def test_anchored_upsampling__weights_by_likeness_and_distance() -> None:
+    """By hand, for one patch: softmax of SIMILARITY * cosine - DISTANCE * squared patches."""
+    low, feature = low_feature(), shrunk_feature()
+    upsampling = AnchoredUpsampling(WIDTH, 1)
+    [restored] = upsampling(low, [feature])
+    image, patch = 1, 21  # row 2, column 5
+    places = SAMPLED + KEPT[image]
+    normed = torch.nn.functional.layer_norm(low.tokens[image], (WIDTH,))
+    logits = []
+    for place in places:
+        apart = (place // 8 - 2) ** 2 + (place % 8 - 5) ** 2
+        logits.append(SIMILARITY * (normed[patch] @ normed[place]) / WIDTH - DISTANCE * apart)
+    weights = torch.stack(logits).softmax(0)
+    added = feature.tokens[image] - low.tokens[image, places]
+    torch.testing.assert_close(restored.tokens[image, patch], low.tokens[image, patch] + weights @ added)
+    assert len(set(logits)) > 10
 
 
 @pytest.mark.parametrize("size", [(80, 128), (72, 100)])
-def test_anchored__every_parameter_learns_at_the_full_grid(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("keep_edges", [0.0, 0.2])
+def test_anchored__every_parameter_learns_at_the_full_grid(size: tuple[int, int], keep_edges: float) -> None:
     torch.manual_seed(0)
-    model = segvit.build_model(tiny(class_token=False), num_classes=3)
-    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
-    # Keys and norms wait for the branches that start at zero: they learn from the second step on.
-    for _ in range(2):
-        optimizer.zero_grad()
-        output = model(torch.randn(2, 3, *size))
-        predictions = (output, *output.auxiliary)
-        sum((one.mask_logits.square().mean() + one.class_logits.square().mean()) for one in predictions).backward()
-        optimizer.step()
+    model = segvit.build_model(tiny(class_token=False, keep_edges=keep_edges), num_classes=3)
+    output = model(torch.randn(2, 3, *size))
+    predictions = (output, *output.auxiliary)
+    sum((one.mask_logits.square().mean() + one.class_logits.square().mean()) for one in predictions).backward()
     assert output.mask_logits.shape[-2:] == (5, -(-size[1] // 16))
     assert len(output.auxiliary) == 1
-    assert [name for name, value in model.named_parameters() if value.grad is not None and not value.grad.any()] == []
+    learning = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    assert [name for name, value in learning.items() if value.grad is None or not value.grad.any()] == []
+
+
+def test_anchored__with_all_patches_kept_it_is_the_cascade() -> None:
+    """Nothing is left out, so features and predictions are the full model's, and its weights fit by name."""
+    torch.manual_seed(0)
+    anchored = segvit.build_model(tiny(keep_edges=0.99), num_classes=3).eval()
+    config = tiny().replace(structure="cascade", out_layers=(1, 3))
+    full = segvit.build_model(config, num_classes=3).eval()
+    missing, unexpected = anchored.load_state_dict(full.state_dict(), strict=False)
+    assert unexpected == []
+    assert {name.split(".")[1] for name in missing} == {"upsampling"}
+    images = torch.randn(2, 3, 80, 128)
+    with torch.no_grad():
+        expected, output = full(images), anchored(images)
+    torch.testing.assert_close(output.mask_logits, expected.mask_logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(output.class_logits, expected.class_logits, rtol=1e-3, atol=1e-4)
+
+
+def test_anchored__images_of_a_batch_do_not_mix() -> None:
+    torch.manual_seed(0)
+    model = segvit.build_model(tiny(), num_classes=3).eval()
+    images = torch.randn(3, 3, 70, 128)
+
+    def masks(batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            result: Tensor = model(batch).mask_logits
+            return result
+
+    torch.testing.assert_close(masks(images), torch.cat([masks(image[None]) for image in images]), rtol=1e-4, atol=1e-4)
 
 
 def test_anchored__default_layers_and_their_rule() -> None:
@@ -133,15 +132,36 @@ def test_anchored__default_layers_and_their_rule() -> None:
         assert any("do not fit shrink_at 1" in problem for problem in segvit.model_problems(tiny(out_layers=layers), 3))
 
 
-def test_anchored__heads_must_split_the_features() -> None:
-    with pytest.raises(ValueError, match=r"^the features' width 192 is not a multiple of decoder_heads 5; change it$"):
-        segvit.build_model(tiny(decoder_width=20, decoder_heads=5), num_classes=3)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_edges": 1.0}, r"^keep_edges must be in \[0, 1\), got 1.0; it is a share of the patches$"),
+        ({"keep_edges": -0.1}, r"^keep_edges must be in \[0, 1\), got -0.1"),
+        ({"shrink_queries": "average"}, r"^shrink_queries average does not go with structure anchored"),
+    ],
+)
+def test_anchored__rules_of_its_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)
 
 
-def test_anchored__costs_about_half_of_the_full_model() -> None:
+def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
     full = segvit.ModelConfig(
         backbone="vit_small_patch14_dinov2", image_size=(504, 672), decoder_width=384, decoder_layers=1
     )
-    anchored = full.replace(structure="anchored")
-    costs = [segvit.model_cost(config, 11, (504, 672)).gflops for config in (full, anchored)]
-    assert costs[1] / costs[0] == pytest.approx(0.51, abs=0.01)
+    shares = {}
+    cost = segvit.model_cost(full, 11, (504, 672)).gflops
+    for keep in (0.0, 0.125):
+        anchored = full.replace(structure="anchored", keep_edges=keep)
+        shares[keep] = segvit.model_cost(anchored, 11, (504, 672)).gflops / cost
+    assert shares[0.0] == pytest.approx(0.511, abs=0.01)
+    assert shares[0.125] == pytest.approx(0.587, abs=0.01)
+    # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, and four
+    # products of the upsampling.
+    sampled, kept, patches, width = 432, 216, 36 * 48, 384
+    attention = 2 * width * ((sampled + kept + 1) ** 2 - (sampled + 1) ** 2)
+    blocks = 7 * (12 * kept * width**2 + attention)
+    downsampling = 10 * kept * width**2 + 2 * width * kept * (patches + 1)
+    upsampling = 4 * patches * kept * width
+    added = (shares[0.125] - shares[0.0]) * cost
+    assert added == pytest.approx((blocks + downsampling + upsampling) / 1e9, rel=0.02)
