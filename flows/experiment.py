@@ -37,6 +37,12 @@ class Experiment(NamedTuple):
             lines = [f"{self.source}: {len(problems)} problem(s), found before anything started", *problems]
             raise UserError("\n  ".join(lines))
 
+    def warnings(self) -> list[str]:
+        """What of the experiment runs but may not be worth it."""
+        from pipeline.preflight import find_warnings
+
+        return find_warnings(self.config)
+
     def plan(self, workspace: str, tracking: Tracking) -> Plan:
         """The steps looked up; nothing is executed."""
         planned = Plan(workspace, tracking)

@@ -19,14 +19,17 @@ from pipeline.errors import UserError
 from pipeline.registry.gate import policy_problems
 from pipeline.tuning.space import NOT_SEARCHED
 from segvit.config import ModelConfig
-from segvit.flops import count_parameters, outline_model
+from segvit.flops import count_parameters, model_gflops, outline_model
 from segvit.model_check import model_problems
 from segvit.schedules import build_schedule
 from segvit.weights.pretrained import WEIGHTS_VARIABLE, weights_problem
+from segvit.weights.start import start_problem
 
 # Weights and AdamW's two moments, float32.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
 _SOME_CLASSES = 2
+WORTHWHILE_SHARE = 0.8
+"""Of the cost of the variant that another starts from: above it, `find_warnings` warns."""
 
 
 class Machine(NamedTuple):
@@ -59,6 +62,7 @@ def find_problems(config: ExperimentConfig, workspace: str | None) -> list[str]:
             problems.append(f"data: {error}")
     num_classes = len(source.class_names) if source else _SOME_CLASSES
     problems += _of_variants(config, num_classes)
+    problems += _of_starts(config)
     problems += _of_search(config, num_classes)
     if source is not None:
         problems += _of_data(config, source)
@@ -82,6 +86,44 @@ def _of_variants(config: ExperimentConfig, num_classes: int) -> list[str]:
     ]
 
 
+def _of_starts(config: ExperimentConfig) -> Iterator[str]:
+    for name, model, source in _starts(config):
+        problem = start_problem(model, source)
+        if problem:
+            yield f"variants.{name}.start_from {config.variants[name].start_from}: {problem}"
+
+
+def _starts(config: ExperimentConfig) -> Iterator[tuple[str, ModelConfig, ModelConfig]]:
+    """Each variant that starts from another one, its model, and the other's; those that are wrong are told of apart."""
+    for name, variant in config.variants.items():
+        if variant.start_from in config.variants:
+            try:
+                models = [
+                    ModelConfig.from_dict(config.variant_settings(one).model) for one in (name, variant.start_from)
+                ]
+            except (UserError, ValueError):
+                continue
+            yield name, models[0], models[1]
+
+
+def find_warnings(config: ExperimentConfig) -> list[str]:
+    """What runs but may not be worth it: a variant that is hardly cheaper than the one that it starts from."""
+    warnings = []
+    for name, model, source in _starts(config):
+        if model == source:
+            continue  # trained on, not made cheaper
+        costs = [model_gflops(one, _SOME_CLASSES, model.image_size) for one in (model, source)]
+        share = costs[0] / costs[1]
+        if share > WORTHWHILE_SHARE:
+            height, width = model.image_size
+            warnings.append(
+                f"variants.{name} costs {share:.2f} of {config.variants[name].start_from}, from which it starts "
+                f"({costs[0]:.1f} of {costs[1]:.1f} GFLOPs at {height} x {width}); above {WORTHWHILE_SHARE} it is "
+                "hardly worth its loss: shrink earlier, or keep fewer patches"
+            )
+    return warnings
+
+
 def _of_settings(config: ExperimentConfig, name: str, num_classes: int) -> list[str]:
     try:
         settings = config.variant_settings(name)
@@ -100,7 +142,6 @@ def _model_problems(settings: VariantSettings, model: ModelConfig, num_classes: 
         num_classes,
         freeze_blocks=settings.train.freeze_blocks,
         loss=settings.loss.resolved(),
-        localize_upsampling=settings.localize_upsampling,
     )
 
 

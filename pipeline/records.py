@@ -85,7 +85,11 @@ class SearchResult(Record):
 
 
 class Checkpoint(Record):
-    """A trained model: `uri` holds model.safetensors and config.json; `digest` is the sha256 of the former."""
+    """A trained model: `uri` holds model.safetensors and config.json; `digest` is the sha256 of the former.
+
+    One that was fetched from the registry has its version in place of `variant`, `models:/name/3`, and no history.
+    `started_from`: the variant or version whose weights it started from; None: from the backbone's alone.
+    """
 
     identity_fields: ClassVar[tuple[str, ...]] = ("variant", "digest")
 
@@ -94,8 +98,9 @@ class Checkpoint(Record):
     digest: str
     step: int
     miou: float | None
-    history_uri: str
+    history_uri: str | None
     train_seconds: float
+    started_from: str | None = None
 
 
 class Evaluation(Record):

@@ -113,6 +113,16 @@ def backbone_sources(weights: str) -> dict[str, Any]:
     return {"path": named, "sha256": storage.file_digest(named) if named else "", "wheel": wheel}
 
 
+@step(version=1)
+def fetch_model(context: StepContext, name: str, version: int, checkpoint_digest: str) -> Checkpoint:
+    """Keep a registered version's checkpoint where all workers reach it, for variants that start from it."""
+    from pipeline.registry.models import ModelReference, fetch_checkpoint
+
+    return fetch_checkpoint(
+        context.tracking, ModelReference(name, version), checkpoint_digest, context.output_uri(), context.lease
+    )
+
+
 def _verify_search(record: SearchResult, _tracking: Tracking, arguments: Mapping[str, Any]) -> str | None:
     wanted = arguments["search"].num_trials
     if record.num_trials < wanted:
@@ -120,19 +130,20 @@ def _verify_search(record: SearchResult, _tracking: Tracking, arguments: Mapping
     return None
 
 
-@step(version=3, verify=_verify_search)
+@step(version=4, verify=_verify_search)
 def tune(
     context: StepContext,
     shard_set: ShardSet,
     backbone: BackboneRecord,
     settings: VariantSettings,
     search: TuneConfig,
+    start: Checkpoint | None,
 ) -> SearchResult:
-    """Search the variant's settings with short training runs."""
+    """Search the variant's settings with short training runs, from a trained model where one is given."""
     from pipeline.tuning.search import search_settings
 
     return search_settings(
-        _train_job(context, search.variant, shard_set, backbone, settings),
+        _train_job(context, search.variant, shard_set, backbone, settings, start),
         search,
         run_name=context.run_name,
         storage_uri=storage.join(context.workspace, "ray"),
@@ -143,7 +154,7 @@ def tune(
     )
 
 
-@step(version=3)
+@step(version=4)
 def train(
     context: StepContext,
     variant_name: str,
@@ -151,14 +162,15 @@ def train(
     backbone: BackboneRecord,
     search: SearchResult | None,
     settings: VariantSettings,
+    start: Checkpoint | None,
 ) -> Checkpoint:
-    """Train one variant, with what a search found where there was one."""
+    """Train one variant, with what a search found where there was one, from a trained model where one is given."""
     from pipeline.training.train import train_variant
 
     if search is not None:
         settings = settings.for_search_of(search.variant, variant_name, search.values)
     return train_variant(
-        _train_job(context, variant_name, shard_set, backbone, settings),
+        _train_job(context, variant_name, shard_set, backbone, settings, start),
         run_name=context.run_name,
         storage_uri=storage.join(context.workspace, "ray"),
         target_uri=context.output_uri(),
@@ -263,9 +275,15 @@ def _train_job(
     shard_set: ShardSet,
     backbone: BackboneRecord,
     settings: VariantSettings,
+    start: Checkpoint | None,
 ) -> TrainJob:
     from pipeline.training.job import TrainJob
 
     return TrainJob(
-        variant=variant_name, settings=settings, shard_set=shard_set, backbone=backbone, runtime=_runtime(context)
+        variant=variant_name,
+        settings=settings,
+        shard_set=shard_set,
+        backbone=backbone,
+        runtime=_runtime(context),
+        start=start,
     )

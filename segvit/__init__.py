@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from segvit.config import ModelConfig
     from segvit.decoders import DECODERS
     from segvit.decoders.decoder import Decoder, DecoderOutput, DecoderSpec, Prediction
-    from segvit.decoders.localize import localize_upsampling
     from segvit.flops import ModelCost, PresetCost, model_cost, preset_cost
     from segvit.inference.export import export_onnx, export_program
     from segvit.inference.latency import measure_latency
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from segvit.visualize import colorize, draw_legend, overlay, palette_image
     from segvit.weights.pretrained import BackboneWeights, find_backbone_weights, load_backbone_state, weights_problem
     from segvit.weights.published import load_published, published_state_dict
+    from segvit.weights.start import TakenWeights, take_weights
 
 _NAMES_BY_MODULE = {
     "segvit.backbones.feature_map": ("FeatureMap",),
@@ -48,7 +48,6 @@ _NAMES_BY_MODULE = {
         "DecoderSpec",
         "Prediction",
     ),
-    "segvit.decoders.localize": ("localize_upsampling",),
     "segvit.flops": (
         "ModelCost",
         "PresetCost",
@@ -115,6 +114,10 @@ _NAMES_BY_MODULE = {
         "load_published",
         "published_state_dict",
     ),
+    "segvit.weights.start": (
+        "TakenWeights",
+        "take_weights",
+    ),
 }
 _MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
@@ -145,6 +148,7 @@ __all__ = [
     "SegmentationLoss",
     "SegmentationMetrics",
     "SegmentationOutput",
+    "TakenWeights",
     "build_model",
     "build_schedule",
     "colorize",
@@ -156,7 +160,6 @@ __all__ = [
     "load_backbone_state",
     "load_checkpoint",
     "load_published",
-    "localize_upsampling",
     "loss_problems",
     "measure_latency",
     "model_cost",
@@ -172,6 +175,7 @@ __all__ = [
     "segmentation_metrics",
     "semantic_labels",
     "semantic_scores",
+    "take_weights",
     "weights_problem",
 ]
 

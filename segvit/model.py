@@ -99,20 +99,28 @@ def build_decoder(config: ModelConfig, num_classes: int, backbone: Backbone) -> 
     Raises:
         ValueError: The sizes do not fit each other.
     """
-    spec = decoder_spec(config, num_classes, backbone.widths, backbone.num_heads, backbone.patch_size)
+    shrink_at = backbone.shrink_at if isinstance(backbone, PlainBackbone) else None
+    num_shrunk = 0 if shrink_at is None else sum(layer >= shrink_at for layer in backbone.out_layers)
+    spec = decoder_spec(config, num_classes, backbone.widths, num_shrunk, backbone.num_heads, backbone.patch_size)
     if problems := config.decoder.spec_problems(spec):
         raise ValueError("; ".join(problems))
     return config.decoder.build(spec)
 
 
 def decoder_spec(
-    config: ModelConfig, num_classes: int, feature_widths: tuple[int, ...], backbone_heads: int, patch_size: int
+    config: ModelConfig,
+    num_classes: int,
+    feature_widths: tuple[int, ...],
+    num_shrunk: int,
+    backbone_heads: int,
+    patch_size: int,
 ) -> DecoderSpec:
     """What the configuration's decoder is built for on a backbone of these sizes."""
     height, width = config.image_size
     return DecoderSpec(
         num_classes=num_classes,
         feature_widths=feature_widths,
+        num_shrunk=num_shrunk,
         backbone_heads=backbone_heads,
         patch_size=patch_size,
         patch_grid=(height // patch_size, width // patch_size),

@@ -29,7 +29,6 @@ def model_problems(
     *,
     freeze_blocks: int = 0,
     loss: Mapping[str, float] | None = None,
-    localize_upsampling: bool = False,
 ) -> list[str]:
     """Everything that does not fit, each with value, rule and remedy; empty where the model can be trained.
 
@@ -40,16 +39,10 @@ def model_problems(
         num_classes: Number of its classes.
         freeze_blocks: Backbone blocks to be frozen, see `SegViT.freeze_blocks`.
         loss: Weights of `SegmentationLoss` by term; None: not judged.
-        localize_upsampling: Whether `segvit.localize_upsampling` is to be called.
     """
     problems = [f"num_classes must be >= 1, got {num_classes}"] if num_classes < 1 else []
     if loss is not None:
         problems += loss_problems(loss, config.structure)
-    if localize_upsampling and not config.decoder.has_upsampling:
-        problems.append(
-            f"localize_upsampling initialises upsampling layers, which structure {config.structure} has not; "
-            "leave it out, or use shrunk"
-        )
     try:
         outline = outline_backbone(config.backbone, config.backbone_options)
     except ValueError as error:
@@ -70,6 +63,7 @@ def fit_problems(
     if isinstance(outline, SwinTransformer):
         problems = hierarchical_problems(config) + stage_problems(name, outline, out_layers, config.drop_path_rate)
         widths = tuple(outline.feature_info[min(stage, depth - 1)]["num_chs"] for stage in out_layers)
+        num_shrunk = 0
         heads = num_heads_of(outline.layers[min(max(out_layers), depth - 1)])
     else:
         downsampling = config.decoder.downsampling(depth)
@@ -82,8 +76,9 @@ def fit_problems(
                 f"downsampled; read block {shrink_at} or a later one"
             )
         widths, heads = (outline.embed_dim,) * len(out_layers), num_heads_of(outline.blocks[0])
+        num_shrunk = 0 if shrink_at is None else sum(layer >= shrink_at for layer in out_layers)
     embedding: Any = outline.patch_embed
-    spec = decoder_spec(config, num_classes, widths, heads, embedding.patch_size[0])
+    spec = decoder_spec(config, num_classes, widths, num_shrunk, heads, embedding.patch_size[0])
     problems += config.decoder.spec_problems(spec)
     most = min(max(out_layers) + 1, depth)
     if not 0 <= freeze_blocks <= most:

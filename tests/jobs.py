@@ -18,7 +18,8 @@ def tiny_job(shard_set: ShardSet, structure: str = "cascade", **train: Any) -> T
         "decoder_layers": 1,
         "drop_path_rate": 0.0,
         "dropout": 0.0,
-        **({"shrink_at": 2} if structure == "shrunk" else {"out_layers": [1, 3]}),
+        **({} if structure == "shrunk" else {"out_layers": [1, 3]}),
+        **({"shrink_at": 2} if structure in ("shrunk", "anchored") else {}),
     }
     settings: dict[str, Any] = {
         "steps": 4,

@@ -66,8 +66,11 @@ def plan(
 
     experiment = load_experiment(config, overrides or ())
     experiment.check(workspace)
+    warnings = experiment.warnings()
     planned = experiment.plan(workspace, Tracking.for_workspace(workspace, tracking_uri))
     with facts_output(as_json) as (console, give):
+        for warning in warnings:
+            console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
         console.print(present.plan_tree(experiment.config.name, planned.steps, planned.complete))
         give([step.model_dump(mode="json") for step in planned.steps])
 

@@ -9,6 +9,7 @@ import yaml
 from pipeline import steps
 from pipeline.config import ExperimentConfig
 from pipeline.datasets import open_dataset
+from pipeline.errors import UserError
 from pipeline.records import (
     BackboneRecord,
     Checkpoint,
@@ -19,6 +20,8 @@ from pipeline.records import (
     SearchResult,
     ShardSet,
 )
+from pipeline.registry.models import resolve_model
+from pipeline.registry.store import get_version
 from pipeline.workflow.execution import StepRef
 from pipeline.workflow.graph import Graph
 
@@ -52,7 +55,27 @@ def tune(
     if not config.tune.num_trials:
         return None
     name = config.tune.variant
-    return flow.step(steps.tune, shards, backbones[name], config.variant_settings(name), config.tune)
+    start = start_of(flow, config, name, {})
+    return flow.step(steps.tune, shards, backbones[name], config.variant_settings(name), config.tune, start)
+
+
+def start_of(
+    flow: Graph, config: ExperimentConfig, name: str, trained: Mapping[str, StepRef[Checkpoint]]
+) -> StepRef[Checkpoint] | None:
+    """The model that a variant starts from: one of those trained before it, or a registered version.
+
+    Raises UserError for a version that there is not.
+    """
+    source = config.variants[name].start_from
+    if source is None or source in trained:
+        return trained[source] if source else None
+    try:
+        reference = resolve_model(flow.tracking, source)
+    except UserError as error:
+        raise UserError(f"variants.{name}.start_from: {error}") from error
+    label = f"fetch_model/{reference.name}-{reference.version}"
+    digest = get_version(flow.tracking, *reference).checkpoint_digest
+    return flow.find(label) or flow.step(steps.fetch_model, *reference, digest, label=label)
 
 
 def train_and_evaluate(
@@ -62,18 +85,18 @@ def train_and_evaluate(
     backbones: Mapping[str, StepRef[BackboneRecord]],
     search: StepRef[SearchResult] | None,
 ) -> tuple[dict[str, StepRef[Checkpoint]], dict[str, StepRef[Evaluation]]]:
-    """Every variant's checkpoint and its evaluation, by variant."""
+    """Every variant's checkpoint and its evaluation, by variant; a variant waits for the one that it starts from."""
     checkpoints: dict[str, StepRef[Checkpoint]] = {}
     evaluations: dict[str, StepRef[Evaluation]] = {}
-    for name in config.variants:
-        settings = config.variant_settings(name)
+    for name in config.training_order():
+        settings, start = config.variant_settings(name), start_of(flow, config, name, checkpoints)
         checkpoints[name] = flow.step(
-            steps.train, name, shards, backbones[name], search, settings, label=f"train/{name}"
+            steps.train, name, shards, backbones[name], search, settings, start, label=f"train/{name}"
         )
         evaluations[name] = flow.step(
             steps.evaluate, checkpoints[name], shards, config.evaluate, label=f"evaluate/{name}"
         )
-    return checkpoints, evaluations
+    return checkpoints, {name: evaluations[name] for name in config.variants}
 
 
 def report(

@@ -18,8 +18,17 @@ from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.section import Section
 from pipeline.config.train import TrainConfig
 from pipeline.config.tune import TuneConfig
-from pipeline.config.variant import LossConfig, ModelSection, VariantConfig, VariantSettings
+from pipeline.config.variant import (
+    LossConfig,
+    ModelSection,
+    VariantConfig,
+    VariantSettings,
+    merged_train,
+    setting_paths,
+)
 from pipeline.errors import UserError
+
+MODEL_SCHEME = "models:/"
 
 
 class ExperimentConfig(Section):
@@ -58,14 +67,13 @@ class ExperimentConfig(Section):
         if variant.loss is not None:
             loss = loss.model_copy(update={"weights": variant.loss, "with_published": False})
             own += [f"loss.{term}" for term in variant.loss]
-        if variant.learning_rate is not None:
-            train = train.model_copy(update={"learning_rate": variant.learning_rate})
-            own.append("train.learning_rate")
+        if variant.train is not None:
+            train = merged_train(train, variant.train)
+            own += [f"train.{path}" for path in setting_paths(variant.train)]
         return VariantSettings(
             model=fields or given,
             loss=loss,
             train=train,
-            localize_upsampling=variant.localize_upsampling,
             own=tuple(own),
         )
 
@@ -73,13 +81,45 @@ class ExperimentConfig(Section):
         """Where a variant's backbone weights come from: auto, random, or a file."""
         return self.variants[name].weights or self.model.weights or "auto"
 
+    def training_order(self) -> tuple[str, ...]:
+        """The variants, each after the one that it starts from, else as the file has them."""
+        order: list[str] = []
+
+        def add(name: str) -> None:
+            if name not in order:
+                source = self.variants[name].start_from
+                if source in self.variants:
+                    add(source)
+                order.append(name)
+
+        for name in self.variants:
+            add(name)
+        return tuple(order)
+
     @field_validator("variants")
     @classmethod
     def _variant_names(cls, variants: dict[str, VariantConfig]) -> dict[str, VariantConfig]:
         for name in variants:
             if not re.fullmatch(r"[a-z0-9_]+", name):
                 raise ValueError(f"variant name {name!r} may hold a-z, 0-9 and _ only")
+        for name, variant in variants.items():
+            cls._check_start(name, variant.start_from, variants)
         return variants
+
+    @staticmethod
+    def _check_start(name: str, source: str | None, variants: dict[str, VariantConfig]) -> None:
+        path = [name]
+        while source is not None and not source.startswith(MODEL_SCHEME):
+            if source not in variants:
+                others = ", ".join(other for other in variants if other != path[-1])
+                raise ValueError(
+                    f"{path[-1]}.start_from {source!r} is no variant; choose from {others or 'no other'}, or "
+                    "name a registered version as models:/NAME@champion or models:/NAME/VERSION"
+                )
+            path.append(source)
+            if source in path[:-1]:
+                raise ValueError(f"start_from goes in a circle: {' from '.join(path)}; one of them must start anew")
+            source = variants[source].start_from
 
     @model_validator(mode="after")
     def _across_sections(self) -> Self:
@@ -87,11 +127,27 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"tune.variant {self.tune.variant!r} is no variant; choose from {', '.join(self.variants)}"
             )
-        micro_batch = self.train.batch_size // self.train.accumulation_steps
+        source = self.variants[self.tune.variant].start_from if self.tune.num_trials else None
+        if source in self.variants:
+            raise ValueError(
+                f"tune.variant {self.tune.variant} starts from {source}, whose training waits for the search; "
+                f"search {source}"
+            )
+        self._check_batch("train", self.train)
+        for name, variant in self.variants.items():
+            if variant.train is not None:
+                try:
+                    own = merged_train(self.train, variant.train)
+                except ValueError as error:
+                    raise ValueError(f"variants.{name}.train: {error}") from None
+                self._check_batch(f"variants.{name}.train", own)
+        return self
+
+    def _check_batch(self, section: str, train: TrainConfig) -> None:
+        micro_batch = train.batch_size // train.accumulation_steps
         if micro_batch < self.runtime.max_workers:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} / train.accumulation_steps {self.train.accumulation_steps} "
+                f"{section}.batch_size {train.batch_size} / {section}.accumulation_steps {train.accumulation_steps} "
                 f"= {micro_batch} leaves some of runtime.num_workers {self.runtime.max_workers} without a sample; "
                 "change one of them"
             )
-        return self

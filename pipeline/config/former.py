@@ -35,6 +35,15 @@ def _rename(tree: dict[str, Any]) -> Iterator[str]:
         tune["space"] = {**found, **tune.get("space", {})}
         yield "the ranges of tune are tune.space {path: {log_uniform: [low, high]}} now"
     for name, variant in _section(tree, "variants").items():
+        if isinstance(variant, dict) and variant.pop("localize_upsampling", False):
+            raise UserError(
+                f"variants.{name}.localize_upsampling is no more: remove it, and use structure: anchored, which "
+                "learns from the first step, or shrunk, which starts at random as published"
+            )
+        if isinstance(variant, dict) and "learning_rate" in variant:
+            own = variant.setdefault("train", {})
+            yield from _move(variant, f"variants.{name}", {"learning_rate": "train.learning_rate"})
+            own["learning_rate"] = variant.pop("train.learning_rate")
         kind = variant.get("loss") if isinstance(variant, dict) else None
         if isinstance(kind, str):
             del variant["loss"]

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.config.section import PositiveFloat, Section
+from pipeline.config.section import Section
 from pipeline.config.train import TrainConfig
 
 Weight = Annotated[float, Field(ge=0.0)]
@@ -74,14 +74,37 @@ class VariantConfig(_ModelFields):
     Attributes:
         loss: weights of all loss terms that this variant trains with; left out, those of the experiment (of a
             preset that is trained with another loss: the preset's).
-        localize_upsampling: start the upsampling layers of `shrunk` from least-squares position maps instead of
-            at random, without which short training runs do not learn them (segvit.decoders.localize).
-        learning_rate: where train.learning_rate does not suit it.
+        start_from: the trained model that this one starts from, of the same backbone: another variant, or a
+            registered version (`models:/NAME@champion`, `models:/NAME/3`). What both have alike is taken
+            (segvit.take_weights); left out, only the backbone's pretrained weights are.
+        train: settings of the train section that do not suit it, such as `steps` or `learning_rate`.
     """
 
     loss: dict[str, Weight] | None = None
-    localize_upsampling: bool = False
-    learning_rate: PositiveFloat | None = None
+    start_from: str | None = None
+    train: dict[str, Any] | None = None
+
+
+def merged_train(train: TrainConfig, own: Mapping[str, Any]) -> TrainConfig:
+    """The train section with a variant's own settings; raises ValueError naming the setting that breaks a rule."""
+
+    def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+        nested = {
+            name: merge(below[name], value)
+            for name, value in above.items()
+            if isinstance(value, Mapping) and isinstance(below.get(name), Mapping)
+        }
+        return {**below, **above, **nested}
+
+    try:
+        # What was not given is filled in anew: it may depend on what is.
+        return TrainConfig.model_validate(merge(train.model_dump(exclude_unset=True), own))
+    except ValidationError as error:
+        problems = (
+            ": ".join([".".join(map(str, one["loc"])), one["msg"].removeprefix("Value error, ")]).removeprefix(": ")
+            for one in error.errors()
+        )
+        raise ValueError("; ".join(problems)) from None
 
 
 class VariantSettings(Section):
@@ -95,7 +118,6 @@ class VariantSettings(Section):
     model: dict[str, Any]
     loss: LossConfig
     train: TrainConfig
-    localize_upsampling: bool = False
     own: tuple[str, ...] = ()
 
     def value(self, path: str) -> Any:
@@ -130,7 +152,7 @@ class VariantSettings(Section):
     def for_search_of(self, variant: str, own_name: str, values: Mapping[str, Any]) -> VariantSettings:
         """With what a search found on `variant`: all of it on that variant, else what this one does not set itself."""
         if variant != own_name:
-            known = [*_paths(self._tree())]
+            known = [*setting_paths(self._tree())]
             values = {path: value for path, value in values.items() if path in known and path not in self.own}
         return self.with_values(values)
 
@@ -146,20 +168,20 @@ class VariantSettings(Section):
                 "count_ignored_as_background": self.loss.count_ignored_as_background,
             },
             "train": self.train.model_dump(mode="json"),
-            "localize_upsampling": self.localize_upsampling,
         }
 
     def _nearest(self, path: str) -> str:
-        known = [*_paths(self._tree())]
+        known = [*setting_paths(self._tree())]
         close = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
         close = close or [one for one in known if one.rpartition(".")[2] == path.rpartition(".")[2]]
         return f"did you mean {', '.join(close)}?" if close else f"it begins with {', '.join(self._tree())}"
 
 
-def _paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+def setting_paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted paths of all settings of a tree, sections before what is in them."""
     found = []
     for name, value in tree.items():
         found.append(f"{prefix}{name}")
         if isinstance(value, Mapping):
-            found += _paths(value, f"{prefix}{name}.")
+            found += setting_paths(value, f"{prefix}{name}.")
     return found

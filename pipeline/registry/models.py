@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline import storage
 from pipeline.errors import UserError
-from pipeline.records import Record
+from pipeline.records import Checkpoint, Record
 from pipeline.registry import store
 from pipeline.registry.store import all_pages, is_file_path, version_location
-from pipeline.storage.names import CHECKPOINT_FILES, CHECKPOINT_FOLDER
+from pipeline.storage.names import CHECKPOINT_FILES, CHECKPOINT_FOLDER, CONFIG_FILE, WEIGHTS_FILE
+from pipeline.workflow.lease import Lease
 from pipeline.workflow.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -113,6 +115,28 @@ def checkpoint_folder(tracking: Tracking, model: str, cache: str | Path) -> Path
         if not storage.exists(storage.join(model, file)):
             raise UserError(f"{model} is no checkpoint folder, it has no {file}; a model is models:/NAME@ALIAS")
     return storage.fetch_folder(model, cache)
+
+
+def fetch_checkpoint(
+    tracking: Tracking, reference: ModelReference, digest: str, target_uri: str, lease: Lease
+) -> Checkpoint:
+    """Publish a registered version's checkpoint to `target_uri`.
+
+    Raises UserError where the version has lost its files, or holds other weights than those of that sha256.
+    """
+    model = f"models:/{reference.name}/{reference.version}"
+    with tempfile.TemporaryDirectory(prefix="segvit-model-") as scratch:
+        source = _download(tracking, reference, CHECKPOINT_FOLDER, scratch)
+        if storage.file_digest(str(source / WEIGHTS_FILE)) != digest:
+            raise UserError(f"{model} does not hold the weights that were registered; register it anew")
+        config = json.loads((source / CONFIG_FILE).read_text(encoding="utf-8"))
+        lease.check()
+        storage.publish_folder(source, target_uri, last=CONFIG_FILE)
+    miou = store.get_version(tracking, *reference).evaluation.miou
+    step = int(config["metadata"].get("step", 0))
+    return Checkpoint(
+        variant=model, uri=target_uri, digest=digest, step=step, miou=miou, history_uri=None, train_seconds=0.0
+    )
 
 
 def model_folder(tracking: Tracking, reference: ModelReference, cache: str | Path) -> Path:

@@ -30,6 +30,7 @@ CANDIDATE = "candidate"
 
 KEY = "segvit.key"
 VARIANT = "segvit.variant"
+STARTED_FROM = "segvit.started_from"
 MIOU = "segvit.miou"
 EVALUATION = "segvit.evaluation"
 CHECKPOINT_DIGEST = "segvit.checkpoint_digest"
@@ -103,6 +104,7 @@ def register_model(
             SHARDS_DIGEST: shard_set.digest,
             DATA_DIGEST: evaluation.data_digest,
             FLOW_RUN: flow_run_id,
+            **({STARTED_FROM: checkpoint.started_from} if checkpoint.started_from else {}),
         },
     )
     for first in _versions_with(tracking, name, KEY, key):

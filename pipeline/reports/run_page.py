@@ -94,11 +94,18 @@ def _result_rows(report: ReportInput) -> list[ResultRow]:
             [latency_text(item.latency_ms, item.latency_reliable) for item in evaluations],
         ),
         stated("step of the checkpoint", [f"{variant.checkpoint.step:,}" for variant in report.variants]),
+        *_start_rows(report),
         stated("training time", [_duration(variant.checkpoint.train_seconds) for variant in report.variants]),
         stated("images scored", [f"{item.num_images:,}" for item in evaluations]),
         stated("registered version", [_version_text(variant.version) for variant in report.variants]),
         stated("decision", [_decision_text(variant.version, report.decision) for variant in report.variants]),
     ]
+
+
+def _start_rows(report: ReportInput) -> list[ResultRow]:
+    starts = [variant.checkpoint.started_from for variant in report.variants]
+    cells = tuple(start or "pretrained backbone" for start in starts)
+    return [ResultRow("started from", cells, (False,) * len(cells))] if any(starts) else []
 
 
 def _version_text(version: ModelVersion | None) -> str:

@@ -147,7 +147,7 @@ def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: Model
         )
         for row in read_json(join(folder, EXAMPLES_FILE))
     ]
-    history = read_bytes(checkpoint.history_uri).decode().splitlines()
+    history = read_bytes(checkpoint.history_uri).decode().splitlines() if checkpoint.history_uri else []
     return VariantReport(
         checkpoint=checkpoint,
         evaluation=evaluation,

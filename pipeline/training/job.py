@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import segvit
 from pipeline.config import RuntimeConfig, TrainConfig, VariantSettings
-from pipeline.records import BackboneRecord, Record, ShardSet
+from pipeline.records import BackboneRecord, Checkpoint, Record, ShardSet
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ class TrainJob(Record):
     """All that a training worker needs, serialisable.
 
     Attributes:
+        start: the trained model that this one starts from.
         max_val_samples: validation looks at this many samples at most (None: all).
         save_checkpoints: False for search trials, which are thrown away.
     """
@@ -25,6 +26,7 @@ class TrainJob(Record):
     shard_set: ShardSet
     backbone: BackboneRecord
     runtime: RuntimeConfig
+    start: Checkpoint | None = None
     max_val_samples: int | None = None
     save_checkpoints: bool = True
 

@@ -50,6 +50,8 @@ def run_training(
     train, state = job.train, trainer.state
     if context.rank == 0 and trainer.precision != train.precision:
         log(f"{job.variant}  in {trainer.precision}: this {context.device.type} has no {train.precision} instructions")
+    if context.rank == 0 and trainer.taken is not None and job.start is not None:
+        log(f"{job.variant}  starts from {job.start.variant} (step {job.start.step}): {trainer.taken.summary()}")
     batches = micro_batches(job, context, state.step)
     training_log = TrainingLog(job, context, state, report, log, report_every_s)
     while state.step < train.steps:

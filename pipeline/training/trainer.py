@@ -19,19 +19,18 @@ from torch import Tensor, nn
 import segvit
 from pipeline import storage
 from pipeline.config import TrainConfig
+from pipeline.errors import UserError
 from pipeline.evaluation.scoring import confusion_of_split
-from pipeline.shards.loader import Batch, EvalLoader, TrainLoader
+from pipeline.shards.loader import Batch, EvalLoader
 from pipeline.storage.names import MANIFEST
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
-from segvit.decoders.localize import localize_upsampling
 from segvit.metrics import segmentation_metrics
 from segvit.optim import parameter_groups
 from segvit.schedules import build_schedule
 from segvit.weights.pretrained import load_backbone_state, read_file
-
-LOCALIZE_IMAGES = 48
+from segvit.weights.start import TakenWeights, take_weights
 
 # Instructions that multiply bf16 matrices, of x86 and of ARM.
 _CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
@@ -44,6 +43,9 @@ class Trainer:
         job: what to train.
         context: rank, world size and device.
         resume_from: folder of a checkpoint this trainer wrote, or None.
+
+    Raises:
+        UserError: the model to start from cannot be read, or does not fit.
     """
 
     def __init__(self, job: TrainJob, context: DistributedContext, resume_from: Path | None = None) -> None:
@@ -54,6 +56,7 @@ class Trainer:
         self.watch = FiniteWatch(context.device)
         torch.manual_seed(job.train.seed)
         self.model = build_job_model(job).to(context.device)
+        self.taken = start_model(job, self.model) if job.start is not None and resume_from is None else None
         self.loss = build_loss(job)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
@@ -67,26 +70,11 @@ class Trainer:
         )
         self.rate_factor = job_schedule(job.train)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        if job.settings.localize_upsampling and resume_from is None:
-            self._localize_upsampling()
         # Same initial weights everywhere, different dropout on each rank.
         torch.manual_seed(job.train.seed + 7919 * (context.rank + 1))
         if resume_from is not None:
             self.state = load_training(resume_from, self.model, self.optimizer, context.rank, context.device)
         self.forward = self._distributed_forward()
-
-    def _localize_upsampling(self) -> None:
-        # The same images on every rank, so that all start from the same weights.
-        job = self.job
-        batches = TrainLoader(
-            job.shard_set,
-            crop=job.model.image_size,
-            augmentation=job.train.augmentation,
-            seed=job.train.seed,
-            global_batch_size=LOCALIZE_IMAGES,
-        )
-        images = next(iter(batches)).images.to(self.context.device)
-        localize_upsampling(self.model, self.model.normalize(images))
 
     def _distributed_forward(self) -> nn.Module:
         forward: nn.Module = self.model
@@ -205,6 +193,17 @@ def build_loss(job: TrainJob) -> segvit.SegmentationLoss:
     return segvit.SegmentationLoss(
         job.shard_set.num_classes, loss.resolved(), count_ignored_as_background=loss.count_ignored_as_background
     )
+
+
+def start_model(job: TrainJob, model: segvit.SegViT) -> TakenWeights:
+    """Give the model what the job's start has for it; raises UserError where that is gone, or does not fit."""
+    assert job.start is not None
+    try:
+        with tempfile.TemporaryDirectory(prefix="segvit-start-") as folder:
+            source, _ = segvit.load_checkpoint(storage.fetch_folder(job.start.uri, Path(folder) / "checkpoint"))
+        return take_weights(model, source)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{job.variant} cannot start from {job.start.variant} ({job.start.uri}): {error}") from error
 
 
 def build_job_model(job: TrainJob) -> segvit.SegViT:

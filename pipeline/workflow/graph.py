@@ -101,6 +101,11 @@ class Graph(ABC):
         self._added(node)
         return cast("StepRef[R]", node.ref)
 
+    def find(self, label: str) -> StepRef[Any] | None:
+        """The step of that label, where the flow has one already."""
+        node = self._nodes.get(label)
+        return node.ref if node else None
+
     @abstractmethod
     def result(self, ref: StepRef[R]) -> R:
         """The record of a step, waited for; a Plan ends where it is not known."""

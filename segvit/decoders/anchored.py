@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from segvit.backbones.downsampling import Downsampling, rows_at, sampled_patches
 from segvit.backbones.feature_map import FeatureMap
 from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes
-from segvit.decoders.cascade import ATMCascade, cascade_layers
+from segvit.decoders.cascade import ATMCascade, ends_of_thirds
 from segvit.decoders.decoder import DecoderOutput, DecoderSpec
 from segvit.decoders.shrinking import ShrinkingDecoder
 from segvit.output import at_least_float32
@@ -85,28 +85,31 @@ class AnchoredUpsampling(nn.Module):
 
 
 class AnchoredCascade(ATMCascade):
-    """The cascade over features that are brought back to all patches.
+    """The cascade over features of which the later ones are brought back to all patches.
 
     Args:
-        input_widths: Channels of the features that the cascade reads, in the backbone's order; None: taken without
-            projection.
+        input_widths: Channels of the features, in the backbone's order; None: taken without projection.
         feature_width: Channels of all features.
+        num_shrunk: How many of the features, the last ones, are those of a shrunk backbone.
         sizes: Of all stages.
     """
 
-    def __init__(self, input_widths: Sequence[int | None], feature_width: int, sizes: DecoderSizes) -> None:
+    def __init__(
+        self, input_widths: Sequence[int | None], feature_width: int, num_shrunk: int, sizes: DecoderSizes
+    ) -> None:
         super().__init__(input_widths, sizes)
-        self.upsampling = AnchoredUpsampling(feature_width, len(input_widths))
+        self.num_whole = len(input_widths) - num_shrunk
+        self.upsampling = AnchoredUpsampling(feature_width, num_shrunk)
 
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
         """One prediction a stage, from the features in the backbone's order, at the first one's stride."""
-        low, *shrunk = features
-        return super().forward(self.upsampling(low, shrunk))
+        whole, shrunk = features[: self.num_whole], features[self.num_whole :]
+        return super().forward([*whole, *self.upsampling(whole[-1], shrunk)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anchored(ATMOnFeatures, ShrinkingDecoder):
-    """ATM stages over all of `out_layers` but the first, which is read at full resolution before the downsampling."""
+    """ATM stages over `out_layers`, of which one at least is read before the downsampling, at full resolution."""
 
     parts: ClassVar[Mapping[str, type[nn.Module]]] = MappingProxyType(
         {"upsampling": AnchoredUpsampling, "atm_stage": ATMStage}
@@ -133,20 +136,20 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
         return super().downsampling(depth)._replace(keep=self.keep_edges)
 
     def default_out_layers(self, depth: int, hierarchical: bool) -> tuple[int, ...]:
-        """The last block before the downsampling, and the cascade's that follow it."""
+        """The last block before the downsampling, and the ends of thirds after it: (3, 7, 11) and (7, 15, 23)."""
         block = self.downsampling(depth).block
-        return (block - 1, *(layer for layer in cascade_layers(depth) if layer >= block))
+        return (block - 1, *(layer for layer in ends_of_thirds(depth) if layer >= block))
 
     def out_layer_problems(self, out_layers: tuple[int, ...], depth: int) -> list[str]:
-        """The first feature must be one before the downsampling, and all others after it."""
+        """The first must lie before the downsampling, the last one not."""
         block = self.downsampling(depth).block
-        if len(out_layers) > 1 and out_layers[0] < block <= out_layers[1]:
+        if out_layers[0] < block <= out_layers[-1]:
             return []
         return [
-            f"out_layers {out_layers} do not fit shrink_at {block}; name one block before it, read for detail, "
-            "and then one or more from it on"
+            f"out_layers {out_layers} do not fit shrink_at {block}; name one block or more before it, and one or more "
+            "from it on"
         ]
 
     def build(self, spec: DecoderSpec) -> nn.Module:
         """See `Decoder`."""
-        return AnchoredCascade(self.input_widths(spec)[1:], spec.feature_widths[0], self.sizes(spec))
+        return AnchoredCascade(self.input_widths(spec), spec.feature_widths[0], spec.num_shrunk, self.sizes(spec))

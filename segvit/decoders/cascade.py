@@ -55,7 +55,12 @@ class Cascade(ATMOnFeatures):
 
 def cascade_layers(depth: int) -> tuple[int, ...]:
     """The blocks that a cascade reads of a plain ViT: the published choice for 12, else the ends of the thirds."""
-    return (5, 7, 11) if depth == 12 else tuple(sorted({max(depth * third // 3 - 1, 0) for third in (1, 2, 3)}))
+    return (5, 7, 11) if depth == 12 else ends_of_thirds(depth)
+
+
+def ends_of_thirds(depth: int) -> tuple[int, ...]:
+    """The last blocks of the first, second and last third: (3, 7, 11) of 12, (7, 15, 23) of 24."""
+    return tuple(sorted({max(depth * third // 3 - 1, 0) for third in (1, 2, 3)}))
 
 
 class ATMCascade(nn.Module):

@@ -38,6 +38,8 @@ class DecoderSpec:
     num_classes: int
     feature_widths: tuple[int, ...]
     """Channels of the features, in the backbone's order."""
+    num_shrunk: int
+    """How many of them, the last ones, come from blocks that downsample or follow one that does."""
     backbone_heads: int
     """Attention heads of the backbone."""
     patch_size: int
@@ -67,8 +69,6 @@ class Decoder(ABC):
     """Whether predictions have class logits and masks; without, their masks are class logits a pixel."""
     shrinks: ClassVar[bool] = False
     """Whether the backbone downsamples, as `downsampling` says."""
-    has_upsampling: ClassVar[bool] = False
-    """Whether there are query-based upsampling layers, which `localize_upsampling` can initialise."""
     parts: ClassVar[Mapping[str, type[nn.Module]]] = MappingProxyType({})
     """Modules whose cost is counted apart, by the name it is shown under."""
 

@@ -42,7 +42,6 @@ class Shrunk(ATMDecoder, ShrinkingDecoder):
     """An upsampling layer for each of `out_layers`, one or two, in this order, then one ATM block."""
 
     max_out_layers: ClassVar[int | None] = 2
-    has_upsampling: ClassVar[bool] = True
     parts: ClassVar[Mapping[str, type[nn.Module]]] = MappingProxyType(
         {"upsampling": QueryUpsampling, "atm_stage": ATMStage}
     )

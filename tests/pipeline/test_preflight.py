@@ -20,7 +20,7 @@ EXPERIMENT: dict[str, Any] = {
     "model": {"backbone": "vit_tiny_patch16_224", "weights": "random", "image_size": [48, 64], "decoder_layers": 1},
     "variants": {
         "full": {"structure": "cascade", "out_layers": [1, 3]},
-        "shrunk": {"structure": "shrunk", "shrink_at": 2, "localize_upsampling": True},
+        "shrunk": {"structure": "shrunk", "shrink_at": 2},
     },
     "train": {"steps": 4, "batch_size": 4, "warmup_steps": 1, "validate_every_steps": 2, "checkpoint_every_steps": 2},
     "tune": {"num_trials": 2, "steps": 2, "report_every_steps": 1},
@@ -74,9 +74,9 @@ MISFITS: list[tuple[str, Any, str | None]] = [
     ("variants.full.shrink_at", 2, r"variants.full: .*shrink_at.*cascade"),
     ("variants.full.shrink_queries", "medium", r"variants.full: .*shrink_queries"),
     (
-        "variants.full.localize_upsampling",
-        True,
-        r"variants.full: localize_upsampling .* structure cascade has not",
+        "variants.small",
+        {"start_from": "full", "backbone": "vit_small_patch16_224"},
+        r"variants.small.start_from full: its backbone is vit_tiny_patch16_224, not vit_small_patch16_224; start from",
     ),
     ("model.dropout", 1.0, r"dropout must be in \[0, 1\), got 1.0"),
     ("model.preset", "ade20k_vit_bas", r"unknown preset 'ade20k_vit_bas'; did you mean ade20k_vit_base"),

@@ -50,9 +50,9 @@ def test_model_problems__what_building_refuses_too(settings: dict[str, Any], pro
 
 def test_model_problems__all_at_once() -> None:
     config = ModelConfig(**SMALL | {"image_size": (64, 100)}, out_layers=(5, 12), decoder_heads=5)
-    problems = model_problems(config, 0, freeze_blocks=13, loss={"dcie": 1.0}, localize_upsampling=True)
+    problems = model_problems(config, 0, freeze_blocks=13, loss={"dcie": 1.0})
     assert [text.partition(" ")[0] for text in problems] == [
-        *("num_classes", "unknown", "localize_upsampling", "image_size", "out_layers", "decoder_width", "freeze_blocks")
+        *("num_classes", "unknown", "image_size", "out_layers", "decoder_width", "freeze_blocks")
     ]
 
 
@@ -70,8 +70,6 @@ def test_model_problems__what_would_train_in_vain() -> None:
     assert model_problems(ModelConfig(**SWIN), 3, freeze_blocks=5) == [
         "freeze_blocks 5 does not fit swin_tiny_patch4_window7_224, which runs 4 stages; use 0 to 4"
     ]
-    [problem] = model_problems(config, 3, loss={"cross_entropy": 1.0}, localize_upsampling=True)
-    assert problem.startswith("localize_upsampling initialises upsampling layers, which structure cascade has not")
 
 
 def test_model_problems__loss_against_the_structure() -> None:

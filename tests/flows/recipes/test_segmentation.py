@@ -123,6 +123,56 @@ def test_run__report_and_prediction(flow_run: FlowRun, capfd: pytest.CaptureFixt
     assert sum(written[0]["classes"].values()) == pytest.approx(1.0)
 
 
+def test_run__a_variant_starts_from_the_champion_and_another_from_that(
+    flow_run: FlowRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    workspace = str(flow_run.workspace)
+    tree: dict[str, Any] = yaml.safe_load(Path(flow_run.config).read_text())
+    shrunk = {"structure": "anchored", "shrink_at": 2}
+    tree["recipe"] = "train"
+    tree["variants"] |= {
+        "smaller": {**shrunk, "start_from": "small", "keep_edges": 0.0, "train": {"steps": 2}},
+        "small": {**shrunk, "start_from": f"models:/{NAME}@champion", "train": {"steps": 2}},
+    }
+    config = tmp_path / "start.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    steps = {step["label"]: step for step in facts(capfd, "plan", str(config), "--workspace", workspace)}
+    assert steps["train/full"]["cached"]
+    fetched = f"fetch_model/{NAME}-1"
+    assert steps["train/small"]["depends_on"][-1] == fetched
+    assert steps["train/smaller"]["depends_on"][-1] == "train/small"
+    main(["run", str(config), "--workspace", workspace])
+    said = capfd.readouterr().out
+    assert f"small  starts from models:/{NAME}/1 (step" in said
+    assert "smaller  starts from small (step 2): backbone and decoder taken" in said
+    tree = facts(capfd, "show", "latest", "--workspace", workspace)
+    records = {step["label"]: step["record"] for step in tree["steps"]}
+    assert records[fetched]["digest"] == records["train/full"]["digest"]
+    assert records["train/small"]["started_from"] == f"models:/{NAME}/1"
+    assert records["train/small"]["step"] == 2
+    page = Path(records["report"]["uri"]).read_text()
+    row = page[page.index("started from") :]
+    assert row.index("pretrained backbone") < row.index(">small<") < row.index(f"models:/{NAME}/1")
+    # Nothing new: the alias still names that version.
+    again = facts(capfd, "plan", str(config), "--workspace", workspace)
+    assert all(step["cached"] for step in again)
+    main_error = [
+        "plan",
+        str(config),
+        "--workspace",
+        workspace,
+        "--set",
+        f"variants.small.start_from=models:/{NAME}@best",
+    ]
+    with pytest.raises(SystemExit) as refused:
+        main(main_error)
+    assert refused.value.code == 1
+    problem = capfd.readouterr().err
+    assert (
+        f"variants.small.start_from: models:/{NAME}@best does not exist; {NAME} has versions 1 and aliases" in problem
+    )
+
+
 def test_run__failed_data_gives_one_line_and_exit_1(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data" / "train").mkdir(parents=True)
     experiment = EXPERIMENT | {"data": {"dataset": "camvid", "root": str(tmp_path / "data")}}

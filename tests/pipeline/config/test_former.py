@@ -14,7 +14,7 @@ data: {dataset: digits}
 model: {backbone: vit_tiny_patch16_224, crop: [48, 64]}
 variants:
   full: {structure: cascade, out_layers: [1, 3], loss: mask}
-  linear: {structure: linear, loss: cross_entropy}
+  linear: {structure: linear, loss: cross_entropy, learning_rate: 3.0e-5, localize_upsampling: false}
 loss: {class_weight: 1.0, focal_weight: 20.0, dice_weight: 5.0}
 train:
   {steps: 4, batch_size: 4, warmup_steps: 1, poly_power: 2.0, validate_every_steps: 2, checkpoint_every_steps: 2,
@@ -41,7 +41,18 @@ def test_load_config__a_file_of_an_earlier_release(tmp_path: Any, capsys: pytest
     }
     notes = capsys.readouterr().err.splitlines()
     assert f"note: {file}: model.crop is model.image_size now; the former name is still read" in notes
-    assert len(notes) == 9
+    assert config.variants["linear"].train == {"learning_rate": 3e-5}
+    assert (
+        f"note: {file}: variants.linear.learning_rate is variants.linear.train.learning_rate now; the former"
+        in "".join(notes)
+    )
+    assert len(notes) == 10
+
+
+def test_rename_former_keys__a_start_that_is_no_more_is_refused_with_what_to_use() -> None:
+    tree = {"variants": {"shrunk": {"structure": "shrunk", "localize_upsampling": True}}}
+    with pytest.raises(UserError, match=r"^variants.shrunk.localize_upsampling is no more: .* use structure: anchored"):
+        rename_former_keys(tree)
 
 
 def test_rename_former_keys__todays_names_are_left_alone_and_both_are_refused() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config import LossConfig, TrainConfig, VariantSettings
 from pipeline.config.file import parse_config
+from pipeline.errors import UserError
 
 TRAIN: dict[str, Any] = {
     "steps": 4,
@@ -35,7 +36,7 @@ def settings() -> VariantSettings:
 
 def test_variant_settings__a_variant_overrides_any_field_and_says_which() -> None:
     config = experiment(
-        variants={"a": {"decoder_layers": 1, "learning_rate": 3e-5, "loss": {"dice": 2.0}}, "b": {}},
+        variants={"a": {"decoder_layers": 1, "train": {"learning_rate": 3e-5}, "loss": {"dice": 2.0}}, "b": {}},
         loss={"focal": 10.0},
     )
     a, b = config.variant_settings("a"), config.variant_settings("b")
@@ -63,6 +64,65 @@ def test_variant_settings__a_preset_and_what_is_written_over_it() -> None:
     assert large.loss.weights == {}
     assert (linear.model["structure"], linear.model["out_layers"]) == ("linear", [3])
     assert {term for term, weight in linear.loss.resolved().items() if weight} == {"cross_entropy"}
+
+
+def test_variant_settings__its_own_train_settings_over_the_experiments() -> None:
+    own = {"steps": 9, "augmentation": {"hue": 0.0}, "schedule": "constant"}
+    config = experiment(
+        train={**TRAIN, "augmentation": {"strength": "strong", "brightness": 1.0}},
+        variants={"full": {}, "small": {"train": own}},
+    )
+    full, small = (config.variant_settings(name) for name in ("full", "small"))
+    assert (full.train.steps, small.train.steps) == (4, 9)
+    assert full.train.augmentation.model_copy(update={"hue": 0.0}) == small.train.augmentation
+    assert small.train.augmentation.scale_range == (0.1, 2.0)
+    assert (full.train.schedule.name, small.train.schedule.name) == ("poly", "constant")
+    assert small.train.batch_size == 4
+    assert small.own == ("train.steps", "train.augmentation", "train.augmentation.hue", "train.schedule")
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"step": 3}, r"variants.small.train: step: Extra inputs are not permitted"),
+        ({"steps": 0}, r"variants.small.train: steps: Input should be greater than 0"),
+        ({"steps": 1}, r"variants.small.train: warmup_steps 1 must be below steps 1; lower it"),
+        (
+            {"batch_size": 1},
+            r"variants.small.train.batch_size 1 / variants.small.train.accumulation_steps 1 = 1 leaves",
+        ),
+    ],
+)
+def test_variant_settings__its_own_train_settings_that_break_a_rule(own: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        experiment(variants={"full": {}, "small": {"train": own}}, runtime={"num_workers": 2})
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ({"a": {}, "b": {"start_from": "c"}}, r"b.start_from 'c' is no variant; choose from a, or name a registered"),
+        ({"a": {"start_from": "models"}}, r"a.start_from 'models' is no variant; choose from no other, or name a"),
+        ({"a": {"start_from": "a"}}, r"start_from goes in a circle: a from a; one of them must start anew"),
+        (
+            {"a": {"start_from": "b"}, "b": {"start_from": "c"}, "c": {"start_from": "b"}},
+            r"start_from goes in a circle: a from b from c from b",
+        ),
+    ],
+)
+def test_start_from__names_another_variant_or_a_version(variants: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        experiment(variants=variants)
+
+
+def test_training_order__each_after_the_one_that_it_starts_from() -> None:
+    variants = {"a": {"start_from": "c"}, "b": {}, "c": {"start_from": "d"}, "d": {"start_from": "models:/x@champion"}}
+    assert experiment(variants=variants).training_order() == ("d", "c", "a", "b")
+
+
+def test_start_from__is_not_searched() -> None:
+    with pytest.raises(UserError, match=r"tune.variant small starts from full, whose training waits for the search"):
+        experiment(variants={"full": {}, "small": {"start_from": "full"}}, tune={"num_trials": 2, "variant": "small"})
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def write_run(
             history_uri=f"{folder}/{variant}/history.jsonl",
             train_seconds=3700.0 + index,
         )
-        publish_bytes(checkpoint.history_uri, _history(rng, num_steps, index).encode())
+        publish_bytes(f"{folder}/{variant}/history.jsonl", _history(rng, num_steps, index).encode())
         evaluation = _write_evaluation(
             f"{folder}/{variant}/evaluation",
             variant,

@@ -14,10 +14,12 @@ from torch.multiprocessing.spawn import spawn
 
 from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError
+from pipeline.records import Checkpoint
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import micro_batches, run_training
 from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.trainer import Trainer
+from segvit.checkpoint import load_checkpoint
 from segvit.losses.segmentation_loss import SegmentationLoss
 from tests.jobs import with_settings
 
@@ -203,15 +205,42 @@ def test_run_training__bf16_is_fp32_where_the_processor_would_emulate_it(
     assert [line for line in lines if "instructions" in line] == ["full  in fp32: this cpu has no bf16 instructions"]
 
 
-def test_trainer__localized_upsampling_starts_from_position_codes(make_job: MakeJob) -> None:
-    job = make_job("shrunk")
-    plain = Trainer(job, ALONE)
-    localized = Trainer(with_settings(job, localize_upsampling=True), ALONE)
-    again = Trainer(with_settings(job, localize_upsampling=True), ALONE)
-    table = localized.model.state_dict()["decoder.grid_queries.weight"]
-    assert not torch.equal(table, plain.model.state_dict()["decoder.grid_queries.weight"])
-    for name, value in localized.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[name]), name
+def start_of(folder: Path, step: int) -> Checkpoint:
+    return Checkpoint(
+        variant="full", uri=str(folder), digest="d", step=step, miou=None, history_uri=None, train_seconds=0.0
+    )
+
+
+def test_run_training__starts_from_another_variant(make_job: MakeJob, tmp_path: Path) -> None:
+    run_training(make_job(steps=2), ALONE, Reports(), work_folder=tmp_path)
+    saved = tmp_path / "step-00000002"
+    job = make_job("anchored", steps=1).model_copy(update={"variant": "small", "start": start_of(saved, 2)})
+    theirs = load_checkpoint(saved)[0].state_dict()
+    for name, value in Trainer(job, ALONE).model.state_dict().items():
+        if not name.startswith("decoder.upsampling."):
+            assert torch.equal(value, theirs[name]), name
+    lines: list[str] = []
+    run_training(job, ALONE, Reports(), work_folder=tmp_path / "small", log=lines.append)
+    expected = f"small  starts from full (step 2): backbone and decoder taken ({len(theirs)} tensors), "
+    assert [line for line in lines if "starts from" in line] == [f"{expected}new: decoder.upsampling (5 tensors)"]
+    # What goes on after a stop has its own weights.
+    lines.clear()
+    again = job.model_copy(update={"start": start_of(tmp_path / "nowhere", 2)})
+    run_training(
+        with_settings(again, train=job.train.model_copy(update={"steps": 2})),
+        ALONE,
+        Reports(),
+        resume_from=tmp_path / "small" / "step-00000001",
+        work_folder=tmp_path / "more",
+        log=lines.append,
+    )
+    assert not any("starts from" in line for line in lines)
+
+
+def test_trainer__a_start_that_is_gone(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job("anchored").model_copy(update={"start": start_of(tmp_path / "nowhere", 2)})
+    with pytest.raises(UserError, match=r"^full cannot start from full \(.*nowhere\): .*nowhere"):
+        Trainer(job, ALONE)
 
 
 def test_run_training__gradient_that_is_not_finite_stops_before_anything_is_saved(

@@ -1,0 +1,102 @@
+"""Starting a model from a trained one of another structure or size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import segvit
+from segvit.backbones.feature_map import resize_positions
+
+SMALL: dict[str, Any] = {
+    "backbone": "vit_tiny_patch16_224",
+    "image_size": (64, 96),
+    "decoder_layers": 1,
+    "backbone_options": {"embed_dim": 48, "depth": 4, "num_heads": 3},
+}
+
+
+def model(structure: str = "cascade", num_classes: int = 3, **settings: Any) -> segvit.SegViT:
+    layers = {"cascade": (1, 3), "anchored": (1, 3), "shrunk": (0, 3), "linear": (1, 3)}[structure]
+    shrinking = {"shrink_at": 2} if structure in ("anchored", "shrunk") else {}
+    config = segvit.ModelConfig(**{**SMALL, "structure": structure, "out_layers": layers, **shrinking, **settings})
+    built = segvit.build_model(config, num_classes)
+    for parameter in built.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return built
+
+
+def test_take_weights__anchored_takes_all_of_a_cascade() -> None:
+    own, source = model("anchored"), model()
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    taken = segvit.take_weights(own, source)
+    theirs = source.state_dict()
+    assert set(taken.taken) == set(theirs)
+    assert all(torch.equal(own.state_dict()[name], theirs[name]) for name in taken.taken)
+    assert {name.rpartition(".")[0] for name in taken.new} == {
+        *("decoder.upsampling", "decoder.upsampling.norm", "decoder.upsampling.detail.0")
+    }
+    assert all(torch.equal(own.state_dict()[name], before[name]) for name in taken.new)
+    assert taken.summary() == (
+        f"backbone and decoder taken ({len(theirs)} tensors), new: decoder.upsampling ({len(taken.new)} tensors)"
+    )
+
+
+def test_take_weights__another_structure_takes_the_backbone() -> None:
+    own, source = model("shrunk"), model()
+    taken = segvit.take_weights(own, source)
+    assert all(name.startswith("backbone.") for name in taken.taken)
+    assert torch.equal(own.backbone.vit.blocks[2].mlp.fc1.weight, source.backbone.vit.blocks[2].mlp.fc1.weight)
+    assert taken.summary().startswith(f"backbone taken ({len(taken.taken)} tensors), new: decoder.grid_queries (1 ten")
+
+
+def test_take_weights__continued_training_takes_everything() -> None:
+    own, source = model(), model()
+    taken = segvit.take_weights(own, source)
+    assert taken.new == ()
+    assert taken.summary() == f"backbone and decoder taken ({len(taken.taken)} tensors), nothing new"
+    images = torch.randn(1, 3, 64, 96)
+    assert torch.equal(own.eval()(images).mask_logits, source.eval()(images).mask_logits)
+
+
+def test_take_weights__other_classes_and_depth() -> None:
+    own, source = model(num_classes=5, out_layers=(1, 2)), model()
+    taken = segvit.take_weights(own, source)
+    assert {name.partition(".")[2].partition(".")[0] for name in taken.new} == {"class_queries", "class_head"}
+    # A backbone that runs further than the other's keeps its own later blocks.
+    longer = segvit.take_weights(model(), model(out_layers=(0, 1)))
+    assert {".".join(name.split(".")[1:4]) for name in longer.new} == {"vit.blocks.2", "vit.blocks.3"}
+
+
+def test_take_weights__positions_of_another_grid_are_resized() -> None:
+    own, source = model(image_size=(96, 96)), model()
+    segvit.take_weights(own, source)
+    expected = resize_positions(source.backbone.vit.pos_embed, (4, 6), (6, 6), 1)
+    torch.testing.assert_close(own.backbone.vit.pos_embed, expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["beit_base_patch16_224", "vit_small_patch16_rope_mixed_224", "swin_tiny_patch4_window7_224"]
+)
+def test_take_weights__every_family_at_another_size(name: str) -> None:
+    layers = (0, 1) if name.startswith("swin") else (1, 3)
+    options = {} if name.startswith("swin") else SMALL["backbone_options"]
+    own, source = (
+        model(backbone=name, backbone_options=options, out_layers=layers, image_size=size, drop_path_rate=0.0)
+        for size in ((128, 64), (64, 64))
+    )
+    taken = segvit.take_weights(own, source)
+    assert taken.new == ()
+    assert sum(torch.equal(own.state_dict()[key], value) for key, value in source.state_dict().items()) > 20
+
+
+def test_take_weights__another_backbone_is_refused() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^this model cannot start from the other: its backbone is vit_tiny_patch16_224 "
+        r"with \{.*\}, not vit_small_patch16_224 with \{.*\}; start from a model of the same backbone$",
+    ):
+        segvit.take_weights(model(backbone="vit_small_patch16_224"), model())
