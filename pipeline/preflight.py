@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 from pipeline.registry.gate import policy_problems
 from pipeline.tuning.space import NOT_SEARCHED
 from segvit.config import ModelConfig
+from segvit.distillation import distillation_problem
 from segvit.flops import count_parameters, model_gflops, outline_model
 from segvit.model_check import model_problems
 from segvit.schedules import build_schedule
@@ -88,7 +89,8 @@ def _of_variants(config: ExperimentConfig, num_classes: int) -> list[str]:
 
 def _of_starts(config: ExperimentConfig) -> Iterator[str]:
     for name, model, source in _starts(config):
-        problem = start_problem(model, source)
+        distilled = config.variants[name].distill
+        problem = distillation_problem(model, source) if distilled else start_problem(model, source)
         if problem:
             yield f"variants.{name}.start_from {config.variants[name].start_from}: {problem}"
 

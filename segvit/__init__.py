@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from segvit.config import ModelConfig
     from segvit.decoders import DECODERS
     from segvit.decoders.decoder import Decoder, DecoderOutput, DecoderSpec, Prediction
+    from segvit.distillation import FeatureDistillation
     from segvit.flops import ModelCost, PresetCost, model_cost, preset_cost
     from segvit.inference.export import export_onnx, export_program
     from segvit.inference.latency import measure_latency
@@ -48,6 +49,7 @@ _NAMES_BY_MODULE = {
         "DecoderSpec",
         "Prediction",
     ),
+    "segvit.distillation": ("FeatureDistillation",),
     "segvit.flops": (
         "ModelCost",
         "PresetCost",
@@ -134,6 +136,7 @@ __all__ = [
     "Decoder",
     "DecoderOutput",
     "DecoderSpec",
+    "FeatureDistillation",
     "FeatureMap",
     "LossNormalizer",
     "LossTerm",

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from segvit.backbones.families import create_vit, is_hierarchical
+from segvit.backbones.feature_map import FeatureMap
 from segvit.backbones.plain import Backbone, PlainBackbone
 from segvit.backbones.swin import build_hierarchical
 from segvit.config import ModelConfig
+from segvit.decoders.anchored import AnchoredCascade
 from segvit.decoders.decoder import DecoderOutput, DecoderSpec, Prediction
 from segvit.output import SegmentationOutput, at_least_float32
 from segvit.presets import find_preset
@@ -46,6 +48,11 @@ class SegViT(nn.Module):
         features = self.backbone(images)
         decoded = self.decoder(features)
         return assemble(decoded, (images.shape[-2], images.shape[-1]))
+
+    def features(self, images: Tensor) -> list[FeatureMap]:
+        """What the decoder reads of normalised images: of structure ``anchored``, all of it at every patch."""
+        features: list[FeatureMap] = self.backbone(images)
+        return self.decoder.restore(features) if isinstance(self.decoder, AnchoredCascade) else features
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 RGB images (B, 3, H, W), normalised by the backbone's own mean and deviation, in the model's type.

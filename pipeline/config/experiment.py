@@ -74,6 +74,7 @@ class ExperimentConfig(Section):
             model=fields or given,
             loss=loss,
             train=train,
+            distill=variant.distill,
             own=tuple(own),
         )
 
@@ -103,6 +104,10 @@ class ExperimentConfig(Section):
             if not re.fullmatch(r"[a-z0-9_]+", name):
                 raise ValueError(f"variant name {name!r} may hold a-z, 0-9 and _ only")
         for name, variant in variants.items():
+            if variant.distill and variant.start_from is None:
+                raise ValueError(f"{name}.distill needs a teacher: name it with {name}.start_from")
+            if variant.distill and variant.loss is not None:
+                raise ValueError(f"{name}.loss has no meaning with {name}.distill, which learns no labels; remove one")
             cls._check_start(name, variant.start_from, variants)
         return variants
 

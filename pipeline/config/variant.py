@@ -77,11 +77,14 @@ class VariantConfig(_ModelFields):
         start_from: the trained model that this one starts from, of the same backbone: another variant, or a
             registered version (`models:/NAME@champion`, `models:/NAME/3`). What both have alike is taken
             (segvit.take_weights); left out, only the backbone's pretrained weights are.
+        distill: learn the features of the model that it starts from, not the labels (segvit.FeatureDistillation); the
+            loss section has no meaning for it.
         train: settings of the train section that do not suit it, such as `steps` or `learning_rate`.
     """
 
     loss: dict[str, Weight] | None = None
     start_from: str | None = None
+    distill: bool = False
     train: dict[str, Any] | None = None
 
 
@@ -118,6 +121,7 @@ class VariantSettings(Section):
     model: dict[str, Any]
     loss: LossConfig
     train: TrainConfig
+    distill: bool = False
     own: tuple[str, ...] = ()
 
     def value(self, path: str) -> Any:
@@ -168,6 +172,7 @@ class VariantSettings(Section):
                 "count_ignored_as_background": self.loss.count_ignored_as_background,
             },
             "train": self.train.model_dump(mode="json"),
+            "distill": self.distill,
         }
 
     def _nearest(self, path: str) -> str:

@@ -51,7 +51,8 @@ def run_training(
     if context.rank == 0 and trainer.precision != train.precision:
         log(f"{job.variant}  in {trainer.precision}: this {context.device.type} has no {train.precision} instructions")
     if context.rank == 0 and trainer.taken is not None and job.start is not None:
-        log(f"{job.variant}  starts from {job.start.variant} (step {job.start.step}): {trainer.taken.summary()}")
+        then = "; learns its features" if job.settings.distill else ""
+        log(f"{job.variant}  starts from {job.start.variant} (step {job.start.step}): {trainer.taken.summary()}{then}")
     batches = micro_batches(job, context, state.step)
     training_log = TrainingLog(job, context, state, report, log, report_every_s)
     while state.step < train.steps:

@@ -56,7 +56,9 @@ class Trainer:
         self.watch = FiniteWatch(context.device)
         torch.manual_seed(job.train.seed)
         self.model = build_job_model(job).to(context.device)
-        self.taken = start_model(job, self.model) if job.start is not None and resume_from is None else None
+        self.taken: TakenWeights | None = None
+        self.trained: nn.Module = self.model
+        self._start_from_other(resumed=resume_from is not None)
         self.loss = build_loss(job)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
@@ -76,11 +78,27 @@ class Trainer:
             self.state = load_training(resume_from, self.model, self.optimizer, context.rank, context.device)
         self.forward = self._distributed_forward()
 
+    def _start_from_other(self, *, resumed: bool) -> None:
+        job = self.job
+        if job.start is None or (resumed and not job.settings.distill):
+            return
+        try:
+            with tempfile.TemporaryDirectory(prefix="segvit-start-") as folder:
+                source, _ = segvit.load_checkpoint(storage.fetch_folder(job.start.uri, Path(folder) / "checkpoint"))
+            if not resumed:
+                self.taken = take_weights(self.model, source)
+            if job.settings.distill:
+                self.trained = segvit.FeatureDistillation(self.model, source.to(self.context.device))
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(
+                f"{job.variant} cannot start from {job.start.variant} ({job.start.uri}): {error}"
+            ) from error
+
     def _distributed_forward(self) -> nn.Module:
-        forward: nn.Module = self.model
+        forward = self.trained
         if self.context.world_size > 1:
             device_ids = [self.context.device] if self.context.device.type == "cuda" else None
-            forward = nn.parallel.DistributedDataParallel(self.model, device_ids=device_ids)
+            forward = nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
         if self.job.runtime.compile:
             forward = torch.compile(forward)  # type: ignore[assignment]
         return forward
@@ -94,7 +112,7 @@ class Trainer:
         factor = self.rate_factor(self.state.step)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        self.model.train()
+        self.trained.train()
         labels = [batch.labels.to(self.context.device, non_blocking=True).long() for batch in batches]
         normalizer = self._global_normalizer(labels)
         terms: dict[str, Tensor] = {}
@@ -103,7 +121,10 @@ class Trainer:
             with self._no_sync_unless(index == len(batches) - 1):
                 with self.autocast():
                     output = self.forward(images)
-                losses = self.loss(output, labels[index], normalizer=normalizer)
+                if self.job.settings.distill:
+                    losses = {"features": output, "total": output / len(batches)}
+                else:
+                    losses = self.loss(output, labels[index], normalizer=normalizer)
                 losses["total"].backward()
             for name, value in losses.items():
                 terms[name] = terms[name] + value.detach() if name in terms else value.detach()
@@ -193,17 +214,6 @@ def build_loss(job: TrainJob) -> segvit.SegmentationLoss:
     return segvit.SegmentationLoss(
         job.shard_set.num_classes, loss.resolved(), count_ignored_as_background=loss.count_ignored_as_background
     )
-
-
-def start_model(job: TrainJob, model: segvit.SegViT) -> TakenWeights:
-    """Give the model what the job's start has for it; raises UserError where that is gone, or does not fit."""
-    assert job.start is not None
-    try:
-        with tempfile.TemporaryDirectory(prefix="segvit-start-") as folder:
-            source, _ = segvit.load_checkpoint(storage.fetch_folder(job.start.uri, Path(folder) / "checkpoint"))
-        return take_weights(model, source)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{job.variant} cannot start from {job.start.variant} ({job.start.uri}): {error}") from error
 
 
 def build_job_model(job: TrainJob) -> segvit.SegViT:

@@ -103,8 +103,12 @@ class AnchoredCascade(ATMCascade):
 
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
         """One prediction a stage, from the features in the backbone's order, at the first one's stride."""
+        return super().forward(self.restore(features))
+
+    def restore(self, features: Sequence[FeatureMap]) -> list[FeatureMap]:
+        """The features that the stages read, all of them at every patch."""
         whole, shrunk = features[: self.num_whole], features[self.num_whole :]
-        return super().forward([*whole, *self.upsampling(whole[-1], shrunk)])
+        return [*whole, *self.upsampling(whole[-1], shrunk)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ def make_model() -> MakeModel:
         if structure in ("naive_qd", "shrunk"):
             defaults["shrink_at"] = 4
         if structure == "anchored":
-            defaults |= {"out_layers": (1, 2, 3), "shrink_at": 2}
+            defaults["shrink_at"] = 2
         return build_model(ModelConfig(structure=structure, **defaults | settings), num_classes).eval()
 
     return make

@@ -237,6 +237,49 @@ def test_run_training__starts_from_another_variant(make_job: MakeJob, tmp_path: 
     assert not any("starts from" in line for line in lines)
 
 
+def test_run_training__distilled_learns_the_teachers_features_and_leaves_its_stages(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    run_training(make_job(steps=2), ALONE, Reports(), work_folder=tmp_path)
+    saved = tmp_path / "step-00000002"
+    theirs = load_file(saved / "model.safetensors")
+    job = make_job("anchored", steps=8, validate_every_steps=8, checkpoint_every_steps=4, learning_rate=2e-5)
+    job = with_settings(job.model_copy(update={"start": start_of(saved, 2)}), distill=True)
+    lines: list[str] = []
+    reports = Reports()
+    run_training(job, ALONE, reports, log=lines.append, work_folder=tmp_path / "small")
+    assert lines[0].endswith("new: decoder.upsampling (5 tensors); learns its features")
+    errors = [row["features"] for row in reports.rows]
+    assert [row["total"] for row in reports.rows] == errors
+    assert 0.0 < errors[-1] < errors[0]
+    whole = tmp_path / "small" / "step-00000008"
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        changed = name not in theirs or not torch.equal(tensor, theirs[name])
+        assert (
+            changed == (not name.startswith("decoder.") or name.startswith("decoder.upsampling."))
+            or "cls_token" in name
+        )
+    # Stopped half way and continued: the same teacher, the same weights.
+    again = train(job, tmp_path / "again", resume=tmp_path / "small" / "step-00000004")
+    assert_same_weights(again.folders[-1], whole, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"out_layers": [0, 3]}, r"out_layers \(0, 3\) are not those of its teacher, \(1, 3\), whose features it"),
+        ({"structure": "shrunk", "out_layers": [1, 3]}, r"structure shrunk has no features at all patches to compare"),
+    ],
+)
+def test_trainer__a_teacher_that_does_not_fit(
+    make_job: MakeJob, tmp_path: Path, model: dict[str, Any], message: str
+) -> None:
+    run_training(make_job(steps=2), ALONE, Reports(), work_folder=tmp_path)
+    job = make_job("anchored").model_copy(update={"start": start_of(tmp_path / "step-00000002", 2)})
+    with pytest.raises(UserError, match=f"^full cannot start from full .*{message}"):
+        Trainer(with_settings(job, distill=True, model=model), ALONE)
+
+
 def test_trainer__a_start_that_is_gone(make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job("anchored").model_copy(update={"start": start_of(tmp_path / "nowhere", 2)})
     with pytest.raises(UserError, match=r"^full cannot start from full \(.*nowhere\): .*nowhere"):
