@@ -15,8 +15,10 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segvit.attention import initialize_linear
 from segvit.backbones.downsampling import Downsampling, rows_at, sampled_patches
 from segvit.backbones.feature_map import FeatureMap
 from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes
@@ -29,16 +31,37 @@ from segvit.output import at_least_float32
 
 # Logits of the upsampling's attention at the start, the best of a search without training (docs/benchmarks.md): of two
 # patches that look the same, and what one patch of distance takes away.
-SIMILARITY = 16.0
-DISTANCE = 0.3
+SIMILARITY = 11.0
+DISTANCE = 0.16
+LEARNED_WIDTH = 64  # channels of the learned similarity
+
+
+class Detail(nn.Module):
+    """What a patch's own low-level feature adds to the feature that it was given: an MLP of both, at first nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(2 * width, width // 2)
+        self.output = nn.Linear(width // 2, width)
+        initialize_linear(self.hidden)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, patches: Tensor, normed_low: Tensor) -> Tensor:
+        """(B, P, C) of patches and normed low-level features, both (B, P, C)."""
+        both = torch.cat((self.norm(patches), normed_low), dim=2)
+        detail: Tensor = self.output(F.gelu(self.hidden(both)))
+        return detail
 
 
 class AnchoredUpsampling(nn.Module):
     """Features of every patch from those of the tokens that are left.
 
-    A patch p that was left out gets low(p) + sum over tokens m of w(p, m) (f(m) - low(m)), the tokens that are left
-    get f itself. The weights w are a softmax over the similarity of the layer-normed low-level features less the
-    squared distance in patches, as in joint bilateral upsampling; one set of weights for all features.
+    A patch p that was left out gets low(p) + sum over tokens m of w(p, m) (f(m) - low(m)), and what `Detail` makes of
+    that; the patches of tokens that are left get f itself. The weights w are a softmax over the similarity of the
+    layer-normed low-level features less the squared distance in patches, as in joint bilateral upsampling, and a
+    learned similarity that starts at zero; one set of weights for all features.
 
     Args:
         width: Channels C of all features.
@@ -49,13 +72,13 @@ class AnchoredUpsampling(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.distance = nn.Parameter(torch.tensor(DISTANCE))
-        self.detail = nn.ModuleList(nn.Linear(width, width) for _ in range(num_features))
+        self.q = nn.Linear(width, LEARNED_WIDTH, bias=False)
+        self.k = nn.Linear(width, LEARNED_WIDTH, bias=False)
+        self.detail = nn.ModuleList(Detail(width) for _ in range(num_features))
         # The product of two normed tokens of C channels is C where they are the same.
         nn.init.constant_(self.norm.weight, (SIMILARITY / width) ** 0.5)
-        for branch in self.detail:
-            assert isinstance(branch, nn.Linear)
-            nn.init.zeros_(branch.weight)
-            nn.init.zeros_(branch.bias)
+        nn.init.zeros_(self.q.weight)
+        initialize_linear(self.k)
 
     def forward(self, low: FeatureMap, features: Sequence[FeatureMap]) -> list[FeatureMap]:
         """The features (B, M, C), each on the grid of the low-level one."""
@@ -70,7 +93,8 @@ class AnchoredUpsampling(nn.Module):
         for feature, detail in zip(features, self.detail, strict=True):
             added = feature.tokens - before
             patches = low.tokens + (weights.to(added.dtype) @ added)
-            patches = patches.scatter(1, index, feature.tokens.to(patches.dtype)) + detail(normed)
+            patches = patches + detail(patches, normed)
+            patches = patches.scatter(1, index, feature.tokens.to(patches.dtype))
             restored.append(FeatureMap(patches, low.grid, low.stride, low.patch_grid))
         return restored
 
@@ -81,7 +105,9 @@ class AnchoredUpsampling(nn.Module):
         rows_apart = index // columns - places.unsqueeze(1) // columns
         columns_apart = index % columns - places.unsqueeze(1) % columns
         distance = at_least_float32(self.distance) * (rows_apart.square() + columns_apart.square())
-        return (at_least_float32(patches @ tokens.transpose(1, 2)) - distance).softmax(dim=2)
+        # One product for both similarities.
+        queries, keys = torch.cat((patches, self.q(patches)), dim=2), torch.cat((tokens, self.k(tokens)), dim=2)
+        return (at_least_float32(queries @ keys.transpose(1, 2)) - distance).softmax(dim=2)
 
 
 class AnchoredCascade(ATMCascade):

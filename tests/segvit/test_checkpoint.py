@@ -19,7 +19,7 @@ METADATA: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("structure", ["cascade", "shrunk"])
+@pytest.mark.parametrize("structure", ["cascade", "shrunk", "anchored"])
 def test_checkpoint__round_trip_gives_equal_outputs(tmp_path: Path, make_model: MakeModel, structure: str) -> None:
     model = make_model(structure)
     save_checkpoint(tmp_path / "a" / "b", model, METADATA)

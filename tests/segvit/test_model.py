@@ -44,7 +44,7 @@ def test_gradient_step__lowers_the_loss_and_reaches_every_parameter(make_model: 
     assert loss(model(images), labels)["total"].item() < before.item()
 
 
-@pytest.mark.parametrize("structure", ["cascade", "shrunk"])
+@pytest.mark.parametrize("structure", ["cascade", "shrunk", "anchored"])
 def test_freeze_blocks__no_gradient_and_evaluation_mode_through_train(make_model: MakeModel, structure: str) -> None:
     model = make_model(structure, drop_path_rate=0.5)
     model.freeze_blocks(3)
@@ -167,7 +167,7 @@ def test_forward__float64_stays_float64(make_model: MakeModel, structure: str) -
     assert {scores.dtype, double.class_logits.dtype, *(term.dtype for term in terms.values())} == {torch.float64}
 
 
-@pytest.mark.parametrize("structure", ["cascade", "shrunk"])
+@pytest.mark.parametrize("structure", ["cascade", "shrunk", "anchored"])
 def test_compile__whole_forward_is_one_graph(make_model: MakeModel, structure: str) -> None:
     model = make_model(structure)
     model.freeze_blocks(2)

@@ -222,7 +222,7 @@ def test_run_training__starts_from_another_variant(make_job: MakeJob, tmp_path: 
     lines: list[str] = []
     run_training(job, ALONE, Reports(), work_folder=tmp_path / "small", log=lines.append)
     expected = f"small  starts from full (step 2): backbone and decoder taken ({len(theirs)} tensors), "
-    assert [line for line in lines if "starts from" in line] == [f"{expected}new: decoder.upsampling (5 tensors)"]
+    assert [line for line in lines if "starts from" in line] == [f"{expected}new: decoder.upsampling (11 tensors)"]
     # What goes on after a stop has its own weights.
     lines.clear()
     again = job.model_copy(update={"start": start_of(tmp_path / "nowhere", 2)})
@@ -248,7 +248,7 @@ def test_run_training__distilled_learns_the_teachers_features_and_leaves_its_sta
     lines: list[str] = []
     reports = Reports()
     run_training(job, ALONE, reports, log=lines.append, work_folder=tmp_path / "small")
-    assert lines[0].endswith("new: decoder.upsampling (5 tensors); learns its features")
+    assert lines[0].endswith("new: decoder.upsampling (11 tensors); learns its features")
     errors = [row["features"] for row in reports.rows]
     assert [row["total"] for row in reports.rows] == errors
     assert 0.0 < errors[-1] < errors[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 import segvit
 from segvit.backbones.downsampling import halved_grid
 from segvit.backbones.feature_map import FeatureMap
-from segvit.decoders.anchored import DISTANCE, SIMILARITY, AnchoredUpsampling
+from segvit.decoders.anchored import DISTANCE, LEARNED_WIDTH, SIMILARITY, AnchoredUpsampling
 
 FINE = (5, 8)
 COARSE = halved_grid(FINE)
@@ -85,9 +85,14 @@ def test_anchored_upsampling__weights_by_likeness_and_distance() -> None:
 def test_anchored__every_parameter_learns_at_the_full_grid(size: tuple[int, int], keep_edges: float) -> None:
     torch.manual_seed(0)
     model = segvit.build_model(tiny(class_token=False, keep_edges=keep_edges), num_classes=3)
-    output = model(torch.randn(2, 3, *size))
-    predictions = (output, *output.auxiliary)
-    sum((one.mask_logits.square().mean() + one.class_logits.square().mean()) for one in predictions).backward()
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+    # What lies before a layer that starts at zero learns from the second step on.
+    for _ in range(2):
+        optimizer.zero_grad()
+        output = model(torch.randn(2, 3, *size))
+        predictions = (output, *output.auxiliary)
+        sum((one.mask_logits.square().mean() + one.class_logits.square().mean()) for one in predictions).backward()
+        optimizer.step()
     assert output.mask_logits.shape[-2:] == (5, -(-size[1] // 16))
     assert len(output.auxiliary) == 2
     learning = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -158,14 +163,14 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
     for keep in (0.0, 0.125):
         anchored = full.replace(structure="anchored", keep_edges=keep)
         shares[keep] = segvit.model_cost(anchored, 11, (504, 672)).gflops / cost
-    assert shares[0.0] == pytest.approx(0.501, abs=0.01)
-    assert shares[0.125] == pytest.approx(0.577, abs=0.01)
+    assert shares[0.0] == pytest.approx(0.51, abs=0.01)
+    assert shares[0.125] == pytest.approx(0.585, abs=0.01)
     # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, and three
     # products of the upsampling.
     sampled, kept, patches, width = 432, 216, 36 * 48, 384
     attention = 2 * width * ((sampled + kept + 1) ** 2 - (sampled + 1) ** 2)
     blocks = 7 * (12 * kept * width**2 + attention)
     downsampling = 10 * kept * width**2 + 2 * width * kept * (patches + 1)
-    upsampling = 3 * patches * kept * width
+    upsampling = patches * kept * (3 * width + LEARNED_WIDTH)
     added = (shares[0.125] - shares[0.0]) * cost
     assert added == pytest.approx((blocks + downsampling + upsampling) / 1e9, rel=0.02)

@@ -68,11 +68,13 @@ def some_images(batch: int) -> Tensor:
     return nn.functional.interpolate(coarse, size=SIZE, mode="nearest")
 
 
-@pytest.fixture(scope="module", params=["cascade", "shrunk"])
+@pytest.fixture(scope="module", params=["cascade", "shrunk", "anchored"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Exported from training mode, with the first block frozen."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"shrink_at": 2} if request.param == "shrunk" else {"out_layers": (0, 2)}
+    if request.param == "anchored":
+        settings |= {"shrink_at": 1, "keep_edges": 0.2}
     model = tiny_model(request.param, **settings).train()
     model.freeze_blocks(1)
     modes = [module.training for module in model.modules()]

@@ -149,7 +149,7 @@ def test_predict__slide_equals_full_score_maps(
     assert torch.equal(labels, naive_mean_scores(model, image, crop, stride, tuple(scales), flip).argmax(0))
 
 
-@pytest.mark.parametrize("structure", ["cascade", "shrunk"])
+@pytest.mark.parametrize("structure", ["cascade", "shrunk", "anchored"])
 @pytest.mark.parametrize("flip", [False, True])
 def test_predict__whole_at_scales_equals_full_score_maps(make_model: MakeModel, structure: str, flip: bool) -> None:
     model = make_model(structure, num_classes=7).double()
