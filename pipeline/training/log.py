@@ -124,8 +124,8 @@ def _mean_over_ranks(
 def _summed_terms(terms: dict[str, float]) -> dict[str, float]:
     """The final prediction's terms, all auxiliary ones in one sum, and the total."""
     row = {name: value for name, value in terms.items() if not name.startswith("auxiliary.")}
-    row["auxiliary"] = sum(value for name, value in terms.items() if name.startswith("auxiliary."))
-    return row
+    auxiliary = [value for name, value in terms.items() if name.startswith("auxiliary.")]
+    return row | ({"auxiliary": sum(auxiliary)} if auxiliary else {})
 
 
 def _progress_line(variant: str, step: int, steps: int, row: dict[str, float], seconds_left: float) -> str:
