@@ -20,14 +20,27 @@ class Downsampling(NamedTuple):
     """Where and how a backbone leaves tokens out.
 
     Attributes:
-        block: 0-based block inside which the grid is halved.
+        block: 0-based block inside which tokens are left out.
         queries: how the queries of that block are made, see `GridDownsampling`.
-        keep: share of all patches that stay besides, those at edges, see `edge_patches`.
+        patches: which of the patches stay; None: those that `queries` makes, half the grid.
     """
 
     block: int
     queries: ShrinkQueries = "nearest"
-    keep: float = 0.0
+    patches: PatchChoice | None = None
+
+
+class PatchChoice(NamedTuple):
+    """Patches that stay in the sequence: every `stride`-th row and column, and a `keep` share of all at edges."""
+
+    stride: int
+    keep: float
+
+    def places(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Their indices (B, M) into h*w, those of the grid first, of patches (B, h*w, C); M is one for all images."""
+        sampled = sampled_patches(grid, self.stride, patches.device)
+        kept = edge_patches(patches, grid, sampled, round(self.keep * grid[0] * grid[1]))
+        return torch.cat((sampled.expand(patches.shape[0], -1), kept), dim=1)
 
 
 def halved_grid(grid: tuple[int, int]) -> tuple[int, int]:
@@ -103,42 +116,46 @@ def fill_windows(cells: Tensor) -> Tensor:
     return F.pad(cells, (0, columns % 2, 0, rows % 2), mode="replicate")
 
 
-def edge_patches(patches: Tensor, grid: tuple[int, int], keep: float) -> Tensor:
-    """The patches that differ most from the mean of their 2 x 2, of those that nearest sampling drops.
+def edge_patches(patches: Tensor, grid: tuple[int, int], sampled: Tensor, count: int) -> Tensor:
+    """The patches that differ most from the mean of their 2 x 2, without those that are sampled.
 
     Differences are squared distances of layer-normed tokens (without affine). At edges and on small things, a
     patch's surroundings tell little of it; so these stay in the sequence (SegViTv2, arXiv 2306.06289, Shrunk++).
 
     Args:
-        patches: (B, h*w, C), before the block that downsamples.
+        patches: (B, h*w, C), before the block that leaves others out.
         grid: (h, w).
-        keep: Share of h*w.
+        sampled: Indices (L,) into h*w.
+        count: How many; where there are fewer, all.
 
     Returns:
-        Indices (B, K) into h*w, ascending; K is the share rounded, at most what sampling drops.
+        Indices (B, K) into h*w, ascending.
     """
     rows, columns = grid
     normed = F.layer_norm(at_least_float32(patches.detach()), patches.shape[-1:])
     cells = fill_windows(torch.unflatten(normed.transpose(1, 2), 2, grid))
     means = F.avg_pool2d(cells, 2).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    difference = (cells - means).square().sum(1)[:, :rows, :columns]
-    sampled = torch.zeros(grid, dtype=torch.bool, device=patches.device)
-    sampled[::2, ::2] = True
-    difference = difference.masked_fill(sampled, -1.0).flatten(1)
-    return difference.topk(num_edge_patches(grid, keep), dim=1).indices.sort(dim=1).values
+    difference = (cells - means).square().sum(1)[:, :rows, :columns].flatten(1)
+    difference = difference.index_fill(1, sampled, -1.0)
+    count = min(count, rows * columns - len(sampled))
+    return difference.topk(count, dim=1).indices.sort(dim=1).values
 
 
-def num_edge_patches(grid: tuple[int, int], keep: float) -> int:
-    """How many patches `edge_patches` returns."""
-    halved = halved_grid(grid)
-    dropped = grid[0] * grid[1] - halved[0] * halved[1]
-    return min(round(keep * grid[0] * grid[1]), dropped)
+def sampled_patches(grid: tuple[int, int], stride: int, device: torch.device) -> Tensor:
+    """Indices (L,) into h*w of every `stride`-th row and column, from the middle of the first `stride` on.
 
-
-def sampled_patches(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Indices (L,) into h*w of what nearest sampling keeps."""
+    With a stride of 2 these are the first ones, as nearest sampling takes them.
+    """
     patches = torch.arange(grid[0] * grid[1], device=device).view(grid)
-    return patches[::2, ::2].flatten()
+    first = (stride - 1) // 2
+    rows, columns = (slice(min(first, cells - 1), None, stride) for cells in grid)
+    return patches[rows, columns].flatten()
+
+
+def with_prefix(places: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Indices (B, prefix + M) into a sequence of prefix tokens and patches, of the patches `places` (B, M)."""
+    prefix = torch.arange(num_prefix_tokens, device=places.device).expand(places.shape[0], -1)
+    return torch.cat((prefix, places + num_prefix_tokens), dim=1)
 
 
 def rows_at(rows: Tensor, places: Tensor) -> Tensor:

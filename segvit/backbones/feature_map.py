@@ -25,7 +25,7 @@ class FeatureMap(NamedTuple):
     patch_grid: tuple[int, int]
     """(h, w) of the backbone's patches, before any downsampling."""
     places: Tensor | None = None
-    """(B, M) patch of each token, as an index into `patch_grid`, where others than those of `grid` were kept."""
+    """(B, M) index into h*w of each token, where not every one of the grid has a token; None: all have."""
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int) -> Tensor:

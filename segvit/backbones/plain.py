@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from segvit.backbones.downsampling import (
     Downsampling,
     GridDownsampling,
-    edge_patches,
     halved_grid,
     rows_at,
-    sampled_patches,
+    with_prefix,
 )
 from segvit.backbones.families import PlainViT, num_heads_of
 from segvit.backbones.feature_map import FeatureMap, resize_positions
-from segvit.backbones.positions import TokenPositions, downsampled_positions, token_positions
+from segvit.backbones.positions import TokenPositions, downsampled_positions, positions_at, token_positions
 from segvit.backbones.timm_blocks import block_problem, query_block, run_block
 
 # B batch, L tokens with prefix tokens first, C channels, H W pixels, h w patch grid
@@ -83,7 +82,7 @@ class PlainBackbone(Backbone):
     Args:
         vit: A model of `create_vit`; taken over and cut.
         out_layers: 0-based blocks to return, ascending.
-        downsampling: Where and how query-based downsampling halves the grid, or None.
+        downsampling: Where and how tokens are left out, or None.
         class_token: Whether the class token stays in the sequence. Without it the position embedding's entry for
             it is unused, as in the published models.
         drop_path_rate: Stochastic depth of the last block's MLP branch, linear from 0 over all blocks.
@@ -104,7 +103,7 @@ class PlainBackbone(Backbone):
         self.shrink_at = downsampling.block if downsampling else None
         if problems := block_problems(self.name, vit, self.out_layers, self.shrink_at, drop_path_rate):
             raise ValueError("; ".join(problems))
-        self.keep = downsampling.keep if downsampling else 0.0
+        self.patch_choice = downsampling.patches if downsampling else None
         self.num_heads = num_heads_of(vit.blocks[0])
         self.widths = (vit.embed_dim,) * len(out_layers)
         set_drop_path(list(vit.blocks), drop_path_rate)
@@ -138,8 +137,12 @@ class PlainBackbone(Backbone):
         for index, block in enumerate(self.vit.blocks):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.num_frozen_blocks):
                 if index == self.shrink_at:
-                    tokens, positions, places = self.downsample(tokens, positions, grid)
-                    grid, stride = halved_grid(grid), 2 * stride
+                    if self.patch_choice is None:
+                        tokens, positions = self.downsample(tokens, positions, grid)
+                        grid, stride = halved_grid(grid), 2 * stride
+                    else:
+                        places = self.patch_choice.places(tokens[:, self.num_prefix_tokens :], grid)
+                        tokens, positions = self.leave_out(tokens, positions, places)
                 else:
                     tokens = run_block(block, tokens, positions.of_block(index), self.num_prefix_tokens)
             if index in self.out_layers:
@@ -148,23 +151,23 @@ class PlainBackbone(Backbone):
 
     def downsample(
         self, tokens: Tensor, positions: TokenPositions, grid: tuple[int, int]
-    ) -> tuple[Tensor, TokenPositions, Tensor | None]:
-        """Tokens (B, prefix + h*w, C) after the downsampling block, their positions, and their places.
-
-        Returns:
-            (B, prefix + h/2*w/2 + K, C), K patches kept at edges; of all but the prefix tokens the patches (B, M)
-            where K > 0, see `FeatureMap.places`.
-        """
+    ) -> tuple[Tensor, TokenPositions]:
+        """Tokens (B, prefix + h*w, C) after the downsampling block, (B, prefix + h/2*w/2, C), and their positions."""
         assert self.shrink_at is not None
-        prefix, kept, places = self.num_prefix_tokens, None, None
+        prefix = self.num_prefix_tokens
+        block_positions = downsampled_positions(positions.of_block(self.shrink_at), grid, prefix, self.downsampling)
         queries = self.downsampling(tokens, grid, prefix)
-        if self.keep:
-            kept = edge_patches(tokens[:, prefix:], grid, self.keep)
-            queries = torch.cat((queries, rows_at(tokens, kept + prefix)), dim=1)
-            places = torch.cat((sampled_patches(grid, kept.device).expand(len(kept), -1), kept), dim=1)
-        here = downsampled_positions(positions.of_block(self.shrink_at), grid, prefix, self.downsampling, kept)
-        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, here, prefix)
-        return tokens, positions.halved(grid, kept), places
+        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, block_positions, prefix)
+        return tokens, positions.halved(grid)
+
+    def leave_out(self, tokens: Tensor, positions: TokenPositions, places: Tensor) -> tuple[Tensor, TokenPositions]:
+        """As `downsample`, but the patches `places` (B, M) stay: (B, prefix + M, C), and their positions."""
+        assert self.shrink_at is not None
+        prefix = self.num_prefix_tokens
+        block_positions = positions_at(positions.of_block(self.shrink_at), places, prefix)
+        queries = rows_at(tokens, with_prefix(places, prefix))
+        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, block_positions, prefix)
+        return tokens, positions.at(places)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Prefix and patch tokens (B, L, C) with learned positions, and the grid (h, w), of whole-patch images."""

@@ -8,7 +8,7 @@ import torch
 from timm.models.beit import Beit
 from torch import Tensor
 
-from segvit.backbones.downsampling import GridDownsampling, halve_nearest
+from segvit.backbones.downsampling import GridDownsampling, halve_nearest, with_prefix
 from segvit.backbones.families import PlainViT
 from segvit.backbones.timm_blocks import AttentionPositions
 from segvit.output import at_least_float32
@@ -39,41 +39,53 @@ class TokenPositions(NamedTuple):
             bias = bias_table(self, index)[self.bias_index].movedim(-1, -3)
         return AttentionPositions(rotary, rotary, bias)
 
-    def halved(self, grid: tuple[int, int], kept: Tensor | None = None) -> TokenPositions:
+    def halved(self, grid: tuple[int, int]) -> TokenPositions:
         """Of the tokens that downsampling leaves of (h, w): each stands at the top-left of its 2 x 2 patches.
-
-        After them come the patches `kept` (B, K), by index into h*w, where they are.
 
         Distances stay those in patches. Pooled tokens lie half a patch from there, all alike, so distances
         between them are the same. A family that scales positions by the grid's extent (EVA-02, DINOv3) gives the
         smaller grid the same distances.
         """
-        rotary, index, prefix = self.rotary, self.bias_index, self.num_prefix_tokens
+        rotary, index = self.rotary, self.bias_index
         if rotary is not None:
-            rows = halve_nearest(rotary, grid, 0)
-            if kept is not None:
-                rows = with_kept(rows, rotary, kept)
-                rows = rows[None, :, None] if rotary.ndim == 2 else rows.movedim(1, 0)
-            rotary = rows
+            rotary = halve_nearest(rotary, grid, 0)
         if index is not None:
-            rows = halve_nearest(index, grid, prefix)
-            if kept is None:
-                index = halve_nearest(rows.T, grid, prefix).T
-            else:
-                tokens = torch.arange(len(index), device=index.device).unsqueeze(1)
-                left = with_kept(halve_nearest(tokens, grid, prefix), tokens, kept + prefix).squeeze(2)  # (B, M)
-                index = index[left.unsqueeze(2), left.unsqueeze(1)]
+            rows = halve_nearest(index, grid, self.num_prefix_tokens)
+            index = halve_nearest(rows.T, grid, self.num_prefix_tokens).T
+        return self._replace(rotary=rotary, bias_index=index)
+
+    def at(self, places: Tensor) -> TokenPositions:
+        """Of the prefix tokens and, in each image, of the patches `places` (B, M) alone; they stay where they are."""
+        rotary, index = self.rotary, self.bias_index
+        if rotary is not None:
+            rows = rows_of(rotary, places)
+            rotary = rows[None, :, None] if rotary.ndim == 2 else rows.movedim(1, 0)
+        if index is not None:
+            left = with_prefix(places, self.num_prefix_tokens)
+            index = index[left.unsqueeze(2), left.unsqueeze(1)]
         return self._replace(rotary=rotary, bias_index=index)
 
 
+def positions_at(positions: AttentionPositions, places: Tensor, num_prefix_tokens: int) -> AttentionPositions:
+    """Positions for the block whose queries are the prefix tokens and the patches `places` (B, M) of its tokens."""
+    rotary, bias = positions.query_rotary, positions.bias
+    if rotary is not None:
+        rows = rows_of(rotary, places)
+        rotary = rows.unsqueeze(1) if rotary.ndim == 2 else rows
+    if bias is not None:
+        bias = rows_of(bias, with_prefix(places, num_prefix_tokens))
+    return AttentionPositions(rotary, positions.key_rotary, bias)
+
+
+def rows_of(table: Tensor, places: Tensor) -> Tensor:
+    """(B, ..., M, X): of a table (..., L, X), the rows `places` (B, M) of every image."""
+    return table[..., places, :].movedim(-3, 0)
+
+
 def downsampled_positions(
-    positions: AttentionPositions,
-    grid: tuple[int, int],
-    num_prefix_tokens: int,
-    downsampling: GridDownsampling,
-    kept: Tensor | None = None,
+    positions: AttentionPositions, grid: tuple[int, int], num_prefix_tokens: int, downsampling: GridDownsampling
 ) -> AttentionPositions:
-    """Positions for the block whose queries are downsampled; keys stay where they are, as do `kept` (B, K) patches.
+    """Positions for the block whose queries are downsampled; keys stay where they are.
 
     A pooled query's rotation and bias are the means over the patches that it pools (an odd last row or column
     for itself alone), so that what positions contribute to its similarity is the mean of what they would for
@@ -81,20 +93,10 @@ def downsampled_positions(
     """
     rotary, bias = positions.query_rotary, positions.bias
     if rotary is not None:
-        rows = downsampling.positions(rotary, grid, 0)
-        if kept is not None:
-            rows = with_kept(rows, rotary, kept)
-            rows = rows.unsqueeze(1) if rotary.ndim == 2 else rows
-        rotary = rows
+        rotary = downsampling.positions(rotary, grid, 0)
     if bias is not None:
-        rows = downsampling.positions(bias, grid, num_prefix_tokens)
-        bias = rows if kept is None else with_kept(rows, bias, kept + num_prefix_tokens)
+        bias = downsampling.positions(bias, grid, num_prefix_tokens)
     return AttentionPositions(rotary, positions.key_rotary, bias)
-
-
-def with_kept(halved: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
-    """(B, ..., L + K, X): what downsampling made of rows (..., h*w, X), and the rows `kept` (B, K) of every image."""
-    return torch.cat((halved.expand(len(kept), *halved.shape), rows[..., kept, :].movedim(-3, 0)), dim=-2)
 
 
 def token_positions(vit: PlainViT, grid: tuple[int, int], num_prefix_tokens: int) -> TokenPositions:

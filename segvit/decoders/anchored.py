@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.attention import initialize_linear
-from segvit.backbones.downsampling import Downsampling, rows_at, sampled_patches
+from segvit.backbones.downsampling import Downsampling, PatchChoice, rows_at
 from segvit.backbones.feature_map import FeatureMap
 from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes
 from segvit.decoders.cascade import ATMCascade, ends_of_thirds
@@ -83,8 +83,7 @@ class AnchoredUpsampling(nn.Module):
     def forward(self, low: FeatureMap, features: Sequence[FeatureMap]) -> list[FeatureMap]:
         """The features (B, M, C), each on the grid of the low-level one."""
         places = features[0].places
-        if places is None:
-            places = sampled_patches(low.grid, low.tokens.device).expand(len(low.tokens), -1)
+        assert places is not None, "a backbone whose patches are chosen"
         before = rows_at(low.tokens, places)
         normed = self.norm(low.tokens)
         weights = self.weights(normed, rows_at(normed, places), places, low.grid)
@@ -145,15 +144,18 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
         {"upsampling": AnchoredUpsampling, "atm_stage": ATMStage}
     )
 
-    keep_edges: float = 0.125
-    """Share of the patches that stay in the sequence besides the sampled ones: those that differ most from their
-    2 x 2 (SegViTv2, Shrunk++)."""
+    keep_every: int = 4
+    """Of the patches, every so many-th row and column stays in the sequence."""
+    keep_edges: float = 0.25
+    """Share of the patches that stay besides: those that differ most from their 2 x 2 (SegViTv2, Shrunk++)."""
 
     def problems(self) -> list[str]:
         """See `Decoder`."""
         problems = super().problems()
         if not 0.0 <= self.keep_edges < 1.0:
             problems.append(f"keep_edges must be in [0, 1), got {self.keep_edges}; it is a share of the patches")
+        if self.keep_every < 2:
+            problems.append(f"keep_every must be >= 2, got {self.keep_every}; use a structure that does not shrink")
         if self.shrink_queries != "nearest":
             problems.append(
                 f"shrink_queries {self.shrink_queries} does not go with structure anchored, whose tokens stand at "
@@ -162,8 +164,8 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
         return problems
 
     def downsampling(self, depth: int) -> Downsampling:
-        """See `ShrinkingDecoder`; with the patches at edges."""
-        return super().downsampling(depth)._replace(keep=self.keep_edges)
+        """See `ShrinkingDecoder`; with the patches that stay."""
+        return super().downsampling(depth)._replace(patches=PatchChoice(self.keep_every, self.keep_edges))
 
     def default_out_layers(self, depth: int, hierarchical: bool) -> tuple[int, ...]:
         """The last block before the downsampling, and the ends of thirds after it: (3, 7, 11) and (7, 15, 23)."""

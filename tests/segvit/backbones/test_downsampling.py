@@ -12,11 +12,14 @@ from segvit.backbones.downsampling import (
     SHRINK_QUERIES,
     Downsampling,
     GridDownsampling,
+    PatchChoice,
     ShrinkQueries,
     edge_patches,
     halve_mean,
     halve_nearest,
     rows_at,
+    sampled_patches,
+    with_prefix,
 )
 from segvit.backbones.families import create_vit
 from segvit.backbones.plain import PlainBackbone
@@ -75,52 +78,68 @@ def test_nearest__equals_the_whole_block_at_the_kept_tokens(name: str, prefix: i
     positions = token_positions(vit, grid, prefix)
     tokens = torch.randn(2, prefix + grid[0] * grid[1], 48)
     whole = run_block(vit.blocks[1], tokens, positions.of_block(1), prefix)
-    shrunk, *_ = backbone.downsample(tokens, positions, grid)
+    shrunk, _ = backbone.downsample(tokens, positions, grid)
     torch.testing.assert_close(shrunk, halve_nearest(whole, grid, prefix), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "prefix"), FAMILIES)
 @torch.no_grad()
-def test_keep__kept_patches_come_out_as_of_the_whole_block_and_keep_their_positions(name: str, prefix: int) -> None:
-    """In every family: the block that shrinks, and one after it whose attention sees the tokens left alone."""
+def test_patch_choice__patches_come_out_as_of_the_whole_block_and_stay_where_they_are(name: str, prefix: int) -> None:
+    """In every family: the block that leaves patches out, and one after it whose attention sees those that stay."""
     grid = (4, 5)
     vit = random_vit(name, grid)
-    backbone = PlainBackbone(vit, (1,), Downsampling(1, keep=0.2)).eval()
+    choice = PatchChoice(2, 0.2)
+    backbone = PlainBackbone(vit, (1,), Downsampling(1, patches=choice)).eval()
     positions = token_positions(vit, grid, prefix)
     tokens = torch.randn(2, prefix + 20, 48)
-    left, left_positions, places = backbone.downsample(tokens, positions, grid)
-    assert places is not None
-    assert places[:, :6].tolist() == [[0, 2, 4, 10, 12, 14]] * 2
-    assert torch.equal(places[:, 6:], edge_patches(tokens[:, prefix:], grid, 0.2))
-    assert places[0, 6:].tolist() != places[1, 6:].tolist()
+    places = choice.places(tokens[:, prefix:], grid)
+    assert places[0].tolist() != places[1].tolist()
+    left, left_positions = backbone.leave_out(tokens, positions, places)
     whole = run_block(vit.blocks[1], tokens, positions.of_block(1), prefix)
-    torch.testing.assert_close(left[:, prefix:], rows_at(whole, places + prefix), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(left[:, :prefix], whole[:, :prefix], rtol=1e-4, atol=1e-4)
-    # The next block: all tokens, those that are not left hidden from attention one image at a time.
+    kept = with_prefix(places, prefix)
+    torch.testing.assert_close(left, rows_at(whole, kept), rtol=1e-4, atol=1e-4)
+    # The next block, written out image by image.
+    result = run_block(vit.blocks[1], rows_at(tokens, kept), left_positions.of_block(1), prefix)
+    here = positions.of_block(1)
     for image in range(2):
-        rows = torch.cat((torch.arange(prefix), places[image] + prefix))
-        here = positions.of_block(1)
         rotary = None if here.key_rotary is None else here.key_rotary[..., places[image], :]
-        bias = None if here.bias is None else here.bias[:, rows][:, :, rows]
-        one = tokens[image : image + 1, rows]
+        bias = None if here.bias is None else here.bias[:, kept[image]][:, :, kept[image]]
+        one = tokens[image : image + 1, kept[image]]
         expected = query_block(vit.blocks[1], one, one, AttentionPositions(rotary, rotary, bias), prefix)
-        both = torch.cat(
-            [tokens[row : row + 1, torch.cat((torch.arange(prefix), places[row] + prefix))] for row in (0, 1)]
-        )
-        result = run_block(vit.blocks[1], both, left_positions.of_block(1), prefix)
         torch.testing.assert_close(result[image : image + 1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_edge_patches__those_unlike_their_2x2_of_what_sampling_drops() -> None:
+def test_patch_choice__the_grid_first_and_then_edges() -> None:
+    patches = torch.randn(2, 6 * 9, 4)
+    places = PatchChoice(4, 0.1).places(patches, (6, 9))
+    assert places[:, :4].tolist() == [[10, 14, 46, 50]] * 2
+    assert places.shape == (2, 4 + 5)
+    assert torch.equal(places[:, 4:], edge_patches(patches, (6, 9), places[0, :4], 5))
+    assert all(len(set(row)) == 9 for row in places.tolist())
+
+
+@pytest.mark.parametrize(
+    ("grid", "stride", "sampled"),
+    [((3, 5), 2, [0, 2, 4, 10, 12, 14]), ((5, 5), 4, [6]), ((1, 6), 4, [1, 5]), ((2, 3), 9, [5])],
+)
+def test_sampled_patches__from_the_middle_of_the_first_stride(
+    grid: tuple[int, int], stride: int, sampled: list[int]
+) -> None:
+    assert sampled_patches(grid, stride, torch.device("cpu")).tolist() == sampled
+
+
+def test_edge_patches__those_unlike_their_2x2_of_what_is_not_sampled() -> None:
     grid = (3, 5)
     patches = torch.zeros(1, 15, 4)
     patches[0] = torch.tensor([1.0, 0, 0, 0])
     patches[0, 7] = torch.tensor([0.0, 0, 0, 9])  # row 1, column 2: its 2 x 2 is 2, 3, 7, 8
     patches[0, 10] = torch.tensor([0.0, 5, 0, 0])  # sampled itself: row 2, column 0 stands with 11
-    assert edge_patches(patches, grid, 1 / 15).tolist() == [[7]]
-    assert edge_patches(patches, grid, 2 / 15).tolist() == [[7, 11]]
-    # What sampling drops and no more: 15 less 6.
-    assert edge_patches(patches, grid, 0.9).tolist() == [[1, 3, 5, 6, 7, 8, 9, 11, 13]]
+    sampled = sampled_patches(grid, 2, patches.device)
+    assert edge_patches(patches, grid, sampled, 1).tolist() == [[7]]
+    assert edge_patches(patches, grid, sampled, 2).tolist() == [[7, 11]]
+    assert edge_patches(patches, grid, sampled, 0).shape == (1, 0)
+    # What is not sampled and no more: 15 less 6.
+    assert edge_patches(patches, grid, sampled, 14).tolist() == [[1, 3, 5, 6, 7, 8, 9, 11, 13]]
 
 
 @torch.no_grad()

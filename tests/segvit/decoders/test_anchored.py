@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 import segvit
-from segvit.backbones.downsampling import halved_grid
 from segvit.backbones.feature_map import FeatureMap
 from segvit.decoders.anchored import DISTANCE, LEARNED_WIDTH, SIMILARITY, AnchoredUpsampling
 
 FINE = (5, 8)
-COARSE = halved_grid(FINE)
 WIDTH = 16
 SAMPLED = [row * 8 + column for row in (0, 2, 4) for column in (0, 2, 4, 6)]
 KEPT = [[9, 23], [3, 14]]
@@ -26,10 +24,9 @@ def low_feature(seed: int = 0) -> FeatureMap:
 
 
 def shrunk_feature(seed: int = 1, kept: bool = True) -> FeatureMap:
-    places = torch.tensor([SAMPLED + more for more in KEPT]) if kept else None
-    num_tokens = len(SAMPLED) + 2 * kept
-    tokens = torch.randn(2, num_tokens, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return FeatureMap(tokens, COARSE, 32, FINE, places)
+    places = torch.tensor([SAMPLED + (more if kept else []) for more in KEPT])
+    tokens = torch.randn(*places.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return FeatureMap(tokens, FINE, 16, FINE, places)
 
 
 def tiny(**options: Any) -> segvit.ModelConfig:
@@ -39,7 +36,9 @@ def tiny(**options: Any) -> segvit.ModelConfig:
         structure="anchored",
         decoder_layers=1,
         backbone_options={"depth": 4},
-        **{"out_layers": (0, 1, 3), "shrink_at": 1, "dropout": 0.0, "drop_path_rate": 0.0, **options},
+        **{"out_layers": (0, 1, 3), "shrink_at": 1, "keep_every": 2, "keep_edges": 0.125, **options},
+        dropout=0.0,
+        drop_path_rate=0.0,
     )
 
 
@@ -58,7 +57,7 @@ def test_anchored_upsampling__what_blocks_added_everywhere_is_added_to_every_pat
     low, added = low_feature(), torch.linspace(-1, 1, WIDTH)
     places = torch.tensor([SAMPLED + more for more in KEPT])
     tokens = torch.stack([low.tokens[image, places[image]] for image in range(2)]) + added
-    [restored] = AnchoredUpsampling(WIDTH, 1)(low, [FeatureMap(tokens, COARSE, 32, FINE, places)])
+    [restored] = AnchoredUpsampling(WIDTH, 1)(low, [FeatureMap(tokens, FINE, 16, FINE, places)])
     torch.testing.assert_close(restored.tokens, low.tokens + added)
 
 
@@ -141,6 +140,7 @@ def test_anchored__default_layers_and_their_rule() -> None:
     ("options", "message"),
     [
         ({"keep_edges": 1.0}, r"^keep_edges must be in \[0, 1\), got 1.0; it is a share of the patches$"),
+        ({"keep_every": 1}, r"^keep_every must be >= 2, got 1; use a structure that does not shrink$"),
         ({"keep_edges": -0.1}, r"^keep_edges must be in \[0, 1\), got -0.1"),
         ({"shrink_queries": "average"}, r"^shrink_queries average does not go with structure anchored"),
     ],
@@ -161,7 +161,7 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
     shares = {}
     cost = segvit.model_cost(full, 11, (504, 672)).gflops
     for keep in (0.0, 0.125):
-        anchored = full.replace(structure="anchored", keep_edges=keep)
+        anchored = full.replace(structure="anchored", keep_every=2, keep_edges=keep)
         shares[keep] = segvit.model_cost(anchored, 11, (504, 672)).gflops / cost
     assert shares[0.0] == pytest.approx(0.51, abs=0.01)
     assert shares[0.125] == pytest.approx(0.585, abs=0.01)
