@@ -135,7 +135,7 @@ def test_run__a_variant_starts_from_the_champion_and_another_from_that(
         "small": {**shrunk, "start_from": f"models:/{NAME}@champion", "train": {"steps": 2}},
     }
     config = tmp_path / "start.yaml"
-    config.write_text(yaml.safe_dump(tree))
+    config.write_text(yaml.safe_dump(tree, sort_keys=False))
     steps = {step["label"]: step for step in facts(capfd, "plan", str(config), "--workspace", workspace)}
     assert steps["train/full"]["cached"]
     fetched = f"fetch_model/{NAME}-1"
