@@ -35,7 +35,7 @@ class ModelConfig:
     structure: str = "cascade"
     """Name of a decoder in `segvit.decoders.DECODERS`. ``cascade``: ATM stages over `out_layers`. ``single``: one
     ATM stage, whose every layer predicts. ``naive_qd``: `single` after query-based downsampling. ``shrunk``: with
-    upsampling layers too. ``anchored``: the cascade after it, with upsampling that starts as interpolation.
+    upsampling layers too. ``anchored``: the cascade over a backbone that most patches leave early, restored.
     ``linear``: no ATM, one linear layer on the features (the baseline of the ablations)."""
     out_layers: tuple[int, ...] | None = None
     """0-based blocks (stages of a hierarchical backbone) whose features are read, ascending. None: the published
