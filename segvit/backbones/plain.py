@@ -107,7 +107,7 @@ class PlainBackbone(Backbone):
         self.num_heads = num_heads_of(vit.blocks[0])
         self.widths = (vit.embed_dim,) * len(out_layers)
         set_drop_path(list(vit.blocks), drop_path_rate)
-        if downsampling is not None:
+        if downsampling is not None and downsampling.patches is None:
             self.downsampling = GridDownsampling(downsampling.queries, vit.embed_dim)
         self.num_unused_tokens = 1 if vit.cls_token is not None and not class_token else 0
         self.num_prefix_tokens: int = vit.num_prefix_tokens - self.num_unused_tokens

@@ -11,13 +11,13 @@ from segvit.decoders.decoder import Decoder
 
 @dataclass(frozen=True, kw_only=True)
 class ShrinkingDecoder(Decoder):
-    """What the structures share whose backbone halves the grid inside one of its blocks."""
+    """What the structures share whose backbone leaves tokens out inside one of its blocks."""
 
     shrinks: ClassVar[bool] = True
 
     shrink_at: int | None = None
-    """0-based block inside which query-based downsampling halves the grid: its queries are those of half the grid,
-    its keys and values all tokens. None: one third of the depth, as in the paper."""
+    """0-based block inside which tokens are left out: its queries are those that stay (half the grid, or the patches
+    that `anchored` chooses), its keys and values all tokens. None: one third of the depth, as in the paper."""
     shrink_queries: ShrinkQueries = "nearest"
     """Queries of that block: every second row and column, the average of each 2 x 2 tokens, or a learned 2 x 2
     convolution of stride 2."""
