@@ -89,8 +89,6 @@ def build_backbone(config: ModelConfig) -> Backbone:
     vit = create_vit(config.backbone, config.image_size, config.backbone_options)
     depth = len(vit.blocks)
     out_layers = config.out_layers or config.decoder.default_out_layers(depth, hierarchical=False)
-    if problems := config.decoder.out_layer_problems(out_layers, depth):
-        raise ValueError("; ".join(problems))
     return PlainBackbone(
         vit,
         out_layers,

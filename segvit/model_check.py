@@ -69,7 +69,6 @@ def fit_problems(
         downsampling = config.decoder.downsampling(depth)
         shrink_at = downsampling.block if downsampling else None
         problems = block_problems(name, outline, out_layers, shrink_at, config.drop_path_rate)
-        problems += config.decoder.out_layer_problems(out_layers, depth)
         if shrink_at is not None and max(out_layers) < shrink_at < depth:
             problems.append(
                 f"shrink_at {shrink_at} lies after the last of out_layers {out_layers}, so that nothing would be "

@@ -13,19 +13,28 @@ from segvit.output import at_least_float32
 # B batch, C channels, h w patch grid
 
 
+class KeptPatches(NamedTuple):
+    """The patches that a backbone kept in the sequence, and all of them as they were before it left the others out."""
+
+    places: Tensor
+    """(B, M) index into h*w of each token."""
+    before: Tensor
+    """(B, h*w, C)."""
+
+
 class FeatureMap(NamedTuple):
     """Patch tokens of one block or stage and where they lie."""
 
     tokens: Tensor
-    """(B, h*w, C), row by row, without prefix tokens and without the final norm; with `places`, (B, M, C)."""
+    """(B, h*w, C), row by row, without prefix tokens and without the final norm; with `kept`, (B, M, C)."""
     grid: tuple[int, int]
     """(h, w)."""
     stride: int
     """Pixels a token covers on each side."""
     patch_grid: tuple[int, int]
     """(h, w) of the backbone's patches, before any downsampling."""
-    places: Tensor | None = None
-    """(B, M) index into h*w of each token, where not every one of the grid has a token; None: all have."""
+    kept: KeptPatches | None = None
+    """Which of the grid's patches have a token, where not all have."""
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], num_prefix_tokens: int) -> Tensor:

@@ -20,7 +20,7 @@ from segvit.backbones.downsampling import (
     with_prefix,
 )
 from segvit.backbones.families import PlainViT, num_heads_of
-from segvit.backbones.feature_map import FeatureMap, resize_positions
+from segvit.backbones.feature_map import FeatureMap, KeptPatches, resize_positions
 from segvit.backbones.positions import TokenPositions, downsampled_positions, positions_at, token_positions
 from segvit.backbones.timm_blocks import block_problem, query_block, run_block
 
@@ -132,7 +132,7 @@ class PlainBackbone(Backbone):
         with torch.set_grad_enabled(trainable):
             tokens, patch_grid = self.embed(pad_to_multiple(images, self.patch_size))
             positions = token_positions(self.vit, patch_grid, self.num_prefix_tokens)
-        grid, places = patch_grid, None
+        grid, kept = patch_grid, None
         features, stride = [], self.patch_size
         for index, block in enumerate(self.vit.blocks):
             with torch.set_grad_enabled(torch.is_grad_enabled() and index >= self.num_frozen_blocks):
@@ -141,12 +141,13 @@ class PlainBackbone(Backbone):
                         tokens, positions = self.downsample(tokens, positions, grid)
                         grid, stride = halved_grid(grid), 2 * stride
                     else:
-                        places = self.patch_choice.places(tokens[:, self.num_prefix_tokens :], grid)
-                        tokens, positions = self.leave_out(tokens, positions, places)
+                        patches = tokens[:, self.num_prefix_tokens :]
+                        kept = KeptPatches(self.patch_choice.places(patches, grid), patches)
+                        tokens, positions = self.leave_out(tokens, positions, kept.places)
                 else:
                     tokens = run_block(block, tokens, positions.of_block(index), self.num_prefix_tokens)
             if index in self.out_layers:
-                features.append(FeatureMap(tokens[:, self.num_prefix_tokens :], grid, stride, patch_grid, places))
+                features.append(FeatureMap(tokens[:, self.num_prefix_tokens :], grid, stride, patch_grid, kept))
         return features
 
     def downsample(

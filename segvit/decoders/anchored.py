@@ -22,7 +22,7 @@ from segvit.attention import initialize_linear
 from segvit.backbones.downsampling import Downsampling, PatchChoice, rows_at
 from segvit.backbones.feature_map import FeatureMap
 from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes
-from segvit.decoders.cascade import ATMCascade, ends_of_thirds
+from segvit.decoders.cascade import ATMCascade, cascade_layers
 from segvit.decoders.decoder import DecoderOutput, DecoderSpec
 from segvit.decoders.shrinking import ShrinkingDecoder
 from segvit.output import at_least_float32
@@ -80,21 +80,22 @@ class AnchoredUpsampling(nn.Module):
         nn.init.zeros_(self.q.weight)
         initialize_linear(self.k)
 
-    def forward(self, low: FeatureMap, features: Sequence[FeatureMap]) -> list[FeatureMap]:
-        """The features (B, M, C), each on the grid of the low-level one."""
-        places = features[0].places
-        assert places is not None, "a backbone whose patches are chosen"
-        before = rows_at(low.tokens, places)
-        normed = self.norm(low.tokens)
-        weights = self.weights(normed, rows_at(normed, places), places, low.grid)
-        index = places.unsqueeze(2).expand(-1, -1, low.tokens.shape[2])
+    def forward(self, features: Sequence[FeatureMap]) -> list[FeatureMap]:
+        """The features (B, M, C) of one choice of patches, at every patch of their grid."""
+        kept = features[0].kept
+        assert kept is not None, "a backbone whose patches are chosen"
+        places, low = kept
+        before = rows_at(low, places)
+        normed = self.norm(low)
+        weights = self.weights(normed, rows_at(normed, places), places, features[0].grid)
+        index = places.unsqueeze(2).expand(-1, -1, low.shape[2])
         restored = []
         for feature, detail in zip(features, self.detail, strict=True):
             added = feature.tokens - before
-            patches = low.tokens + (weights.to(added.dtype) @ added)
+            patches = low + (weights.to(added.dtype) @ added)
             patches = patches + detail(patches, normed)
             patches = patches.scatter(1, index, feature.tokens.to(patches.dtype))
-            restored.append(FeatureMap(patches, low.grid, low.stride, low.patch_grid))
+            restored.append(feature._replace(tokens=patches, kept=None))
         return restored
 
     def weights(self, patches: Tensor, tokens: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -133,12 +134,12 @@ class AnchoredCascade(ATMCascade):
     def restore(self, features: Sequence[FeatureMap]) -> list[FeatureMap]:
         """The features that the stages read, all of them at every patch."""
         whole, shrunk = features[: self.num_whole], features[self.num_whole :]
-        return [*whole, *self.upsampling(whole[-1], shrunk)]
+        return [*whole, *self.upsampling(shrunk)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Anchored(ATMOnFeatures, ShrinkingDecoder):
-    """ATM stages over `out_layers`, of which one at least is read before the downsampling, at full resolution."""
+    """ATM stages over `out_layers`, the last first; what is read before the downsampling is read as it is."""
 
     parts: ClassVar[Mapping[str, type[nn.Module]]] = MappingProxyType(
         {"upsampling": AnchoredUpsampling, "atm_stage": ATMStage}
@@ -168,19 +169,8 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
         return super().downsampling(depth)._replace(patches=PatchChoice(self.keep_every, self.keep_edges))
 
     def default_out_layers(self, depth: int, hierarchical: bool) -> tuple[int, ...]:
-        """The last block before the downsampling, and the ends of thirds after it: (3, 7, 11) and (7, 15, 23)."""
-        block = self.downsampling(depth).block
-        return (block - 1, *(layer for layer in ends_of_thirds(depth) if layer >= block))
-
-    def out_layer_problems(self, out_layers: tuple[int, ...], depth: int) -> list[str]:
-        """The first must lie before the downsampling, the last one not."""
-        block = self.downsampling(depth).block
-        if out_layers[0] < block <= out_layers[-1]:
-            return []
-        return [
-            f"out_layers {out_layers} do not fit shrink_at {block}; name one block or more before it, and one or more "
-            "from it on"
-        ]
+        """The cascade's."""
+        return cascade_layers(depth)
 
     def build(self, spec: DecoderSpec) -> nn.Module:
         """See `Decoder`."""

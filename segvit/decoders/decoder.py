@@ -84,10 +84,6 @@ class Decoder(ABC):
         """Where a backbone of that many blocks downsamples; None: nowhere."""
         return None
 
-    def out_layer_problems(self, out_layers: tuple[int, ...], depth: int) -> list[str]:
-        """A sentence for each rule that the blocks read break, of a backbone of that many."""
-        return []
-
     def spec_problems(self, spec: DecoderSpec) -> list[str]:
         """A sentence for each size that cannot be built."""
         return []

@@ -108,11 +108,16 @@ def test_feature_distillation__an_optimizer_brings_the_features_nearer() -> None
         ),
         ({}, {"structure": "shrunk", "shrink_at": 2}, "structure shrunk has no features at all patches"),
         ({"backbone": "vit_small_patch16_224"}, {}, "its backbone is vit_tiny_patch16_224 with"),
-        # Of twelve blocks, a cascade reads others than an anchored one, where none are named.
+        # Named or not: what counts is what is read.
         (
             {"structure": "anchored", "out_layers": None, "backbone_options": {}},
-            {"out_layers": None, "backbone_options": {}},
-            "out_layers (3, 7, 11) are not those of its teacher, (5, 7, 11)",
+            {"out_layers": (5, 7, 11), "backbone_options": {}},
+            None,
+        ),
+        (
+            {"structure": "anchored", "out_layers": None, "backbone_options": {}},
+            {"out_layers": (3, 7, 11), "backbone_options": {}},
+            "out_layers (5, 7, 11) are not those of its teacher, (3, 7, 11)",
         ),
     ],
 )

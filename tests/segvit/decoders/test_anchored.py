@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import segvit
-from segvit.backbones.feature_map import FeatureMap
+from segvit.backbones.feature_map import FeatureMap, KeptPatches
 from segvit.decoders.anchored import DISTANCE, LEARNED_WIDTH, SIMILARITY, AnchoredUpsampling
 
 FINE = (5, 8)
@@ -18,15 +18,14 @@ SAMPLED = [row * 8 + column for row in (0, 2, 4) for column in (0, 2, 4, 6)]
 KEPT = [[9, 23], [3, 14]]
 
 
-def low_feature(seed: int = 0) -> FeatureMap:
-    tokens = torch.randn(2, FINE[0] * FINE[1], WIDTH, generator=torch.Generator().manual_seed(seed))
-    return FeatureMap(tokens, FINE, 16, FINE)
+def patches_before() -> Tensor:
+    return torch.randn(2, FINE[0] * FINE[1], WIDTH, generator=torch.Generator().manual_seed(0))
 
 
 def shrunk_feature(seed: int = 1, kept: bool = True) -> FeatureMap:
     places = torch.tensor([SAMPLED + (more if kept else []) for more in KEPT])
     tokens = torch.randn(*places.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return FeatureMap(tokens, FINE, 16, FINE, places)
+    return FeatureMap(tokens, FINE, 16, FINE, KeptPatches(places, patches_before()))
 
 
 def tiny(**options: Any) -> segvit.ModelConfig:
@@ -45,7 +44,7 @@ def tiny(**options: Any) -> segvit.ModelConfig:
 @pytest.mark.parametrize("kept", [False, True])
 def test_anchored_upsampling__tokens_that_are_left_start_as_they_are(kept: bool) -> None:
     feature = shrunk_feature(kept=kept)
-    [restored] = AnchoredUpsampling(WIDTH, 1)(low_feature(), [feature])
+    [restored] = AnchoredUpsampling(WIDTH, 1)([feature])
     assert restored[:1] == (restored.tokens,)
     assert restored[1:] == (FINE, 16, FINE, None)
     for image in range(2):
@@ -54,36 +53,39 @@ def test_anchored_upsampling__tokens_that_are_left_start_as_they_are(kept: bool)
 
 
 def test_anchored_upsampling__what_blocks_added_everywhere_is_added_to_every_patch() -> None:
-    low, added = low_feature(), torch.linspace(-1, 1, WIDTH)
+    low, added = patches_before(), torch.linspace(-1, 1, WIDTH)
     places = torch.tensor([SAMPLED + more for more in KEPT])
-    tokens = torch.stack([low.tokens[image, places[image]] for image in range(2)]) + added
-    [restored] = AnchoredUpsampling(WIDTH, 1)(low, [FeatureMap(tokens, FINE, 16, FINE, places)])
-    torch.testing.assert_close(restored.tokens, low.tokens + added)
+    tokens = torch.stack([low[image, places[image]] for image in range(2)]) + added
+    [restored] = AnchoredUpsampling(WIDTH, 1)([FeatureMap(tokens, FINE, 16, FINE, KeptPatches(places, low))])
+    torch.testing.assert_close(restored.tokens, low + added)
 
 
 def test_anchored_upsampling__weights_by_likeness_and_distance() -> None:
     """By hand, for one patch: softmax of SIMILARITY * cosine - DISTANCE * squared patches."""
-    low, feature = low_feature(), shrunk_feature()
+    low, feature = patches_before(), shrunk_feature()
     upsampling = AnchoredUpsampling(WIDTH, 1)
-    [restored] = upsampling(low, [feature])
+    [restored] = upsampling([feature])
     image, patch = 1, 21  # row 2, column 5
     places = SAMPLED + KEPT[image]
-    normed = torch.nn.functional.layer_norm(low.tokens[image], (WIDTH,))
+    normed = torch.nn.functional.layer_norm(low[image], (WIDTH,))
     logits = []
     for place in places:
         apart = (place // 8 - 2) ** 2 + (place % 8 - 5) ** 2
         logits.append(SIMILARITY * (normed[patch] @ normed[place]) / WIDTH - DISTANCE * apart)
     weights = torch.stack(logits).softmax(0)
-    added = feature.tokens[image] - low.tokens[image, places]
-    torch.testing.assert_close(restored.tokens[image, patch], low.tokens[image, patch] + weights @ added)
+    added = feature.tokens[image] - low[image, places]
+    torch.testing.assert_close(restored.tokens[image, patch], low[image, patch] + weights @ added)
     assert len(set(logits)) > 10
 
 
 @pytest.mark.parametrize("size", [(80, 128), (72, 100)])
 @pytest.mark.parametrize("keep_edges", [0.0, 0.2])
-def test_anchored__every_parameter_learns_at_the_full_grid(size: tuple[int, int], keep_edges: float) -> None:
+@pytest.mark.parametrize("out_layers", [(0, 1, 3), (2, 3)])
+def test_anchored__every_parameter_learns_at_the_full_grid(
+    out_layers: tuple[int, ...], size: tuple[int, int], keep_edges: float
+) -> None:
     torch.manual_seed(0)
-    model = segvit.build_model(tiny(class_token=False, keep_edges=keep_edges), num_classes=3)
+    model = segvit.build_model(tiny(class_token=False, keep_edges=keep_edges, out_layers=out_layers), num_classes=3)
     optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
     # What lies before a layer that starts at zero learns from the second step on.
     for _ in range(2):
@@ -93,7 +95,7 @@ def test_anchored__every_parameter_learns_at_the_full_grid(size: tuple[int, int]
         sum((one.mask_logits.square().mean() + one.class_logits.square().mean()) for one in predictions).backward()
         optimizer.step()
     assert output.mask_logits.shape[-2:] == (5, -(-size[1] // 16))
-    assert len(output.auxiliary) == 2
+    assert len(output.auxiliary) == len(out_layers) - 1
     learning = {name: value for name, value in model.named_parameters() if value.requires_grad}
     assert [name for name, value in learning.items() if value.grad is None or not value.grad.any()] == []
 
@@ -127,13 +129,14 @@ def test_anchored__images_of_a_batch_do_not_mix() -> None:
     torch.testing.assert_close(masks(images), torch.cat([masks(image[None]) for image in images]), rtol=1e-4, atol=1e-4)
 
 
-def test_anchored__default_layers_and_their_rule() -> None:
+def test_anchored__reads_the_layers_of_a_cascade() -> None:
     decoder = tiny(out_layers=None, shrink_at=None).decoder
-    assert [decoder.default_out_layers(depth, hierarchical=False) for depth in (12, 24)] == [(3, 7, 11), (7, 15, 23)]
-    for layers in ((1, 2, 3), (3,), (0,)):
-        with pytest.raises(ValueError, match=r"do not fit shrink_at 1; name one block or more before it, and one or"):
-            segvit.build_model(tiny(out_layers=layers), num_classes=3)
-        assert any("do not fit shrink_at 1" in problem for problem in segvit.model_problems(tiny(out_layers=layers), 3))
+    assert [decoder.default_out_layers(depth, hierarchical=False) for depth in (12, 24)] == [(5, 7, 11), (7, 15, 23)]
+    assert segvit.model_problems(tiny(out_layers=(1, 2)), 3) == []
+    [problem] = segvit.model_problems(tiny(out_layers=(0,)), 3)
+    assert problem.startswith(
+        "shrink_at 1 lies after the last of out_layers (0,), so that nothing would be downsampled"
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,6 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
         image_size=(504, 672),
         decoder_width=384,
         decoder_layers=1,
-        out_layers=(3, 7, 11),
     )
     shares = {}
     cost = segvit.model_cost(full, 11, (504, 672)).gflops
@@ -165,12 +167,12 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
         shares[keep] = segvit.model_cost(anchored, 11, (504, 672)).gflops / cost
     assert shares[0.0] == pytest.approx(0.51, abs=0.01)
     assert shares[0.125] == pytest.approx(0.585, abs=0.01)
-    # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, and three
+    # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, and four
     # products of the upsampling.
     sampled, kept, patches, width = 432, 216, 36 * 48, 384
     attention = 2 * width * ((sampled + kept + 1) ** 2 - (sampled + 1) ** 2)
     blocks = 7 * (12 * kept * width**2 + attention)
     downsampling = 10 * kept * width**2 + 2 * width * kept * (patches + 1)
-    upsampling = patches * kept * (3 * width + LEARNED_WIDTH)
+    upsampling = patches * kept * (4 * width + LEARNED_WIDTH)
     added = (shares[0.125] - shares[0.0]) * cost
     assert added == pytest.approx((blocks + downsampling + upsampling) / 1e9, rel=0.02)
