@@ -31,15 +31,19 @@ class Downsampling(NamedTuple):
 
 
 class PatchChoice(NamedTuple):
-    """Patches that stay in the sequence: every `stride`-th row and column, and a `keep` share of all at edges."""
+    """Patches that stay in the sequence: every `stride`-th row and column, and a `keep` share of all at edges.
+
+    `window`: rows and columns, an odd number, of the surroundings that tell an edge.
+    """
 
     stride: int
     keep: float
+    window: int = 3
 
     def places(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """Their indices (B, M) into h*w, those of the grid first, of patches (B, h*w, C); M is one for all images."""
         sampled = sampled_patches(grid, self.stride, patches.device)
-        kept = edge_patches(patches, grid, sampled, round(self.keep * grid[0] * grid[1]))
+        kept = edge_patches(patches, grid, self.window, sampled, round(self.keep * grid[0] * grid[1]))
         return torch.cat((sampled.expand(patches.shape[0], -1), kept), dim=1)
 
 
@@ -116,8 +120,8 @@ def fill_windows(cells: Tensor) -> Tensor:
     return F.pad(cells, (0, columns % 2, 0, rows % 2), mode="replicate")
 
 
-def edge_patches(patches: Tensor, grid: tuple[int, int], sampled: Tensor, count: int) -> Tensor:
-    """The patches that differ most from the mean of their 2 x 2, without those that are sampled.
+def edge_patches(patches: Tensor, grid: tuple[int, int], window: int, sampled: Tensor, count: int) -> Tensor:
+    """The patches that differ most from the mean of the window around them, without those that are sampled.
 
     Differences are squared distances of layer-normed tokens (without affine). At edges and on small things, a
     patch's surroundings tell little of it; so these stay in the sequence (SegViTv2, arXiv 2306.06289, Shrunk++).
@@ -125,19 +129,18 @@ def edge_patches(patches: Tensor, grid: tuple[int, int], sampled: Tensor, count:
     Args:
         patches: (B, h*w, C), before the block that leaves others out.
         grid: (h, w).
+        window: Rows and columns of the window, an odd number; at the border, what of it lies in the grid.
         sampled: Indices (L,) into h*w.
         count: How many; where there are fewer, all.
 
     Returns:
         Indices (B, K) into h*w, ascending.
     """
-    rows, columns = grid
     normed = F.layer_norm(at_least_float32(patches.detach()), patches.shape[-1:])
-    cells = fill_windows(torch.unflatten(normed.transpose(1, 2), 2, grid))
-    means = F.avg_pool2d(cells, 2).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    difference = (cells - means).square().sum(1)[:, :rows, :columns].flatten(1)
-    difference = difference.index_fill(1, sampled, -1.0)
-    count = min(count, rows * columns - len(sampled))
+    cells = torch.unflatten(normed.transpose(1, 2), 2, grid)
+    means = F.avg_pool2d(cells, window, stride=1, padding=window // 2, count_include_pad=False)
+    difference = (cells - means).square().sum(1).flatten(1).index_fill(1, sampled, -1.0)
+    count = min(count, difference.shape[1] - len(sampled))
     return difference.topk(count, dim=1).indices.sort(dim=1).values
 
 

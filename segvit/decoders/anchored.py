@@ -148,7 +148,9 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
     keep_every: int = 4
     """Of the patches, every so many-th row and column stays in the sequence."""
     keep_edges: float = 0.25
-    """Share of the patches that stay besides: those that differ most from their 2 x 2 (SegViTv2, Shrunk++)."""
+    """Share of the patches that stay besides: those that differ most from their surroundings (SegViTv2, Shrunk++)."""
+    edge_window: int = 3
+    """Rows and columns of these surroundings, an odd number: 3 finds edges of large things, 5 and more small things."""
 
     def problems(self) -> list[str]:
         """See `Decoder`."""
@@ -157,6 +159,10 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
             problems.append(f"keep_edges must be in [0, 1), got {self.keep_edges}; it is a share of the patches")
         if self.keep_every < 2:
             problems.append(f"keep_every must be >= 2, got {self.keep_every}; use a structure that does not shrink")
+        if self.edge_window < 3 or self.edge_window % 2 == 0:
+            problems.append(
+                f"edge_window must be an odd number >= 3, got {self.edge_window}; a patch lies in its middle"
+            )
         if self.shrink_queries != "nearest":
             problems.append(
                 f"shrink_queries {self.shrink_queries} does not go with structure anchored, whose tokens stand at "
@@ -166,7 +172,11 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
 
     def downsampling(self, depth: int) -> Downsampling:
         """See `ShrinkingDecoder`; with the patches that stay."""
-        return super().downsampling(depth)._replace(patches=PatchChoice(self.keep_every, self.keep_edges))
+        return (
+            super()
+            .downsampling(depth)
+            ._replace(patches=PatchChoice(self.keep_every, self.keep_edges, self.edge_window))
+        )
 
     def default_out_layers(self, depth: int, hierarchical: bool) -> tuple[int, ...]:
         """The cascade's."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def test_patch_choice__the_grid_first_and_then_edges() -> None:
     places = PatchChoice(4, 0.1).places(patches, (6, 9))
     assert places[:, :4].tolist() == [[10, 14, 46, 50]] * 2
     assert places.shape == (2, 4 + 5)
-    assert torch.equal(places[:, 4:], edge_patches(patches, (6, 9), places[0, :4], 5))
+    assert torch.equal(places[:, 4:], edge_patches(patches, (6, 9), 3, places[0, :4], 5))
     assert all(len(set(row)) == 9 for row in places.tolist())
 
 
@@ -128,18 +129,31 @@ def test_sampled_patches__from_the_middle_of_the_first_stride(
     assert sampled_patches(grid, stride, torch.device("cpu")).tolist() == sampled
 
 
-def test_edge_patches__those_unlike_their_2x2_of_what_is_not_sampled() -> None:
+def test_edge_patches__those_unlike_their_window_of_what_is_not_sampled() -> None:
     grid = (3, 5)
     patches = torch.zeros(1, 15, 4)
     patches[0] = torch.tensor([1.0, 0, 0, 0])
-    patches[0, 7] = torch.tensor([0.0, 0, 0, 9])  # row 1, column 2: its 2 x 2 is 2, 3, 7, 8
-    patches[0, 10] = torch.tensor([0.0, 5, 0, 0])  # sampled itself: row 2, column 0 stands with 11
+    patches[0, 8] = torch.tensor([0.0, 0, 0, 9])  # row 1, column 3
+    patches[0, 10] = torch.tensor([0.0, 5, 0, 0])  # row 2, column 0: sampled itself
     sampled = sampled_patches(grid, 2, patches.device)
-    assert edge_patches(patches, grid, sampled, 1).tolist() == [[7]]
-    assert edge_patches(patches, grid, sampled, 2).tolist() == [[7, 11]]
-    assert edge_patches(patches, grid, sampled, 0).shape == (1, 0)
+    assert edge_patches(patches, grid, 3, sampled, 1).tolist() == [[8]]
+    assert edge_patches(patches, grid, 3, sampled, 0).shape == (1, 0)
     # What is not sampled and no more: 15 less 6.
-    assert edge_patches(patches, grid, sampled, 14).tolist() == [[1, 3, 5, 6, 7, 8, 9, 11, 13]]
+    assert edge_patches(patches, grid, 3, sampled, 14).tolist() == [[1, 3, 5, 6, 7, 8, 9, 11, 13]]
+
+
+@pytest.mark.parametrize("window", [3, 5, 9])
+def test_edge_patches__window_by_hand(window: int) -> None:
+    grid = (4, 7)
+    patches = torch.randn(2, 28, 16, generator=torch.Generator().manual_seed(0))
+    normed = torch.unflatten(torch.nn.functional.layer_norm(patches, (16,)), 1, grid)
+    reach, found = window // 2, torch.empty(2, *grid)
+    for row, column in product(range(4), range(7)):
+        around = normed[:, max(row - reach, 0) : row + reach + 1, max(column - reach, 0) : column + reach + 1]
+        found[:, row, column] = (normed[:, row, column] - around.mean((1, 2))).square().sum(1)
+    found[:, 0, 0] = -1  # the only one that is sampled
+    expected = found.flatten(1).topk(9, dim=1).indices.sort(dim=1).values
+    assert torch.equal(edge_patches(patches, grid, window, torch.tensor([0]), 9), expected)
 
 
 @torch.no_grad()

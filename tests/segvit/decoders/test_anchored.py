@@ -144,6 +144,8 @@ def test_anchored__reads_the_layers_of_a_cascade() -> None:
     [
         ({"keep_edges": 1.0}, r"^keep_edges must be in \[0, 1\), got 1.0; it is a share of the patches$"),
         ({"keep_every": 1}, r"^keep_every must be >= 2, got 1; use a structure that does not shrink$"),
+        ({"edge_window": 4}, r"^edge_window must be an odd number >= 3, got 4; a patch lies in its middle$"),
+        ({"edge_window": 1}, r"^edge_window must be an odd number >= 3, got 1"),
         ({"keep_edges": -0.1}, r"^keep_edges must be in \[0, 1\), got -0.1"),
         ({"shrink_queries": "average"}, r"^shrink_queries average does not go with structure anchored"),
     ],
