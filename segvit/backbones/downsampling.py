@@ -129,7 +129,7 @@ def edge_patches(patches: Tensor, grid: tuple[int, int], window: int, sampled: T
     Args:
         patches: (B, h*w, C), before the block that leaves others out.
         grid: (h, w).
-        window: Rows and columns of the window, an odd number; at the border, what of it lies in the grid.
+        window: Rows and columns of the window, an odd number; beyond the border, the outermost patches again.
         sampled: Indices (L,) into h*w.
         count: How many; where there are fewer, all.
 
@@ -138,7 +138,7 @@ def edge_patches(patches: Tensor, grid: tuple[int, int], window: int, sampled: T
     """
     normed = F.layer_norm(at_least_float32(patches.detach()), patches.shape[-1:])
     cells = torch.unflatten(normed.transpose(1, 2), 2, grid)
-    means = F.avg_pool2d(cells, window, stride=1, padding=window // 2, count_include_pad=False)
+    means = F.avg_pool2d(F.pad(cells, (window // 2,) * 4, mode="replicate"), window, stride=1)
     difference = (cells - means).square().sum(1).flatten(1).index_fill(1, sampled, -1.0)
     count = min(count, difference.shape[1] - len(sampled))
     return difference.topk(count, dim=1).indices.sort(dim=1).values
