@@ -17,12 +17,12 @@ from pipeline.config import ExperimentConfig, SearchRange, VariantSettings
 from pipeline.datasets.summary import SourceSummary, describe_source
 from pipeline.errors import UserError
 from pipeline.registry.gate import policy_problems
+from pipeline.training.job import job_schedule
 from pipeline.tuning.space import NOT_SEARCHED
 from segvit.config import ModelConfig
 from segvit.distillation import distillation_problem
 from segvit.flops import count_parameters, model_gflops, outline_model
 from segvit.model_check import model_problems
-from segvit.schedules import build_schedule
 from segvit.weights.pretrained import WEIGHTS_VARIABLE, weights_problem
 from segvit.weights.start import start_problem
 
@@ -148,9 +148,8 @@ def _model_problems(settings: VariantSettings, model: ModelConfig, num_classes: 
 
 
 def _schedule_problems(settings: VariantSettings) -> list[str]:
-    train = settings.train
     try:
-        build_schedule(train.schedule.name, train.steps, train.warmup_steps, **train.schedule.options)
+        job_schedule(settings.train)
     except (ValueError, TypeError) as error:
         return [f"train.schedule: {error}"]
     return []

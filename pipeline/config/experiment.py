@@ -140,12 +140,17 @@ class ExperimentConfig(Section):
             )
         self._check_batch("train", self.train)
         for name, variant in self.variants.items():
+            own = self.train
             if variant.train is not None:
                 try:
                     own = merged_train(self.train, variant.train)
                 except ValueError as error:
                     raise ValueError(f"variants.{name}.train: {error}") from None
                 self._check_batch(f"variants.{name}.train", own)
+            if own.steps == 0 and variant.start_from is None:
+                raise ValueError(f"{name} has no steps and starts from no other: give it train.steps or start_from")
+            if own.steps == 0 and variant.distill:
+                raise ValueError(f"{name}.distill has no meaning with train.steps 0, which learns nothing; remove one")
         return self
 
     def _check_batch(self, section: str, train: TrainConfig) -> None:

@@ -70,6 +70,7 @@ class ScheduleConfig(BaseModel):
 class TrainConfig(Section):
     """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step.
 
+    `steps`: 0 for a variant that is kept as it starts from another one.
     `precision`: bf16 computes in fp32 on a device without bf16 instructions, and the log says so.
     `repeat_factor_threshold`: images with a class that fewer than this share of the images hold come more often,
     sqrt(threshold / share) times an epoch (LVIS); left out, every image comes once.
@@ -78,7 +79,7 @@ class TrainConfig(Section):
     `keep_checkpoints`: so many of the best checkpoints are kept while training runs, and always the last one.
     """
 
-    steps: Positive
+    steps: Annotated[int, Field(ge=0)]
     batch_size: Positive
     accumulation_steps: Positive = 1
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -104,6 +105,6 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation_steps {self.accumulation_steps}"
             )
-        if self.warmup_steps >= self.steps:
+        if self.warmup_steps >= self.steps > 0:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}; lower it")
         return self

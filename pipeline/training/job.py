@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import segvit
 from pipeline.config import RuntimeConfig, TrainConfig, VariantSettings
 from pipeline.records import BackboneRecord, Checkpoint, Record, ShardSet
+from segvit.schedules import build_schedule
 
 if TYPE_CHECKING:
     import torch
@@ -47,3 +49,9 @@ class DistributedContext(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
+
+
+def job_schedule(train: TrainConfig) -> Callable[[int], float]:
+    """The factor of the learning rate by step; raises ValueError for an unknown schedule or option."""
+    steps = max(train.steps, 1)
+    return build_schedule(train.schedule.name, steps, min(train.warmup_steps, steps), **train.schedule.options)

@@ -53,8 +53,24 @@ def run_training(
     if context.rank == 0 and trainer.taken is not None and job.start is not None:
         then = "; learns its features" if job.settings.distill else ""
         log(f"{job.variant}  starts from {job.start.variant} (step {job.start.step}): {trainer.taken.summary()}{then}")
-    batches = micro_batches(job, context, state.step)
     training_log = TrainingLog(job, context, state, report, log, report_every_s)
+
+    def finish_step(*, validate: bool, save: bool) -> None:
+        step, folder = state.step, None
+        if validate:
+            started = time.monotonic()
+            training_log.validated(trainer.validate(), time.monotonic() - started)
+        if save:
+            assert work_folder is not None, "checkpoints need a work folder"
+            training_log.stamp()
+            folder = work_folder / f"step-{step:08d}"
+            trainer.save(folder)
+        training_log.report(saved=save, folder=folder if context.rank == 0 else None)
+
+    if train.steps == 0:
+        finish_step(validate=True, save=job.save_checkpoints)
+        return state
+    batches = micro_batches(job, context, state.step)
     while state.step < train.steps:
         terms = trainer.train_step([next(batches) for _ in range(train.accumulation_steps)])
         step, last = state.step, state.step == train.steps
@@ -67,16 +83,7 @@ def run_training(
             _refuse_non_finite(trainer, run_uri)
         if due_log:
             training_log.log(terms, trainer.max_learning_rate)
-        if due_validation:
-            started = time.monotonic()
-            training_log.validated(trainer.validate(), time.monotonic() - started)
-        folder = None
-        if due_save:
-            assert work_folder is not None, "checkpoints need a work folder"
-            training_log.stamp()
-            folder = work_folder / f"step-{step:08d}"
-            trainer.save(folder)
-        training_log.report(saved=due_save, folder=folder if context.rank == 0 else None)
+        finish_step(validate=due_validation, save=due_save)
     return state
 
 

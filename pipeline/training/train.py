@@ -55,7 +55,7 @@ class MetricsToTracking(UserCallback):
         logged_step: the last step that it has already; a resumed run passes some steps a second time.
     """
 
-    def __init__(self, log: MetricLog, logged_step: int = 0) -> None:
+    def __init__(self, log: MetricLog, logged_step: int = -1) -> None:
         self.log = log
         self.logged_step = logged_step
 
@@ -231,7 +231,7 @@ def train_variant(
     run_uri = storage.join(storage_uri, run_name)
     for fits_left in reversed(range(MAX_FITS + 1)):
         saved = repair_run(run_uri, job.train.keep, lease)
-        logged_step = _fill_metrics(log, saved[-1]) if saved else 0
+        logged_step = _fill_metrics(log, saved[-1]) if saved else -1
         if saved and saved[-1].step == job.train.steps:
             lease.check()
             return publish_checkpoint(job, saved, target_uri)

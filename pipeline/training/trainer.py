@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,15 @@ from torch import Tensor, nn
 
 import segvit
 from pipeline import storage
-from pipeline.config import TrainConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.shards.loader import Batch, EvalLoader
 from pipeline.storage.names import MANIFEST
-from pipeline.training.job import DistributedContext, TrainJob
+from pipeline.training.job import DistributedContext, TrainJob, job_schedule
 from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
 from segvit.metrics import segmentation_metrics
 from segvit.optim import parameter_groups
-from segvit.schedules import build_schedule
 from segvit.weights.pretrained import load_backbone_state, read_file
 from segvit.weights.start import TakenWeights, take_weights
 
@@ -201,11 +199,6 @@ def computed_precision(asked: str, device: torch.device) -> str:
     # Older releases of PyTorch cannot tell; then the processor is taken to have none.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if any(capabilities.get(name) for name in _CPU_BF16) else "fp32"
-
-
-def job_schedule(train: TrainConfig) -> Callable[[int], float]:
-    """The factor of the learning rate by step; raises ValueError for an unknown schedule or option."""
-    return build_schedule(train.schedule.name, train.steps, train.warmup_steps, **train.schedule.options)
 
 
 def build_loss(job: TrainJob) -> segvit.SegmentationLoss:

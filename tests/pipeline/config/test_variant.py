@@ -85,7 +85,7 @@ def test_variant_settings__its_own_train_settings_over_the_experiments() -> None
     ("own", "message"),
     [
         ({"step": 3}, r"variants.small.train: step: Extra inputs are not permitted"),
-        ({"steps": 0}, r"variants.small.train: steps: Input should be greater than 0"),
+        ({"steps": -1}, r"variants.small.train: steps: Input should be greater than or equal to 0"),
         ({"steps": 1}, r"variants.small.train: warmup_steps 1 must be below steps 1; lower it"),
         (
             {"batch_size": 1},
@@ -113,6 +113,29 @@ def test_variant_settings__its_own_train_settings_that_break_a_rule(own: dict[st
 def test_start_from__names_another_variant_or_a_version(variants: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         experiment(variants=variants)
+
+
+@pytest.mark.parametrize(
+    ("small", "message"),
+    [
+        ({"train": {"steps": 0}}, r"small has no steps and starts from no other: give it train.steps or start_from"),
+        (
+            {"train": {"steps": 0}, "start_from": "full", "distill": True},
+            r"small.distill has no meaning with train.steps 0, which learns nothing; remove one",
+        ),
+        ({"train": {"steps": -1}, "start_from": "full"}, r"steps: .*greater than or equal to 0"),
+    ],
+)
+def test_no_steps__need_a_start(small: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        experiment(variants={"full": {}, "small": small})
+
+
+def test_no_steps__of_a_variant_that_starts_from_another() -> None:
+    config = experiment(variants={"full": {}, "small": {"train": {"steps": 0}, "start_from": "full"}})
+    assert config.variant_settings("small").train.steps == 0
+    with pytest.raises(UserError, match=r"full has no steps and starts from no other"):
+        experiment(train={**TRAIN, "steps": 0}, variants={"full": {}})
 
 
 def test_training_order__each_after_the_one_that_it_starts_from() -> None:

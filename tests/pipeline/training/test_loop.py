@@ -237,6 +237,21 @@ def test_run_training__starts_from_another_variant(make_job: MakeJob, tmp_path: 
     assert not any("starts from" in line for line in lines)
 
 
+def test_run_training__no_steps_keep_what_the_variant_starts_from(make_job: MakeJob, tmp_path: Path) -> None:
+    run_training(make_job(steps=2), ALONE, Reports(), work_folder=tmp_path)
+    saved = tmp_path / "step-00000002"
+    job = make_job("anchored", steps=0, warmup_steps=5).model_copy(update={"start": start_of(saved, 2)})
+    expected = Trainer(job, ALONE)
+    reports = Reports()
+    state = run_training(job, ALONE, reports, work_folder=tmp_path / "small")
+    assert (state.step, state.train_seconds < 60) == (0, True)
+    [row] = reports.rows
+    assert row == {"step": 0.0, "val_miou": expected.validate()}
+    kept = load_file(tmp_path / "small" / "step-00000000" / "model.safetensors")
+    assert kept.keys() == expected.model.state_dict().keys()
+    assert all(torch.equal(value, kept[name]) for name, value in expected.model.state_dict().items())
+
+
 def test_run_training__distilled_learns_the_teachers_features_and_leaves_its_stages(
     make_job: MakeJob, tmp_path: Path
 ) -> None:
@@ -249,10 +264,15 @@ def test_run_training__distilled_learns_the_teachers_features_and_leaves_its_sta
     reports = Reports()
     run_training(job, ALONE, reports, log=lines.append, work_folder=tmp_path / "small")
     assert lines[0].endswith("new: decoder.upsampling (11 tensors); learns its features")
-    errors = [row["features"] for row in reports.rows]
-    assert [row["total"] for row in reports.rows] == errors
-    assert 0.0 < errors[-1] < errors[0]
+    assert [row["total"] for row in reports.rows] == [row["features"] for row in reports.rows]
     whole = tmp_path / "small" / "step-00000008"
+    trainer, errors = Trainer(job, ALONE), list[float]()
+    images = trainer.model.normalize(next(micro_batches(job, ALONE, 0)).images)
+    for _ in range(2):
+        with torch.no_grad():
+            errors.append(float(trainer.trained.eval()(images)))
+        trainer.model.load_state_dict(load_file(whole / "model.safetensors"))
+    assert 0.0 < errors[1] < 0.97 * errors[0]
     for name, tensor in load_file(whole / "model.safetensors").items():
         changed = name not in theirs or not torch.equal(tensor, theirs[name])
         assert (
