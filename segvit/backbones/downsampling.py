@@ -40,11 +40,14 @@ class PatchChoice(NamedTuple):
     keep: float
     window: int = 3
 
-    def places(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Their indices (B, M) into h*w, those of the grid first, of patches (B, h*w, C); M is one for all images."""
+    def split(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Indices into h*w of the patches (B, h*w, C) that stay, those of the grid first, and of the others.
+
+        (B, M) and (B, h*w - M); M is one for all images.
+        """
         sampled = sampled_patches(grid, self.stride, patches.device)
-        kept = edge_patches(patches, grid, self.window, sampled, round(self.keep * grid[0] * grid[1]))
-        return torch.cat((sampled.expand(patches.shape[0], -1), kept), dim=1)
+        edges, others = edge_patches(patches, grid, self.window, sampled, round(self.keep * grid[0] * grid[1]))
+        return torch.cat((sampled.expand(patches.shape[0], -1), edges), dim=1), others
 
 
 def halved_grid(grid: tuple[int, int]) -> tuple[int, int]:
@@ -120,8 +123,10 @@ def fill_windows(cells: Tensor) -> Tensor:
     return F.pad(cells, (0, columns % 2, 0, rows % 2), mode="replicate")
 
 
-def edge_patches(patches: Tensor, grid: tuple[int, int], window: int, sampled: Tensor, count: int) -> Tensor:
-    """The patches that differ most from the mean of the window around them, without those that are sampled.
+def edge_patches(
+    patches: Tensor, grid: tuple[int, int], window: int, sampled: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """The patches that differ most from the mean of the window around them, and the others, without those sampled.
 
     Differences are squared distances of layer-normed tokens (without affine). At edges and on small things, a
     patch's surroundings tell little of it; so these stay in the sequence (SegViTv2, arXiv 2306.06289, Shrunk++).
@@ -134,14 +139,14 @@ def edge_patches(patches: Tensor, grid: tuple[int, int], window: int, sampled: T
         count: How many; where there are fewer, all.
 
     Returns:
-        Indices (B, K) into h*w, ascending.
+        Indices (B, K) into h*w, ascending, and (B, h*w - L - K), the greatest difference first.
     """
     normed = F.layer_norm(at_least_float32(patches.detach()), patches.shape[-1:])
     cells = torch.unflatten(normed.transpose(1, 2), 2, grid)
     means = F.avg_pool2d(F.pad(cells, (window // 2,) * 4, mode="replicate"), window, stride=1)
     difference = (cells - means).square().sum(1).flatten(1).index_fill(1, sampled, -1.0)
-    count = min(count, difference.shape[1] - len(sampled))
-    return difference.topk(count, dim=1).indices.sort(dim=1).values
+    ranked = difference.argsort(dim=1, descending=True)[:, : difference.shape[1] - len(sampled)]
+    return ranked[:, :count].sort(dim=1).values, ranked[:, count:]
 
 
 def sampled_patches(grid: tuple[int, int], stride: int, device: torch.device) -> Tensor:

@@ -18,6 +18,8 @@ class KeptPatches(NamedTuple):
 
     places: Tensor
     """(B, M) index into h*w of each token."""
+    left_out: Tensor
+    """(B, h*w - M) index into h*w of the others, in no order."""
     before: Tensor
     """(B, h*w, C)."""
 

@@ -142,7 +142,7 @@ class PlainBackbone(Backbone):
                         grid, stride = halved_grid(grid), 2 * stride
                     else:
                         patches = tokens[:, self.num_prefix_tokens :]
-                        kept = KeptPatches(self.patch_choice.places(patches, grid), patches)
+                        kept = KeptPatches(*self.patch_choice.split(patches, grid), patches)
                         tokens, positions = self.leave_out(tokens, positions, kept.places)
                 else:
                     tokens = run_block(block, tokens, positions.of_block(index), self.num_prefix_tokens)

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from segvit.attention import initialize_linear
 from segvit.backbones.downsampling import Downsampling, PatchChoice, rows_at
-from segvit.backbones.feature_map import FeatureMap
+from segvit.backbones.feature_map import FeatureMap, KeptPatches
 from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes
 from segvit.decoders.cascade import ATMCascade, cascade_layers
 from segvit.decoders.decoder import DecoderOutput, DecoderSpec
 from segvit.decoders.shrinking import ShrinkingDecoder
 from segvit.output import at_least_float32
 
-# B batch, C channels of the features, P = h*w patches, M tokens that the backbone left
+# B batch, C channels of the features, M patches that the backbone kept, L that it left out
 
 # Logits of the upsampling's attention at the start: of two patches that look the same, and what one patch of distance
 # takes away. Fitted to a full model's features on CamVid (docs/benchmarks.md).
@@ -49,7 +49,7 @@ class Detail(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, patches: Tensor, normed_low: Tensor) -> Tensor:
-        """(B, P, C) of patches and normed low-level features, both (B, P, C)."""
+        """(B, L, C) of patches and normed low-level features, both (B, L, C)."""
         both = torch.cat((self.norm(patches), normed_low), dim=2)
         detail: Tensor = self.output(F.gelu(self.hidden(both)))
         return detail
@@ -59,7 +59,7 @@ class AnchoredUpsampling(nn.Module):
     """Features of every patch from those of the tokens that are left.
 
     A patch p that was left out gets low(p) + sum over tokens m of w(p, m) (f(m) - low(m)), and what `Detail` makes of
-    that; the patches of tokens that are left get f itself. The weights w are a softmax over the similarity of the
+    that; the patches that were kept get f itself. The weights w are a softmax over the similarity of the
     layer-normed low-level features less the squared distance in patches, as in joint bilateral upsampling, and a
     learned similarity that starts at zero; one set of weights for all features.
 
@@ -84,26 +84,24 @@ class AnchoredUpsampling(nn.Module):
         """The features (B, M, C) of one choice of patches, at every patch of their grid."""
         kept = features[0].kept
         assert kept is not None, "a backbone whose patches are chosen"
-        places, low = kept
-        before = rows_at(low, places)
+        low, before = rows_at(kept.before, kept.left_out), rows_at(kept.before, kept.places)
         normed = self.norm(low)
-        weights = self.weights(normed, rows_at(normed, places), places, features[0].grid)
-        index = places.unsqueeze(2).expand(-1, -1, low.shape[2])
+        weights = self.weights(normed, self.norm(before), kept, features[0].grid)
+        index = torch.cat((kept.places, kept.left_out), dim=1).unsqueeze(2).expand(-1, -1, low.shape[2])
         restored = []
         for feature, detail in zip(features, self.detail, strict=True):
             added = feature.tokens - before
             patches = low + (weights.to(added.dtype) @ added)
-            patches = patches + detail(patches, normed)
-            patches = patches.scatter(1, index, feature.tokens.to(patches.dtype))
+            patches = torch.cat((feature.tokens, patches + detail(patches, normed)), dim=1)
+            patches = torch.zeros_like(patches).scatter(1, index, patches)
             restored.append(feature._replace(tokens=patches, kept=None))
         return restored
 
-    def weights(self, patches: Tensor, tokens: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, P, M) of normed low-level features at all patches (B, P, C) and at the tokens' places (B, M, C)."""
-        index = torch.arange(grid[0] * grid[1], device=places.device).unsqueeze(1)
-        columns = grid[1]
-        rows_apart = index // columns - places.unsqueeze(1) // columns
-        columns_apart = index % columns - places.unsqueeze(1) % columns
+    def weights(self, patches: Tensor, tokens: Tensor, kept: KeptPatches, grid: tuple[int, int]) -> Tensor:
+        """(B, L, M) of normed low-level features of what was left out (B, L, C) and of what was kept (B, M, C)."""
+        patch, token, columns = kept.left_out.unsqueeze(2), kept.places.unsqueeze(1), grid[1]
+        rows_apart = patch // columns - token // columns
+        columns_apart = patch % columns - token % columns
         distance = at_least_float32(self.distance) * (rows_apart.square() + columns_apart.square())
         # One product for both similarities.
         queries, keys = torch.cat((patches, self.q(patches)), dim=2), torch.cat((tokens, self.k(tokens)), dim=2)

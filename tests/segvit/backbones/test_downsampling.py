@@ -93,7 +93,7 @@ def test_patch_choice__patches_come_out_as_of_the_whole_block_and_stay_where_the
     backbone = PlainBackbone(vit, (1,), Downsampling(1, patches=choice)).eval()
     positions = token_positions(vit, grid, prefix)
     tokens = torch.randn(2, prefix + 20, 48)
-    places = choice.places(tokens[:, prefix:], grid)
+    places, _ = choice.split(tokens[:, prefix:], grid)
     assert places[0].tolist() != places[1].tolist()
     left, left_positions = backbone.leave_out(tokens, positions, places)
     whole = run_block(vit.blocks[1], tokens, positions.of_block(1), prefix)
@@ -112,11 +112,11 @@ def test_patch_choice__patches_come_out_as_of_the_whole_block_and_stay_where_the
 
 def test_patch_choice__the_grid_first_and_then_edges() -> None:
     patches = torch.randn(2, 6 * 9, 4)
-    places = PatchChoice(4, 0.1).places(patches, (6, 9))
+    places, left_out = PatchChoice(4, 0.1).split(patches, (6, 9))
     assert places[:, :4].tolist() == [[10, 14, 46, 50]] * 2
     assert places.shape == (2, 4 + 5)
-    assert torch.equal(places[:, 4:], edge_patches(patches, (6, 9), 3, places[0, :4], 5))
-    assert all(len(set(row)) == 9 for row in places.tolist())
+    assert torch.equal(places[:, 4:], edge_patches(patches, (6, 9), 3, places[0, :4], 5)[0])
+    assert torch.equal(torch.cat((places, left_out), dim=1).sort(dim=1).values, torch.arange(54).expand(2, -1))
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,11 @@ def test_edge_patches__those_unlike_their_window_of_what_is_not_sampled() -> Non
     patches[0, 8] = torch.tensor([0.0, 0, 0, 9])  # row 1, column 3
     patches[0, 10] = torch.tensor([0.0, 5, 0, 0])  # row 2, column 0: sampled itself
     sampled = sampled_patches(grid, 2, patches.device)
-    assert edge_patches(patches, grid, 3, sampled, 1).tolist() == [[8]]
-    assert edge_patches(patches, grid, 3, sampled, 0).shape == (1, 0)
-    # What is not sampled and no more: 15 less 6.
-    assert edge_patches(patches, grid, 3, sampled, 14).tolist() == [[1, 3, 5, 6, 7, 8, 9, 11, 13]]
+    unsampled = [1, 3, 5, 6, 7, 8, 9, 11, 13]
+    for count, expected in ((0, []), (1, [8]), (14, unsampled)):
+        edges, others = edge_patches(patches, grid, 3, sampled, count)
+        assert edges.tolist() == [expected]
+        assert sorted(others[0].tolist()) == [place for place in unsampled if place not in expected]
 
 
 @pytest.mark.parametrize("window", [3, 5, 9])
@@ -155,7 +156,9 @@ def test_edge_patches__window_by_hand(window: int) -> None:
         found[:, row, column] = (normed[:, row, column] - around.mean((1, 2))).square().sum(1)
     found[:, 0, 0] = -1  # the only one that is sampled
     expected = found.flatten(1).topk(9, dim=1).indices.sort(dim=1).values
-    assert torch.equal(edge_patches(patches, grid, window, torch.tensor([0]), 9), expected)
+    edges, others = edge_patches(patches, grid, window, torch.tensor([0]), 9)
+    assert torch.equal(edges, expected)
+    assert torch.equal(others, found.flatten(1).argsort(dim=1, descending=True)[:, 9:27])
 
 
 @torch.no_grad()

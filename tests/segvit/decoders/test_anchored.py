@@ -22,10 +22,16 @@ def patches_before() -> Tensor:
     return torch.randn(2, FINE[0] * FINE[1], WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def shrunk_feature(seed: int = 1, kept: bool = True) -> FeatureMap:
-    places = torch.tensor([SAMPLED + (more if kept else []) for more in KEPT])
-    tokens = torch.randn(*places.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
-    return FeatureMap(tokens, FINE, 16, FINE, KeptPatches(places, patches_before()))
+def kept_patches(edges: bool = True) -> KeptPatches:
+    places = [SAMPLED + (more if edges else []) for more in KEPT]
+    left_out = [[place for place in range(FINE[0] * FINE[1]) if place not in image] for image in places]
+    return KeptPatches(torch.tensor(places), torch.tensor(left_out), patches_before())
+
+
+def shrunk_feature(seed: int = 1, edges: bool = True) -> FeatureMap:
+    kept = kept_patches(edges)
+    tokens = torch.randn(*kept.places.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
+    return FeatureMap(tokens, FINE, 16, FINE, kept)
 
 
 def tiny(**options: Any) -> segvit.ModelConfig:
@@ -41,22 +47,22 @@ def tiny(**options: Any) -> segvit.ModelConfig:
     )
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_anchored_upsampling__tokens_that_are_left_start_as_they_are(kept: bool) -> None:
-    feature = shrunk_feature(kept=kept)
+@pytest.mark.parametrize("edges", [False, True])
+def test_anchored_upsampling__tokens_that_are_kept_stay_as_they_are(edges: bool) -> None:
+    feature = shrunk_feature(edges=edges)
     [restored] = AnchoredUpsampling(WIDTH, 1)([feature])
     assert restored[:1] == (restored.tokens,)
     assert restored[1:] == (FINE, 16, FINE, None)
     for image in range(2):
-        places = SAMPLED + (KEPT[image] if kept else [])
+        places = SAMPLED + (KEPT[image] if edges else [])
         assert torch.equal(restored.tokens[image, places], feature.tokens[image])
 
 
 def test_anchored_upsampling__what_blocks_added_everywhere_is_added_to_every_patch() -> None:
     low, added = patches_before(), torch.linspace(-1, 1, WIDTH)
-    places = torch.tensor([SAMPLED + more for more in KEPT])
-    tokens = torch.stack([low[image, places[image]] for image in range(2)]) + added
-    [restored] = AnchoredUpsampling(WIDTH, 1)([FeatureMap(tokens, FINE, 16, FINE, KeptPatches(places, low))])
+    kept = kept_patches()
+    tokens = torch.stack([low[image, kept.places[image]] for image in range(2)]) + added
+    [restored] = AnchoredUpsampling(WIDTH, 1)([FeatureMap(tokens, FINE, 16, FINE, kept)])
     torch.testing.assert_close(restored.tokens, low + added)
 
 
@@ -169,12 +175,20 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
         shares[keep] = segvit.model_cost(anchored, 11, (504, 672)).gflops / cost
     assert shares[0.0] == pytest.approx(0.51, abs=0.01)
     assert shares[0.125] == pytest.approx(0.585, abs=0.01)
-    # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, and four
-    # products of the upsampling.
+    # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, and the
+    # upsampling of what is left out.
     sampled, kept, patches, width = 432, 216, 36 * 48, 384
     attention = 2 * width * ((sampled + kept + 1) ** 2 - (sampled + 1) ** 2)
     blocks = 7 * (12 * kept * width**2 + attention)
     downsampling = 10 * kept * width**2 + 2 * width * kept * (patches + 1)
-    upsampling = patches * kept * (4 * width + LEARNED_WIDTH)
+
+    def upsampling(tokens: int) -> int:
+        left_out = patches - tokens
+        products = left_out * tokens * (4 * width + LEARNED_WIDTH)
+        details = 3 * left_out * (2 * width * width // 2 + width // 2 * width)
+        return products + details + patches * width * LEARNED_WIDTH
+
     added = (shares[0.125] - shares[0.0]) * cost
-    assert added == pytest.approx((blocks + downsampling + upsampling) / 1e9, rel=0.02)
+    assert added == pytest.approx(
+        (blocks + downsampling + upsampling(sampled + kept) - upsampling(sampled)) / 1e9, rel=0.02
+    )
