@@ -69,11 +69,6 @@ def fit_problems(
         downsampling = config.decoder.downsampling(depth)
         shrink_at = downsampling.block if downsampling else None
         problems = block_problems(name, outline, out_layers, shrink_at, config.drop_path_rate)
-        if shrink_at is not None and max(out_layers) < shrink_at < depth:
-            problems.append(
-                f"shrink_at {shrink_at} lies after the last of out_layers {out_layers}, so that nothing would be "
-                f"downsampled; read block {shrink_at} or a later one"
-            )
         widths, heads = (outline.embed_dim,) * len(out_layers), num_heads_of(outline.blocks[0])
         num_shrunk = 0 if shrink_at is None else sum(layer >= shrink_at for layer in out_layers)
     embedding: Any = outline.patch_embed

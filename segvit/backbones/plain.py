@@ -235,6 +235,11 @@ def block_problems(
     if shrink_at is not None:
         if not 1 <= shrink_at < depth:
             problems.append(f"shrink_at {shrink_at} does not fit {name}; use a block from 1 to {depth - 1}")
+        elif max(out_layers) < shrink_at:
+            problems.append(
+                f"shrink_at {shrink_at} lies after the last of out_layers {out_layers}, so that nothing would be "
+                f"downsampled; read block {shrink_at} or a later one"
+            )
         elif problem := block_problem(vit.blocks[shrink_at]):
             problems.append(problem)
     return problems + drop_path_problems(vit.blocks, drop_path_rate)

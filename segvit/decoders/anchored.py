@@ -170,11 +170,8 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
 
     def downsampling(self, depth: int) -> Downsampling:
         """See `ShrinkingDecoder`; with the patches that stay."""
-        return (
-            super()
-            .downsampling(depth)
-            ._replace(patches=PatchChoice(self.keep_every, self.keep_edges, self.edge_window))
-        )
+        patches = PatchChoice(self.keep_every, self.keep_edges, self.edge_window)
+        return super().downsampling(depth)._replace(patches=patches)
 
     def default_out_layers(self, depth: int, hierarchical: bool) -> tuple[int, ...]:
         """The cascade's."""

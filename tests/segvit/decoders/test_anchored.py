@@ -139,6 +139,8 @@ def test_anchored__reads_the_layers_of_a_cascade() -> None:
     decoder = tiny(out_layers=None, shrink_at=None).decoder
     assert [decoder.default_out_layers(depth, hierarchical=False) for depth in (12, 24)] == [(5, 7, 11), (7, 15, 23)]
     assert segvit.model_problems(tiny(out_layers=(1, 2)), 3) == []
+    with pytest.raises(ValueError, match=r"^shrink_at 1 lies after the last of out_layers \(0,\)"):
+        segvit.build_model(tiny(out_layers=(0,)), num_classes=3)
     [problem] = segvit.model_problems(tiny(out_layers=(0,)), 3)
     assert problem.startswith(
         "shrink_at 1 lies after the last of out_layers (0,), so that nothing would be downsampled"
