@@ -8,12 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segvit.backbones.feature_map import KeptPatches
 from segvit.output import at_least_float32
 
 ShrinkQueries = Literal["nearest", "average", "convolution"]
 SHRINK_QUERIES: tuple[ShrinkQueries, ...] = get_args(ShrinkQueries)
 
 # B batch, L tokens with prefix tokens first, C channels, h w patch grid
+
+# How like two patches are: logits of two that look the same, and what one patch of distance takes away. Fitted to a
+# full model's features on CamVid (docs/benchmarks.md).
+LIKENESS = 11.0
+DISTANCE = 0.16
 
 
 class Downsampling(NamedTuple):
@@ -34,11 +40,13 @@ class PatchChoice(NamedTuple):
     """Patches that stay in the sequence: every `stride`-th row and column, and a `keep` share of all at edges.
 
     `window`: rows and columns, an odd number, of the surroundings that tell an edge.
+    `proportional`: whether attention weighs a token by how many patches it stands for, see `stand_in_counts`.
     """
 
     stride: int
     keep: float
     window: int = 3
+    proportional: bool = True
 
     def split(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Indices into h*w of the patches (B, h*w, C) that stay, those of the grid first, and of the others.
@@ -158,6 +166,32 @@ def sampled_patches(grid: tuple[int, int], stride: int, device: torch.device) ->
     first = (stride - 1) // 2
     rows, columns = (slice(min(first, cells - 1), None, stride) for cells in grid)
     return patches[rows, columns].flatten()
+
+
+@torch.no_grad()
+def stand_in_counts(kept: KeptPatches, grid: tuple[int, int]) -> Tensor:
+    """How many patches each one that was kept stands for: itself, and its share of those that were left out.
+
+    A patch that was left out is shared out by `LIKENESS` and `DISTANCE`, in layer-normed tokens (without affine).
+    Without these counts the edges, where most patches stay, would draw too much of the later blocks' attention.
+
+    Args:
+        kept: M patches of the grid, and the others.
+        grid: (h, w).
+
+    Returns:
+        (B, M), float32 or more; h*w in sum.
+    """
+    normed = F.layer_norm(at_least_float32(kept.before), kept.before.shape[-1:])
+    likeness = rows_at(normed, kept.left_out) @ rows_at(normed, kept.places).transpose(1, 2)
+    distance = squared_distances(kept.left_out, kept.places, grid[1])
+    return 1 + (likeness * (LIKENESS / normed.shape[-1]) - DISTANCE * distance).softmax(dim=2).sum(dim=1)
+
+
+def squared_distances(places: Tensor, others: Tensor, columns: int) -> Tensor:
+    """(B, K, M) squared distance in patches between places (B, K) and others (B, M) of a grid of `columns`."""
+    place, other = places.unsqueeze(2), others.unsqueeze(1)
+    return (place // columns - other // columns).square() + (place % columns - other % columns).square()
 
 
 def with_prefix(places: Tensor, num_prefix_tokens: int) -> Tensor:

@@ -17,6 +17,7 @@ from segvit.backbones.downsampling import (
     GridDownsampling,
     halved_grid,
     rows_at,
+    stand_in_counts,
     with_prefix,
 )
 from segvit.backbones.families import PlainViT, num_heads_of
@@ -144,6 +145,11 @@ class PlainBackbone(Backbone):
                         patches = tokens[:, self.num_prefix_tokens :]
                         kept = KeptPatches(*self.patch_choice.split(patches, grid), patches)
                         tokens, positions = self.leave_out(tokens, positions, kept.places)
+                        if self.patch_choice.proportional:
+                            counts = stand_in_counts(kept, grid)
+                            # A prefix token stands for itself.
+                            log_counts = F.pad(counts.log(), (self.num_prefix_tokens, 0)).to(tokens.dtype)
+                            positions = positions._replace(log_counts=log_counts)
                 else:
                     tokens = run_block(block, tokens, positions.of_block(index), self.num_prefix_tokens)
             if index in self.out_layers:

@@ -28,6 +28,9 @@ class TokenPositions(NamedTuple):
     """(L, L) or (B, L, L) entries of the relative position bias table; None: no such bias."""
     interpolation: tuple[Tensor, Tensor] | None
     """Resizes such a table to the grid; None: it has the grid's size."""
+    log_counts: Tensor | None = None
+    """(B, L) log of how many patches each token stands for, added to its similarity as a key (proportional attention
+    of ToMe, arXiv 2210.09461, section 3); None: one each."""
 
     def of_block(self, index: int) -> AttentionPositions:
         """Positions as the block's attention takes them."""
@@ -37,6 +40,9 @@ class TokenPositions(NamedTuple):
         bias = None
         if self.bias_index is not None:
             bias = bias_table(self, index)[self.bias_index].movedim(-1, -3)
+        if self.log_counts is not None:
+            counts = self.log_counts[:, None, None]
+            bias = counts if bias is None else bias + counts
         return AttentionPositions(rotary, rotary, bias)
 
     def halved(self, grid: tuple[int, int]) -> TokenPositions:

@@ -32,7 +32,7 @@ class AttentionPositions(NamedTuple):
     2D) where images differ."""
     key_rotary: Tensor | None
     bias: Tensor | None
-    """(heads, Q, L) or (B, heads, Q, L), added to the similarity."""
+    """(heads, Q, L) or (B, heads or 1, Q or 1, L), added to the similarity."""
 
 
 def block_problem(block: nn.Module) -> str | None:
@@ -50,8 +50,8 @@ def block_problem(block: nn.Module) -> str | None:
 def run_block(block: nn.Module, tokens: Tensor, positions: AttentionPositions, num_prefix_tokens: int) -> Tensor:
     """A timm block of any kind on tokens (B, L, C)."""
     output: Tensor
-    if isinstance(block, BeitBlock):
-        # timm's forward knows only the bias of the one grid it was built for.
+    if isinstance(block, BeitBlock) or positions.bias is not None:
+        # timm's forward of BEiT knows only the bias of the one grid it was built for; others know of none.
         return query_block(block, tokens, tokens, positions, num_prefix_tokens)
     if isinstance(block, EvaBlock | EvaBlockPostNorm):
         output = block(tokens, rope=positions.key_rotary)
@@ -76,7 +76,9 @@ def query_block(
         (B, Q, C).
     """
     parts: Any = block
-    attended = query_attention(parts.attn, parts.norm1(queries), parts.norm1(tokens), positions, num_prefix_tokens)
+    normed = parts.norm1(tokens)
+    normed_queries = normed if queries is tokens else parts.norm1(queries)
+    attended = query_attention(parts.attn, normed_queries, normed, positions, num_prefix_tokens)
     queries = queries + parts.drop_path1(scale_branch(block, 1, attended))
     output: Tensor = queries + parts.drop_path2(scale_branch(block, 2, parts.mlp(parts.norm2(queries))))
     return output
@@ -134,10 +136,13 @@ def project(attention: Any, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Te
         if bias is None and getattr(attention, "q_bias", None) is not None:
             bias = torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
         q_bias, kv_bias = (None, None) if bias is None else (bias[:width], bias[width:])
-        flat = [
-            F.linear(queries, weight[:width], q_bias),
-            *F.linear(tokens, weight[width:], kv_bias).chunk(2, dim=-1),
-        ]
+        if queries is tokens:
+            flat = list(F.linear(tokens, weight, bias).chunk(3, dim=-1))
+        else:
+            flat = [
+                F.linear(queries, weight[:width], q_bias),
+                *F.linear(tokens, weight[width:], kv_bias).chunk(2, dim=-1),
+            ]
         head_width = width // attention.num_heads
     q, k, v = (torch.unflatten(one, 2, (-1, head_width)).transpose(1, 2) for one in flat)
     return q, k, v

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.attention import initialize_linear
-from segvit.backbones.downsampling import Downsampling, PatchChoice, rows_at
+from segvit.backbones.downsampling import (
+    DISTANCE,
+    LIKENESS,
+    Downsampling,
+    PatchChoice,
+    rows_at,
+    squared_distances,
+)
 from segvit.backbones.feature_map import FeatureMap, KeptPatches
 from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes
 from segvit.decoders.cascade import ATMCascade, cascade_layers
@@ -29,10 +36,6 @@ from segvit.output import at_least_float32
 
 # B batch, C channels of the features, M patches that the backbone kept, L that it left out
 
-# Logits of the upsampling's attention at the start: of two patches that look the same, and what one patch of distance
-# takes away. Fitted to a full model's features on CamVid (docs/benchmarks.md).
-SIMILARITY = 11.0
-DISTANCE = 0.16
 LEARNED_WIDTH = 64  # channels of the learned similarity
 
 
@@ -60,8 +63,8 @@ class AnchoredUpsampling(nn.Module):
 
     A patch p that was left out gets low(p) + sum over tokens m of w(p, m) (f(m) - low(m)), and what `Detail` makes of
     that; the patches that were kept get f itself. The weights w are a softmax over the similarity of the
-    layer-normed low-level features less the squared distance in patches, as in joint bilateral upsampling, and a
-    learned similarity that starts at zero; one set of weights for all features.
+    layer-normed low-level features less the squared distance in patches, as in joint bilateral upsampling (at first
+    `LIKENESS` and `DISTANCE`), and a learned similarity that starts at zero; one set of weights for all features.
 
     Args:
         width: Channels C of all features.
@@ -76,7 +79,7 @@ class AnchoredUpsampling(nn.Module):
         self.k = nn.Linear(width, LEARNED_WIDTH, bias=False)
         self.detail = nn.ModuleList(Detail(width) for _ in range(num_features))
         # The product of two normed tokens of C channels is C where they are the same.
-        nn.init.constant_(self.norm.weight, (SIMILARITY / width) ** 0.5)
+        nn.init.constant_(self.norm.weight, (LIKENESS / width) ** 0.5)
         nn.init.zeros_(self.q.weight)
         initialize_linear(self.k)
 
@@ -99,10 +102,7 @@ class AnchoredUpsampling(nn.Module):
 
     def weights(self, patches: Tensor, tokens: Tensor, kept: KeptPatches, grid: tuple[int, int]) -> Tensor:
         """(B, L, M) of normed low-level features of what was left out (B, L, C) and of what was kept (B, M, C)."""
-        patch, token, columns = kept.left_out.unsqueeze(2), kept.places.unsqueeze(1), grid[1]
-        rows_apart = patch // columns - token // columns
-        columns_apart = patch % columns - token % columns
-        distance = at_least_float32(self.distance) * (rows_apart.square() + columns_apart.square())
+        distance = at_least_float32(self.distance) * squared_distances(kept.left_out, kept.places, grid[1])
         # One product for both similarities.
         queries, keys = torch.cat((patches, self.q(patches)), dim=2), torch.cat((tokens, self.k(tokens)), dim=2)
         return (at_least_float32(queries @ keys.transpose(1, 2)) - distance).softmax(dim=2)
@@ -149,6 +149,8 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
     """Share of the patches that stay besides: those that differ most from their surroundings (SegViTv2, Shrunk++)."""
     edge_window: int = 3
     """Rows and columns of these surroundings, an odd number: 3 finds edges of large things, 5 and more small things."""
+    proportional_attention: bool = True
+    """Whether the later blocks' attention weighs a token by how many patches it stands for (ToMe, arXiv 2210.09461)."""
 
     def problems(self) -> list[str]:
         """See `Decoder`."""
@@ -170,7 +172,7 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
 
     def downsampling(self, depth: int) -> Downsampling:
         """See `ShrinkingDecoder`; with the patches that stay."""
-        patches = PatchChoice(self.keep_every, self.keep_edges, self.edge_window)
+        patches = PatchChoice(self.keep_every, self.keep_edges, self.edge_window, self.proportional_attention)
         return super().downsampling(depth)._replace(patches=patches)
 
     def default_out_layers(self, depth: int, hierarchical: bool) -> tuple[int, ...]:

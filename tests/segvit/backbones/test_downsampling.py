@@ -5,11 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from segvit.backbones.downsampling import (
+    DISTANCE,
+    LIKENESS,
     SHRINK_QUERIES,
     Downsampling,
     GridDownsampling,
@@ -20,9 +23,11 @@ from segvit.backbones.downsampling import (
     halve_nearest,
     rows_at,
     sampled_patches,
+    stand_in_counts,
     with_prefix,
 )
 from segvit.backbones.families import create_vit
+from segvit.backbones.feature_map import KeptPatches
 from segvit.backbones.plain import PlainBackbone
 from segvit.backbones.positions import TokenPositions, downsampled_positions, token_positions
 from segvit.backbones.timm_blocks import AttentionPositions, block_problem, query_block, run_block
@@ -39,9 +44,9 @@ FAMILIES = [
 NOWHERE = AttentionPositions(None, None, None)
 
 
-def random_vit(name: str, grid: tuple[int, int]) -> Any:
+def random_vit(name: str, grid: tuple[int, int], depth: int = 2) -> Any:
     side = 14 if "patch14" in name else 16
-    options = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    options = {"embed_dim": 48, "depth": depth, "num_heads": 3}
     vit = create_vit(name, (grid[0] * side, grid[1] * side), options).eval()
     for parameter in vit.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -108,6 +113,69 @@ def test_patch_choice__patches_come_out_as_of_the_whole_block_and_stay_where_the
         one = tokens[image : image + 1, kept[image]]
         expected = query_block(vit.blocks[1], one, one, AttentionPositions(rotary, rotary, bias), prefix)
         torch.testing.assert_close(result[image : image + 1], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "prefix"), FAMILIES)
+@torch.no_grad()
+def test_log_counts__a_token_that_stands_for_several_is_read_as_so_many(name: str, prefix: int) -> None:
+    """In every family: as if its key and value were there several times."""
+    grid = (2, 3)
+    vit = random_vit(name, grid)
+    positions = token_positions(vit, grid, prefix)
+    tokens = torch.randn(1, prefix + 6, 48)
+    counts = torch.tensor([1] * prefix + [3, 1, 2, 1, 1, 4])
+    result = run_block(vit.blocks[1], tokens, positions._replace(log_counts=counts[None].log()).of_block(1), prefix)
+    several = torch.arange(prefix + 6).repeat_interleave(counts)
+    here = positions.of_block(1)
+    rotary = None if here.key_rotary is None else here.key_rotary[..., several[prefix:] - prefix, :]
+    bias = None if here.bias is None else here.bias[..., several]
+    repeated = AttentionPositions(here.query_rotary, rotary, bias)
+    expected = query_block(vit.blocks[1], tokens, tokens[:, several], repeated, prefix)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(result, run_block(vit.blocks[1], tokens, here, prefix), rtol=1e-2, atol=1e-2)
+
+
+def test_stand_in_counts__what_was_left_out_is_shared_by_likeness_and_distance() -> None:
+    # One row of five patches: the second looks like the first, the third and fourth like the last.
+    one, other = torch.randn(2, 8)
+    patches = torch.stack((one, one, other, other, other))[None].requires_grad_()
+    kept = KeptPatches(torch.tensor([[0, 4]]), torch.tensor([[3, 1, 2]]), patches)
+    counts = stand_in_counts(kept, (1, 5))
+    normed = F.layer_norm(torch.stack((one, other)), (8,))
+    unlike = LIKENESS / 8 * float(normed[0] @ normed[1])
+    shares = [
+        torch.tensor([of_first - DISTANCE * left**2, of_last - DISTANCE * right**2]).softmax(0)
+        for of_first, of_last, left, right in (
+            (LIKENESS, unlike, 1, 3),
+            (unlike, LIKENESS, 2, 2),
+            (unlike, LIKENESS, 3, 1),
+        )
+    ]
+    torch.testing.assert_close(counts[0], 1 + torch.stack(shares).sum(0))
+    assert float(counts.sum()) == pytest.approx(5)
+    assert not counts.requires_grad
+    nothing_left_out = KeptPatches(torch.arange(5)[None], torch.empty(1, 0, dtype=torch.long), patches)
+    assert stand_in_counts(nothing_left_out, (1, 5)).tolist() == [[1.0] * 5]
+
+
+@torch.no_grad()
+def test_patch_choice__later_blocks_weigh_tokens_by_what_they_stand_for() -> None:
+    """Where all patches are the same, those that stay and their counts are as good as all."""
+    vit = random_vit("vit_tiny_patch16_224", (4, 6), depth=4)
+    assert vit.pos_embed is not None
+    vit.pos_embed.zero_()
+    backbone = PlainBackbone(vit, (3,)).eval()
+    image = torch.full((1, 3, 64, 96), 0.7)
+    [whole] = backbone(image)
+    backbone.shrink_at = 1
+    results = {}
+    for proportional in (False, True):
+        backbone.patch_choice = PatchChoice(2, 0.1, proportional=proportional)
+        [results[proportional]] = backbone(image)
+    assert results[True].kept is not None
+    expected = rows_at(whole.tokens, results[True].kept.places)
+    torch.testing.assert_close(results[True].tokens, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(results[False].tokens, expected, rtol=0.05, atol=0.05)
 
 
 def test_patch_choice__the_grid_first_and_then_edges() -> None:

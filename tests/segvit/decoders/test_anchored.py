@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import segvit
+from segvit.backbones.downsampling import DISTANCE, LIKENESS
 from segvit.backbones.feature_map import FeatureMap, KeptPatches
-from segvit.decoders.anchored import DISTANCE, LEARNED_WIDTH, SIMILARITY, AnchoredUpsampling
+from segvit.decoders.anchored import LEARNED_WIDTH, AnchoredUpsampling
 
 FINE = (5, 8)
 WIDTH = 16
@@ -67,7 +68,7 @@ def test_anchored_upsampling__what_blocks_added_everywhere_is_added_to_every_pat
 
 
 def test_anchored_upsampling__weights_by_likeness_and_distance() -> None:
-    """By hand, for one patch: softmax of SIMILARITY * cosine - DISTANCE * squared patches."""
+    """By hand, for one patch: softmax of LIKENESS * cosine - DISTANCE * squared patches."""
     low, feature = patches_before(), shrunk_feature()
     upsampling = AnchoredUpsampling(WIDTH, 1)
     [restored] = upsampling([feature])
@@ -77,7 +78,7 @@ def test_anchored_upsampling__weights_by_likeness_and_distance() -> None:
     logits = []
     for place in places:
         apart = (place // 8 - 2) ** 2 + (place % 8 - 5) ** 2
-        logits.append(SIMILARITY * (normed[patch] @ normed[place]) / WIDTH - DISTANCE * apart)
+        logits.append(LIKENESS * (normed[patch] @ normed[place]) / WIDTH - DISTANCE * apart)
     weights = torch.stack(logits).softmax(0)
     added = feature.tokens[image] - low[image, places]
     torch.testing.assert_close(restored.tokens[image, patch], low[image, patch] + weights @ added)
@@ -177,8 +178,8 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
         shares[keep] = segvit.model_cost(anchored, 11, (504, 672)).gflops / cost
     assert shares[0.0] == pytest.approx(0.51, abs=0.01)
     assert shares[0.125] == pytest.approx(0.585, abs=0.01)
-    # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, and the
-    # upsampling of what is left out.
+    # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, what each
+    # token stands for, and the upsampling of what is left out.
     sampled, kept, patches, width = 432, 216, 36 * 48, 384
     attention = 2 * width * ((sampled + kept + 1) ** 2 - (sampled + 1) ** 2)
     blocks = 7 * (12 * kept * width**2 + attention)
@@ -186,7 +187,7 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
 
     def upsampling(tokens: int) -> int:
         left_out = patches - tokens
-        products = left_out * tokens * (4 * width + LEARNED_WIDTH)
+        products = left_out * tokens * (5 * width + LEARNED_WIDTH)
         details = 3 * left_out * (2 * width * width // 2 + width // 2 * width)
         return products + details + patches * width * LEARNED_WIDTH
 
