@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from segvit.config import ModelConfig
     from segvit.decoders import DECODERS
     from segvit.decoders.decoder import Decoder, DecoderOutput, DecoderSpec, Prediction
-    from segvit.distillation import FeatureDistillation
+    from segvit.distillation import FeatureFit, fit_upsampling
     from segvit.flops import ModelCost, PresetCost, model_cost, preset_cost
     from segvit.inference.export import export_onnx, export_program
     from segvit.inference.latency import measure_latency
@@ -49,7 +49,7 @@ _NAMES_BY_MODULE = {
         "DecoderSpec",
         "Prediction",
     ),
-    "segvit.distillation": ("FeatureDistillation",),
+    "segvit.distillation": ("FeatureFit", "fit_upsampling"),
     "segvit.flops": (
         "ModelCost",
         "PresetCost",
@@ -136,7 +136,7 @@ __all__ = [
     "Decoder",
     "DecoderOutput",
     "DecoderSpec",
-    "FeatureDistillation",
+    "FeatureFit",
     "FeatureMap",
     "LossNormalizer",
     "LossTerm",
@@ -160,6 +160,7 @@ __all__ = [
     "export_program",
     "find_backbone_weights",
     "find_preset",
+    "fit_upsampling",
     "load_backbone_state",
     "load_checkpoint",
     "load_published",

@@ -8,12 +8,13 @@ from pipeline.config.runtime import RuntimeConfig
 from pipeline.config.section import Section
 from pipeline.config.train import AugmentationConfig, ScheduleConfig, TrainConfig
 from pipeline.config.tune import SearchRange, TuneConfig
-from pipeline.config.variant import LossConfig, ModelSection, VariantConfig, VariantSettings
+from pipeline.config.variant import DistillConfig, LossConfig, ModelSection, VariantConfig, VariantSettings
 
 __all__ = [
     "AugmentationConfig",
     "DataConfig",
     "DigitsConfig",
+    "DistillConfig",
     "EvaluateConfig",
     "ExperimentConfig",
     "FolderConfig",

@@ -106,8 +106,6 @@ class ExperimentConfig(Section):
         for name, variant in variants.items():
             if variant.distill and variant.start_from is None:
                 raise ValueError(f"{name}.distill needs a teacher: name it with {name}.start_from")
-            if variant.distill and variant.loss is not None:
-                raise ValueError(f"{name}.loss has no meaning with {name}.distill, which learns no labels; remove one")
             cls._check_start(name, variant.start_from, variants)
         return variants
 
@@ -149,8 +147,6 @@ class ExperimentConfig(Section):
                 self._check_batch(f"variants.{name}.train", own)
             if own.steps == 0 and variant.start_from is None:
                 raise ValueError(f"{name} has no steps and starts from no other: give it train.steps or start_from")
-            if own.steps == 0 and variant.distill:
-                raise ValueError(f"{name}.distill has no meaning with train.steps 0, which learns nothing; remove one")
         return self
 
     def _check_batch(self, section: str, train: TrainConfig) -> None:

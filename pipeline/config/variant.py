@@ -66,6 +66,16 @@ class ModelSection(_ModelFields):
     """
 
 
+class DistillConfig(Section):
+    """How a variant learns from the model that it starts from.
+
+    Attributes:
+        images: crops of the train split that its restored features are fitted on.
+    """
+
+    images: int = Field(default=128, ge=1)
+
+
 class VariantConfig(_ModelFields):
     """One model to train and compare: any field of segvit.ModelConfig, over the model section's; or a preset.
 
@@ -77,14 +87,14 @@ class VariantConfig(_ModelFields):
         start_from: the trained model that this one starts from, of the same backbone: another variant, or a
             registered version (`models:/NAME@champion`, `models:/NAME/3`). What both have alike is taken
             (segvit.take_weights); left out, only the backbone's pretrained weights are.
-        distill: learn the features of the model that it starts from, not the labels (segvit.FeatureDistillation); the
-            loss section has no meaning for it.
+        distill: fit what it restores to the features of the model that it starts from, before its first step
+            (segvit.fit_upsampling); only for structure `anchored`.
         train: settings of the train section that do not suit it, such as `steps` or `learning_rate`.
     """
 
     loss: dict[str, Weight] | None = None
     start_from: str | None = None
-    distill: bool = False
+    distill: DistillConfig | None = None
     train: dict[str, Any] | None = None
 
 
@@ -121,7 +131,7 @@ class VariantSettings(Section):
     model: dict[str, Any]
     loss: LossConfig
     train: TrainConfig
-    distill: bool = False
+    distill: DistillConfig | None = None
     own: tuple[str, ...] = ()
 
     def value(self, path: str) -> Any:
@@ -172,7 +182,7 @@ class VariantSettings(Section):
                 "count_ignored_as_background": self.loss.count_ignored_as_background,
             },
             "train": self.train.model_dump(mode="json"),
-            "distill": self.distill,
+            "distill": self.distill and self.distill.model_dump(mode="json"),
         }
 
     def _nearest(self, path: str) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from pipeline.shards.loader import Batch, TrainLoader
+from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.log import Reporter, TrainingLog
 from pipeline.training.non_finite import stop_training
@@ -51,8 +51,10 @@ def run_training(
     if context.rank == 0 and trainer.precision != train.precision:
         log(f"{job.variant}  in {trainer.precision}: this {context.device.type} has no {train.precision} instructions")
     if context.rank == 0 and trainer.taken is not None and job.start is not None:
-        then = "; learns its features" if job.settings.distill else ""
-        log(f"{job.variant}  starts from {job.start.variant} (step {job.start.step}): {trainer.taken.summary()}{then}")
+        log(f"{job.variant}  starts from {job.start.variant} (step {job.start.step}): {trainer.taken.summary()}")
+        if trainer.fitted is not None:
+            before, after = trainer.fitted
+            log(f"{job.variant}  fitted to its features: error of what was left out {before:.3f} -> {after:.3f}")
     training_log = TrainingLog(job, context, state, report, log, report_every_s)
 
     def finish_step(*, validate: bool, save: bool) -> None:
@@ -85,27 +87,6 @@ def run_training(
             training_log.log(terms, trainer.max_learning_rate)
         finish_step(validate=due_validation, save=due_save)
     return state
-
-
-def micro_batches(
-    job: TrainJob, context: DistributedContext, start_step: int, loader_workers: int | None = None
-) -> Iterator[Batch]:
-    """This rank's micro-batches from an optimizer step (from 0) on, `accumulation_steps` a step, for ever."""
-    loader = TrainLoader(
-        job.shard_set,
-        split="train",
-        crop=job.model.image_size,
-        augmentation=job.train.augmentation,
-        seed=job.train.seed,
-        global_batch_size=job.train.batch_size // job.train.accumulation_steps,
-        rank=context.rank,
-        world_size=context.world_size,
-        start_step=start_step * job.train.accumulation_steps,
-        num_workers=job.runtime.loader_workers if loader_workers is None else loader_workers,
-        repeat_factor_threshold=job.train.repeat_factor_threshold,
-        stream_buffer=job.train.stream_buffer,
-    )
-    return iter(loader)
 
 
 def _refuse_non_finite(trainer: Trainer, run_uri: str | None) -> None:

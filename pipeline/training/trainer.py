@@ -7,6 +7,7 @@ ranks and accumulation steps; the loss and its gradient equal those of one proce
 from __future__ import annotations
 
 import contextlib
+import itertools
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.shards.loader import Batch, EvalLoader
 from pipeline.storage.names import MANIFEST
+from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob, job_schedule
 from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
@@ -55,7 +57,7 @@ class Trainer:
         torch.manual_seed(job.train.seed)
         self.model = build_job_model(job).to(context.device)
         self.taken: TakenWeights | None = None
-        self.trained: nn.Module = self.model
+        self.fitted: segvit.FeatureFit | None = None
         self._start_from_other(resumed=resume_from is not None)
         self.loss = build_loss(job)
         self.optimizer = torch.optim.AdamW(
@@ -78,22 +80,37 @@ class Trainer:
 
     def _start_from_other(self, *, resumed: bool) -> None:
         job = self.job
-        if job.start is None or (resumed and not job.settings.distill):
+        if job.start is None or resumed:
             return
         try:
             with tempfile.TemporaryDirectory(prefix="segvit-start-") as folder:
                 source, _ = segvit.load_checkpoint(storage.fetch_folder(job.start.uri, Path(folder) / "checkpoint"))
-            if not resumed:
-                self.taken = take_weights(self.model, source)
-            if job.settings.distill:
-                self.trained = segvit.FeatureDistillation(self.model, source.to(self.context.device))
+            self.taken = take_weights(self.model, source)
+            if job.settings.distill is not None:
+                self.fitted = self._fit_features(source.to(self.context.device), job.settings.distill.images)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(
                 f"{job.variant} cannot start from {job.start.variant} ({job.start.uri}): {error}"
             ) from error
 
+    def _fit_features(self, teacher: segvit.SegViT, num_images: int) -> segvit.FeatureFit:
+        """Fit what the model restores to the teacher's features on this many crops, over all ranks."""
+        job, distributed = self.job, self.context.world_size > 1
+        micro_batch = job.train.batch_size // job.train.accumulation_steps
+        batches = itertools.islice(micro_batches(job, self.context, 0), -(-num_images // micro_batch))
+        images = (self.model.normalize(batch.images.to(self.context.device)) for batch in batches)
+
+        def add_up(sums: Tensor) -> None:
+            if distributed:
+                total = sums.to(self.context.device)
+                dist.all_reduce(total)
+                sums.copy_(total)
+
+        with self.autocast():
+            return segvit.fit_upsampling(self.model, teacher, images, add_up)
+
     def _distributed_forward(self) -> nn.Module:
-        forward = self.trained
+        forward: nn.Module = self.model
         if self.context.world_size > 1:
             device_ids = [self.context.device] if self.context.device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
@@ -110,7 +127,7 @@ class Trainer:
         factor = self.rate_factor(self.state.step)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        self.trained.train()
+        self.model.train()
         labels = [batch.labels.to(self.context.device, non_blocking=True).long() for batch in batches]
         normalizer = self._global_normalizer(labels)
         terms: dict[str, Tensor] = {}
@@ -119,10 +136,7 @@ class Trainer:
             with self._no_sync_unless(index == len(batches) - 1):
                 with self.autocast():
                     output = self.forward(images)
-                if self.job.settings.distill:
-                    losses = {"features": output, "total": output / len(batches)}
-                else:
-                    losses = self.loss(output, labels[index], normalizer=normalizer)
+                losses = self.loss(output, labels[index], normalizer=normalizer)
                 losses["total"].backward()
             for name, value in losses.items():
                 terms[name] = terms[name] + value.detach() if name in terms else value.detach()

@@ -4,7 +4,8 @@ The paper's Shrunk (`segvit.decoders.shrunk`) asks grid queries that know nothin
 thousands of steps to find out where they are. Here nothing has to be found out. A block of a ViT adds to the tokens
 that it is given, so a patch that was left out lacks what the later blocks would have added to it; it gets what they
 added to the tokens around it that look like it. From the first step on the cascade reads nearly the features of the
-whole backbone, and weights of a model that does not shrink can be taken over (`ATMCascade`'s names are the same).
+whole backbone, and weights of a model that does not shrink can be taken over (`ATMCascade`'s names are the same);
+what the features of the two still differ by is mostly found by least squares (`segvit.distillation`).
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvit.attention import initialize_linear
 from segvit.backbones.downsampling import (
     DISTANCE,
     LIKENESS,
@@ -36,35 +35,16 @@ from segvit.output import at_least_float32
 
 # B batch, C channels of the features, M patches that the backbone kept, L that it left out
 
-LEARNED_WIDTH = 64  # channels of the learned similarity
-
-
-class Detail(nn.Module):
-    """What a patch's own low-level feature adds to the feature that it was given: an MLP of both, at first nothing."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.hidden = nn.Linear(2 * width, width // 2)
-        self.output = nn.Linear(width // 2, width)
-        initialize_linear(self.hidden)
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
-
-    def forward(self, patches: Tensor, normed_low: Tensor) -> Tensor:
-        """(B, L, C) of patches and normed low-level features, both (B, L, C)."""
-        both = torch.cat((self.norm(patches), normed_low), dim=2)
-        detail: Tensor = self.output(F.gelu(self.hidden(both)))
-        return detail
-
 
 class AnchoredUpsampling(nn.Module):
     """Features of every patch from those of the tokens that are left.
 
-    A patch p that was left out gets low(p) + sum over tokens m of w(p, m) (f(m) - low(m)), and what `Detail` makes of
-    that; the patches that were kept get f itself. The weights w are a softmax over the similarity of the
-    layer-normed low-level features less the squared distance in patches, as in joint bilateral upsampling (at first
-    `LIKENESS` and `DISTANCE`), and a learned similarity that starts at zero; one set of weights for all features.
+    A patch p that was left out gets low(p) + sum over tokens m of w(p, m) (f(m) - low(m)), and a correction; the
+    patches that were kept get f itself. The weights w are a softmax over the similarity of the layer-normed
+    low-level features less the squared distance in patches, as in joint bilateral upsampling (at first `LIKENESS` and
+    `DISTANCE`); one set of weights for all features. The correction is a linear map, one a feature and at first zero,
+    of what tells p from the tokens that it is made of: n(p) - sum over m of w(p, m) n(m), n the layer-normed low-level
+    features. `segvit.fit_upsampling` finds these maps without training.
 
     Args:
         width: Channels C of all features.
@@ -75,37 +55,47 @@ class AnchoredUpsampling(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.distance = nn.Parameter(torch.tensor(DISTANCE))
-        self.q = nn.Linear(width, LEARNED_WIDTH, bias=False)
-        self.k = nn.Linear(width, LEARNED_WIDTH, bias=False)
-        self.detail = nn.ModuleList(Detail(width) for _ in range(num_features))
+        self.corrections = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(num_features))
         # The product of two normed tokens of C channels is C where they are the same.
         nn.init.constant_(self.norm.weight, (LIKENESS / width) ** 0.5)
-        nn.init.zeros_(self.q.weight)
-        initialize_linear(self.k)
+        for correction in self.corrections:
+            nn.init.zeros_(correction.weight)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[FeatureMap]) -> list[FeatureMap]:
         """The features (B, M, C) of one choice of patches, at every patch of their grid."""
-        kept = features[0].kept
-        assert kept is not None, "a backbone whose patches are chosen"
-        low, before = rows_at(kept.before, kept.left_out), rows_at(kept.before, kept.places)
-        normed = self.norm(low)
-        weights = self.weights(normed, self.norm(before), kept, features[0].grid)
-        index = torch.cat((kept.places, kept.left_out), dim=1).unsqueeze(2).expand(-1, -1, low.shape[2])
+        stand_ins, difference = self.stand_ins(features)
+        kept = kept_of(features)
+        index = torch.cat((kept.places, kept.left_out), dim=1).unsqueeze(2).expand(-1, -1, difference.shape[2])
         restored = []
-        for feature, detail in zip(features, self.detail, strict=True):
-            added = feature.tokens - before
-            patches = low + (weights.to(added.dtype) @ added)
-            patches = torch.cat((feature.tokens, patches + detail(patches, normed)), dim=1)
+        for feature, patches, correction in zip(features, stand_ins, self.corrections, strict=True):
+            patches = torch.cat((feature.tokens, patches + correction(difference)), dim=1)
             patches = torch.zeros_like(patches).scatter(1, index, patches)
             restored.append(feature._replace(tokens=patches, kept=None))
         return restored
 
+    def stand_ins(self, features: Sequence[FeatureMap]) -> tuple[list[Tensor], Tensor]:
+        """Of the patches that were left out: each feature without its correction, and what the corrections map.
+
+        All (B, L, C).
+        """
+        kept = kept_of(features)
+        low, before = rows_at(kept.before, kept.left_out), rows_at(kept.before, kept.places)
+        normed, normed_before = self.norm(low), self.norm(before)
+        weights = self.weights(normed, normed_before, kept, features[0].grid).to(low.dtype)
+        stand_ins = [low + weights @ (feature.tokens - before) for feature in features]
+        return stand_ins, normed - weights @ normed_before
+
     def weights(self, patches: Tensor, tokens: Tensor, kept: KeptPatches, grid: tuple[int, int]) -> Tensor:
         """(B, L, M) of normed low-level features of what was left out (B, L, C) and of what was kept (B, M, C)."""
         distance = at_least_float32(self.distance) * squared_distances(kept.left_out, kept.places, grid[1])
-        # One product for both similarities.
-        queries, keys = torch.cat((patches, self.q(patches)), dim=2), torch.cat((tokens, self.k(tokens)), dim=2)
-        return (at_least_float32(queries @ keys.transpose(1, 2)) - distance).softmax(dim=2)
+        return (at_least_float32(patches @ tokens.transpose(1, 2)) - distance).softmax(dim=2)
+
+
+def kept_of(features: Sequence[FeatureMap]) -> KeptPatches:
+    """The choice of patches that the features share."""
+    kept = features[0].kept
+    assert kept is not None, "a backbone whose patches are chosen"
+    return kept
 
 
 class AnchoredCascade(ATMCascade):
@@ -131,8 +121,11 @@ class AnchoredCascade(ATMCascade):
 
     def restore(self, features: Sequence[FeatureMap]) -> list[FeatureMap]:
         """The features that the stages read, all of them at every patch."""
-        whole, shrunk = features[: self.num_whole], features[self.num_whole :]
-        return [*whole, *self.upsampling(shrunk)]
+        return [*features[: self.num_whole], *self.upsampling(self.shrunk(features))]
+
+    def shrunk(self, features: Sequence[FeatureMap]) -> Sequence[FeatureMap]:
+        """Those of the backbone's features that have tokens at the kept patches alone."""
+        return features[self.num_whole :]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ from pipeline.config import ExperimentConfig
 from pipeline.config.file import load_config
 from pipeline.records import BackboneRecord, Checkpoint, ShardSet
 from pipeline.shards.prepare import prepare_shards
+from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob
-from pipeline.training.loop import micro_batches
 from pipeline.training.trainer import Trainer
 
 SWEPT = ("shrink_at", "keep_every", "keep_edges", "edge_window")

@@ -1,16 +1,17 @@
-"""Feature distillation: what it measures, what it trains, and which models it takes."""
+"""Fitting what is restored to a teacher's features: what is found, what it reports, and which models it takes."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor
 
 import segvit
-from segvit.backbones.feature_map import FeatureMap
-from segvit.distillation import distillation_problem, feature_error
+from segvit.backbones.downsampling import rows_at
+from segvit.distillation import RIDGE, distillation_problem
 
 SMALL: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
@@ -23,75 +24,100 @@ SMALL: dict[str, Any] = {
 }
 
 
-def pair(**options: Any) -> tuple[segvit.SegViT, segvit.SegViT]:
+def pair(**options: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
     teacher = segvit.build_model(segvit.ModelConfig(**SMALL), 3)
     config = segvit.ModelConfig(**SMALL, structure="anchored", shrink_at=2, **options)
     student = segvit.build_model(config, 3)
     segvit.take_weights(student, teacher)
-    return student, teacher
+    return student.eval(), teacher.eval()
 
 
-def unlike_its_start(student: segvit.SegViT) -> None:
-    """Give the upsampling weights of its own: those that start at zero hide others from the gradient."""
-    for name, parameter in student.decoder.named_parameters():
-        if name.startswith("upsampling."):
-            nn.init.normal_(parameter, std=0.1)
+def batches(count: int = 3, seed: int = 5) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 3, 64, 96, generator=generator) for _ in range(count)]
 
 
-def test_feature_error__squared_distance_in_units_of_the_wanted_length() -> None:
-    wanted = torch.tensor([[[3.0, 4.0], [0.0, 5.0]]])
-    found = wanted + torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
-    maps = [FeatureMap(tokens, (1, 2), 16, (1, 2)) for tokens in (found, wanted)]
-    assert float(feature_error(*maps)) == pytest.approx((1 + 4) / (25 + 25))
+def errors(student: Any, teacher: Any, images: list[Tensor]) -> float:
+    """Squared distance of what was left out, over the square of what it should be; block 3 alone is read shrunk."""
+    missing, whole = 0.0, 0.0
+    with torch.no_grad():
+        for batch in images:
+            found, wanted = student.features(batch)[1].tokens, teacher.features(batch)[1].tokens
+            kept = student.backbone(batch)[1].kept
+            assert kept is not None
+            found, wanted = (rows_at(tokens, kept.left_out) for tokens in (found, wanted))
+            missing += float((found - wanted).square().sum())
+            whole += float(wanted.square().sum())
+    return missing / whole
 
 
-def test_feature_distillation__is_nothing_where_no_patch_is_left_out() -> None:
+def test_fit_upsampling__reports_the_errors_of_the_features_and_lowers_them() -> None:
+    student, teacher = pair()
+    images = batches()
+    before = errors(student, teacher, images)
+    fit = segvit.fit_upsampling(student, teacher, images)
+    assert fit == pytest.approx((before, errors(student, teacher, images)), rel=1e-3)
+    assert 0.0 < fit.after < 0.9 * fit.before
+
+
+def test_fit_upsampling__is_the_ridge_regression_on_what_tells_the_patches_from_their_stand_ins() -> None:
+    student, teacher = pair()
+    upsampling = student.decoder.upsampling
+    inputs, missing = [], []
+    with torch.no_grad():
+        for batch in batches():
+            shrunk = student.backbone(batch)[1:]
+            [stand_in], difference = upsampling.stand_ins(shrunk)
+            wanted = rows_at(teacher.features(batch)[1].tokens, shrunk[0].kept.left_out)
+            inputs.append(difference.flatten(0, 1).double())
+            missing.append((wanted - stand_in).flatten(0, 1).double())
+    x, y = torch.cat(inputs), torch.cat(missing)
+    penalty = RIDGE * x.square().sum(0).mean()
+    # The same as least squares over the data and one more row a channel.
+    more = torch.cat((x, penalty.sqrt() * torch.eye(48, dtype=torch.float64)))
+    expected = torch.linalg.lstsq(more, torch.cat((y, torch.zeros(48, 48, dtype=torch.float64)))).solution
+    segvit.fit_upsampling(student, teacher, batches())
+    torch.testing.assert_close(upsampling.corrections[0].weight.T.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_fit_upsampling__changes_the_corrections_alone() -> None:
+    student, teacher = pair()
+    ours, theirs = (copy.deepcopy(model.state_dict()) for model in (student, teacher))
+    segvit.fit_upsampling(student, teacher, batches(1))
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, ours[name])}
+    assert changed == {"decoder.upsampling.corrections.0.weight"}
+    assert all(torch.equal(value, theirs[name]) for name, value in teacher.state_dict().items())
+
+
+def test_fit_upsampling__processes_with_other_images_each_find_what_one_would() -> None:
+    """Each adds the other's sums to its own."""
+    student, teacher = pair()
+    whole = segvit.fit_upsampling(student, teacher, batches(4))
+    expected = student.decoder.upsampling.corrections[0].weight.clone()
+    sums: list[Tensor] = []
+    student, teacher = pair()
+    segvit.fit_upsampling(student, teacher, batches(4)[:2], lambda own: sums.append(own.clone()))
+    others = iter(sums)
+    student, teacher = pair()
+
+    def add_up(own: Tensor) -> None:
+        own.add_(next(others))
+
+    fit = segvit.fit_upsampling(student, teacher, batches(4)[2:], add_up)
+    assert fit == pytest.approx(whole, rel=1e-4)
+    torch.testing.assert_close(student.decoder.upsampling.corrections[0].weight, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_fit_upsampling__where_no_patch_is_left_out_there_is_nothing_to_fit() -> None:
     student, teacher = pair(keep_edges=0.99)
-    loss = segvit.FeatureDistillation(student, teacher)(torch.randn(2, 3, 64, 96))
-    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert segvit.fit_upsampling(student, teacher, batches(1)) == (0.0, 0.0)
+    assert not student.decoder.upsampling.corrections[0].weight.any()
 
 
-def test_feature_distillation__mean_over_the_features_that_the_stages_read() -> None:
-    student, teacher = pair()
-    images = torch.randn(2, 3, 64, 96)
-    loss = segvit.FeatureDistillation(student, teacher)(images)
-    whole, wanted = student.features(images), teacher.backbone(images)
-    assert [one.tokens.shape for one in whole] == [one.tokens.shape for one in wanted]
-    assert torch.equal(whole[0].tokens, wanted[0].tokens)  # read before anything is left out
-    error = (whole[1].tokens - wanted[1].tokens).square().sum() / wanted[1].tokens.square().sum()
-    torch.testing.assert_close(loss, error / 2)
-
-
-def test_feature_distillation__gradients_for_what_makes_the_features_alone() -> None:
-    student, teacher = pair()
-    unlike_its_start(student)
-    student.freeze_blocks(1)
-    distillation = segvit.FeatureDistillation(student, teacher).train()
-    assert student.training
-    assert not teacher.training
-    distillation(torch.randn(2, 3, 64, 96)).backward()
-    learning = {name for name, one in student.named_parameters() if one.grad is not None and one.grad.any()}
-    assert learning == {name for name, one in student.named_parameters() if one.requires_grad}
-    parts = {".".join(name.split(".")[: 2 if name.startswith("decoder") else 4]) for name in learning}
-    assert parts == {"decoder.upsampling", *(f"backbone.vit.blocks.{block}" for block in (1, 2, 3))}
-    assert all(one.grad is None for one in teacher.parameters())
-
-
-def test_feature_distillation__an_optimizer_brings_the_features_nearer() -> None:
-    student, teacher = pair()
-    unlike_its_start(student)
-    distillation = segvit.FeatureDistillation(student, teacher).train()
-    images = torch.randn(4, 3, 64, 96)
-    optimizer = torch.optim.AdamW([one for one in student.parameters() if one.requires_grad], lr=1e-3)
-    errors = []
-    for _ in range(20):
-        loss = distillation(images)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        errors.append(loss.item())
-    assert errors[-1] < 0.8 * errors[0]
+def test_fit_upsampling__without_an_image() -> None:
+    with pytest.raises(ValueError, match=r"^there is no image to fit the upsampling to$"):
+        segvit.fit_upsampling(*pair(), [])
 
 
 @pytest.mark.parametrize(
@@ -104,10 +130,19 @@ def test_feature_distillation__an_optimizer_brings_the_features_nearer() -> None
         (
             {"structure": "naive_qd", "shrink_at": 2, "out_layers": (3,)},
             {},
-            "structure naive_qd has no features at all",
+            "structure naive_qd restores no features",
         ),
-        ({}, {"structure": "shrunk", "shrink_at": 2}, "structure shrunk has no features at all patches"),
-        ({"backbone": "vit_small_patch16_224"}, {}, "its backbone is vit_tiny_patch16_224 with"),
+        ({}, {}, "structure cascade restores no features"),
+        (
+            {"structure": "anchored", "shrink_at": 2},
+            {"structure": "shrunk", "shrink_at": 2},
+            "structure shrunk has no features at all patches",
+        ),
+        (
+            {"structure": "anchored", "shrink_at": 2, "backbone": "vit_small_patch16_224"},
+            {},
+            "its backbone is vit_tiny_patch16_224 with",
+        ),
         # Named or not: what counts is what is read.
         (
             {"structure": "anchored", "out_layers": None, "backbone_options": {}},
@@ -125,7 +160,7 @@ def test_distillation_problem(student: dict[str, Any], teacher: dict[str, Any], 
     found = distillation_problem(*(segvit.ModelConfig(**SMALL | own) for own in (student, teacher)))
     assert (found or "").startswith(problem or "") if problem else found is None
     if problem:
-        models = [segvit.build_model(segvit.ModelConfig(**SMALL | own), 3) for own in (student, teacher)]
+        small, large = (segvit.build_model(segvit.ModelConfig(**SMALL | own), 3) for own in (student, teacher))
         with pytest.raises(ValueError) as refused:  # noqa: PT011
-            segvit.FeatureDistillation(*models)
+            segvit.fit_upsampling(small, large, [])
         assert str(refused.value) == found

@@ -119,10 +119,6 @@ def test_start_from__names_another_variant_or_a_version(variants: dict[str, Any]
     ("small", "message"),
     [
         ({"train": {"steps": 0}}, r"small has no steps and starts from no other: give it train.steps or start_from"),
-        (
-            {"train": {"steps": 0}, "start_from": "full", "distill": True},
-            r"small.distill has no meaning with train.steps 0, which learns nothing; remove one",
-        ),
         ({"train": {"steps": -1}, "start_from": "full"}, r"steps: .*greater than or equal to 0"),
     ],
 )

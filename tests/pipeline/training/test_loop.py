@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
-from pipeline.config import RuntimeConfig
+from pipeline.config import DistillConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint
+from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob
-from pipeline.training.loop import micro_batches, run_training
+from pipeline.training.loop import run_training
 from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.trainer import Trainer
 from segvit.checkpoint import load_checkpoint
@@ -90,7 +92,9 @@ def test_run_training__three_workers_with_unequal_shares(make_job: MakeJob, tmp_
     plain = make_job(steps=2, validate_every_steps=2, checkpoint_every_steps=2, gradient_clip_norm=1e9)
     random = make_job(batch_size=8, accumulation_steps=2, validate_every_steps=4, checkpoint_every_steps=2)
     random = with_settings(random, model={"dropout": 0.2, "drop_path_rate": 0.2})
-    spawn(_worker, (3, str(tmp_path), plain.model_dump_json(), random.model_dump_json()), nprocs=3)  # type: ignore[no-untyped-call]
+    fitted = distilled(make_job, tmp_path / "plain-0" / "step-00000002", steps=0)
+    jobs = [job.model_dump_json() for job in (plain, random, fitted)]
+    spawn(_worker, (3, str(tmp_path), *jobs), nprocs=3)  # type: ignore[no-untyped-call]
     told = json.loads((tmp_path / "told.json").read_text())
     # One process that sees the whole batch takes the same gradient.
     alone = gradients(plain, ALONE)
@@ -110,6 +114,11 @@ def test_run_training__three_workers_with_unequal_shares(make_job: MakeJob, tmp_
         assert row == pytest.approx(other, abs=1e-6)
     whole, resumed = (tmp_path / f"{name}-0" / "step-00000004" for name in ("whole", "resumed"))
     assert_same_weights(whole, resumed, tolerance=1e-6)
+    # Fitted to a teacher on the images of all.
+    lone_fit = Trainer(fitted, ALONE)
+    assert told["fitted"] == pytest.approx(lone_fit.fitted, rel=1e-4)
+    for name, tensor in load_file(tmp_path / "fitted.safetensors").items():
+        torch.testing.assert_close(tensor, lone_fit.model.state_dict()[name], rtol=1e-3, atol=1e-4)
     # The last rank's loss was made infinite in the second step: all stop alike, and its two samples are kept.
     assert told["errors"] == [told["errors"][0]] * 3
     file = tmp_path / "run/non_finite/step-00000002-rank-2.safetensors"
@@ -130,7 +139,7 @@ def gradients(job: TrainJob, place: DistributedContext) -> dict[str, torch.Tenso
     return {name: value.grad for name, value in trainer.model.named_parameters() if value.grad is not None}
 
 
-def _worker(rank: int, world_size: int, folder: str, plain_json: str, random_json: str) -> None:
+def _worker(rank: int, world_size: int, folder: str, plain_json: str, random_json: str, fitted_json: str) -> None:
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     place, root = DistributedContext(rank, world_size, torch.device("cpu")), Path(folder)
@@ -148,6 +157,9 @@ def _worker(rank: int, world_size: int, folder: str, plain_json: str, random_jso
         "whole": run(random, "whole"),
         "resumed": run(random, "resumed", root / "whole-0" / "step-00000002"),
     }
+    dist.barrier()
+    fitted = Trainer(TrainJob.model_validate_json(fitted_json), place)
+    told["fitted"] = fitted.fitted
     if rank == 2:
         poison(step=2)
     with pytest.raises(UserError) as caught:
@@ -156,6 +168,7 @@ def _worker(rank: int, world_size: int, folder: str, plain_json: str, random_jso
     dist.all_gather_object(errors, str(caught.value))
     if rank == 0:
         save_file(found, root / "gradients.safetensors")
+        save_file(fitted.model.state_dict(), root / "fitted.safetensors")
         (root / "told.json").write_text(json.dumps(told | {"errors": errors}))
     dist.destroy_process_group()
 
@@ -222,7 +235,7 @@ def test_run_training__starts_from_another_variant(make_job: MakeJob, tmp_path: 
     lines: list[str] = []
     run_training(job, ALONE, Reports(), work_folder=tmp_path / "small", log=lines.append)
     expected = f"small  starts from full (step 2): backbone and decoder taken ({len(theirs)} tensors), "
-    assert [line for line in lines if "starts from" in line] == [f"{expected}new: decoder.upsampling (11 tensors)"]
+    assert [line for line in lines if "starts from" in line] == [f"{expected}new: decoder.upsampling (4 tensors)"]
     # What goes on after a stop has its own weights.
     lines.clear()
     again = job.model_copy(update={"start": start_of(tmp_path / "nowhere", 2)})
@@ -252,43 +265,40 @@ def test_run_training__no_steps_keep_what_the_variant_starts_from(make_job: Make
     assert all(torch.equal(value, kept[name]) for name, value in expected.model.state_dict().items())
 
 
-def test_run_training__distilled_learns_the_teachers_features_and_leaves_its_stages(
-    make_job: MakeJob, tmp_path: Path
-) -> None:
+def test_run_training__distilled_is_fitted_to_the_features_of_its_start(make_job: MakeJob, tmp_path: Path) -> None:
     run_training(make_job(steps=2), ALONE, Reports(), work_folder=tmp_path)
     saved = tmp_path / "step-00000002"
     theirs = load_file(saved / "model.safetensors")
-    job = make_job("anchored", steps=8, validate_every_steps=8, checkpoint_every_steps=4, learning_rate=2e-5)
-    job = with_settings(job.model_copy(update={"start": start_of(saved, 2)}), distill=True)
     lines: list[str] = []
-    reports = Reports()
-    run_training(job, ALONE, reports, log=lines.append, work_folder=tmp_path / "small")
-    assert lines[0].endswith("new: decoder.upsampling (11 tensors); learns its features")
-    assert [row["total"] for row in reports.rows] == [row["features"] for row in reports.rows]
-    whole = tmp_path / "small" / "step-00000008"
-    trainer, errors = Trainer(job, ALONE), list[float]()
-    images = trainer.model.normalize(next(micro_batches(job, ALONE, 0)).images)
-    for _ in range(2):
-        with torch.no_grad():
-            errors.append(float(trainer.trained.eval()(images)))
-        trainer.model.load_state_dict(load_file(whole / "model.safetensors"))
-    assert 0.0 < errors[1] < 0.97 * errors[0]
-    for name, tensor in load_file(whole / "model.safetensors").items():
-        changed = name not in theirs or not torch.equal(tensor, theirs[name])
-        assert (
-            changed == (not name.startswith("decoder.") or name.startswith("decoder.upsampling."))
-            or "cls_token" in name
-        )
-    # Stopped half way and continued: the same teacher, the same weights.
-    again = train(job, tmp_path / "again", resume=tmp_path / "small" / "step-00000004")
-    assert_same_weights(again.folders[-1], whole, 1e-6)
+    run_training(
+        distilled(make_job, saved, steps=0), ALONE, Reports(), log=lines.append, work_folder=tmp_path / "small"
+    )
+    assert lines[0].endswith("new: decoder.upsampling (4 tensors)")
+    found = re.fullmatch(r"full  fitted to its features: error of what was left out (0\.\d{3}) -> (0\.\d{3})", lines[1])
+    assert found is not None
+    assert float(found[2]) < 0.9 * float(found[1])
+    for name, tensor in load_file(tmp_path / "small" / "step-00000000" / "model.safetensors").items():
+        if name.startswith("decoder.upsampling.corrections."):
+            assert tensor.any(), name
+        elif name in theirs:
+            assert torch.equal(tensor, theirs[name]) or "cls_token" in name, name
+    # With steps it goes on from there by the labels, and a run that continues is not fitted anew.
+    job = distilled(make_job, saved, steps=4, validate_every_steps=4, checkpoint_every_steps=2)
+    whole = train(job, tmp_path / "whole")
+    resumed = train(job, tmp_path / "resumed", resume=whole.folders[0])
+    assert_same_weights(whole.folders[-1], resumed.folders[-1], tolerance=0.0)
+
+
+def distilled(make_job: MakeJob, start: Path, **train: Any) -> TrainJob:
+    job = make_job("anchored", **train).model_copy(update={"start": start_of(start, 2)})
+    return with_settings(job, distill=DistillConfig(images=9))
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         ({"out_layers": [0, 3]}, r"out_layers \(0, 3\) are not those of its teacher, \(1, 3\), whose features it"),
-        ({"structure": "shrunk", "out_layers": [1, 3]}, r"structure shrunk has no features at all patches to compare"),
+        ({"structure": "shrunk", "out_layers": [1, 3]}, r"structure shrunk restores no features that could be fitted"),
     ],
 )
 def test_trainer__a_teacher_that_does_not_fit(
@@ -297,7 +307,7 @@ def test_trainer__a_teacher_that_does_not_fit(
     run_training(make_job(steps=2), ALONE, Reports(), work_folder=tmp_path)
     job = make_job("anchored").model_copy(update={"start": start_of(tmp_path / "step-00000002", 2)})
     with pytest.raises(UserError, match=f"^full cannot start from full .*{message}"):
-        Trainer(with_settings(job, distill=True, model=model), ALONE)
+        Trainer(with_settings(job, distill=DistillConfig(), model=model), ALONE)
 
 
 def test_trainer__a_start_that_is_gone(make_job: MakeJob, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from pipeline.errors import UserError
 from pipeline.records import Checkpoint
 from pipeline.shards.shards import ShardSetError
 from pipeline.training import train
+from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob
-from pipeline.training.loop import micro_batches, run_training
+from pipeline.training.loop import run_training
 from pipeline.training.train import MetricsToTracking, StopOnUserError, scaling
 from pipeline.training.train_run import repair_run
 from pipeline.workflow import execution, ray_session

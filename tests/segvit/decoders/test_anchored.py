@@ -11,7 +11,7 @@ from torch import Tensor
 import segvit
 from segvit.backbones.downsampling import DISTANCE, LIKENESS
 from segvit.backbones.feature_map import FeatureMap, KeptPatches
-from segvit.decoders.anchored import LEARNED_WIDTH, AnchoredUpsampling
+from segvit.decoders.anchored import AnchoredUpsampling
 
 FINE = (5, 8)
 WIDTH = 16
@@ -187,9 +187,8 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
 
     def upsampling(tokens: int) -> int:
         left_out = patches - tokens
-        products = left_out * tokens * (5 * width + LEARNED_WIDTH)
-        details = 3 * left_out * (2 * width * width // 2 + width // 2 * width)
-        return products + details + patches * width * LEARNED_WIDTH
+        # Likeness and its share of what stands for it, twice, and three features.
+        return 6 * left_out * tokens * width + 3 * left_out * width**2
 
     added = (shares[0.125] - shares[0.0]) * cost
     assert added == pytest.approx(
