@@ -78,6 +78,11 @@ MISFITS: list[tuple[str, Any, str | None]] = [
         {"start_from": "full", "backbone": "vit_small_patch16_224"},
         r"variants.small.start_from full: its backbone is vit_tiny_patch16_224, not vit_small_patch16_224; start from",
     ),
+    (
+        "variants.small",
+        {"start_from": "full", "distill": {}, "train": {"steps": 0}},
+        r"variants.small.start_from full: structure cascade restores no features that could be fitted; use anchored",
+    ),
     ("model.dropout", 1.0, r"dropout must be in \[0, 1\), got 1.0"),
     ("model.preset", "ade20k_vit_bas", r"unknown preset 'ade20k_vit_bas'; did you mean ade20k_vit_base"),
     ("model.backbone_options", {"depht": 4}, r"unknown backbone option depht"),

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import LossConfig, TrainConfig, VariantSettings
+from pipeline.config import DistillConfig, LossConfig, TrainConfig, VariantSettings
 from pipeline.config.file import parse_config
 from pipeline.errors import UserError
 
@@ -132,6 +132,21 @@ def test_no_steps__of_a_variant_that_starts_from_another() -> None:
     assert config.variant_settings("small").train.steps == 0
     with pytest.raises(UserError, match=r"full has no steps and starts from no other"):
         experiment(train={**TRAIN, "steps": 0}, variants={"full": {}})
+
+
+def test_distill__its_images_and_its_teacher() -> None:
+    small = {"start_from": "full", "train": {"steps": 0}}
+    config = experiment(variants={"full": {}, "small": {**small, "distill": {"images": 7}}})
+    assert config.variant_settings("small").distill == DistillConfig(images=7)
+    assert config.variant_settings("full").distill is None
+    assert config.variant_settings("small").value("distill.images") == 7
+    for own, message in (
+        ({"distill": {"images": 0}, **small}, r"distill.images: 0: Input should be greater than or equal to 1"),
+        ({"distill": {"image": 7}, **small}, r"distill.image: .*images"),
+        ({"distill": {}}, r"small.distill needs a teacher: name it with small.start_from"),
+    ):
+        with pytest.raises(UserError, match=message):
+            experiment(variants={"full": {}, "small": own})
 
 
 def test_training_order__each_after_the_one_that_it_starts_from() -> None:
