@@ -58,7 +58,8 @@ def fit_upsampling(
     decoder = student.decoder
     assert isinstance(decoder, AnchoredCascade)
     upsampling = decoder.upsampling
-    student.eval(), teacher.eval()
+    for model in (student, teacher):
+        model.eval()
     first = upsampling.corrections[0].weight
     assert isinstance(first, Tensor)
     width, count = first.shape[0], len(upsampling.corrections)

@@ -246,8 +246,9 @@ def block_problems(
                 f"shrink_at {shrink_at} lies after the last of out_layers {out_layers}, so that nothing would be "
                 f"downsampled; read block {shrink_at} or a later one"
             )
-        elif problem := block_problem(vit.blocks[shrink_at]):
-            problems.append(problem)
+        else:
+            # Proportional attention rewrites the later blocks, too; they are of one kind in every known backbone.
+            problems += [problem for block in vit.blocks[shrink_at:] if (problem := block_problem(block))][:1]
     return problems + drop_path_problems(vit.blocks, drop_path_rate)
 
 

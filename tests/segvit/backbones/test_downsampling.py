@@ -178,6 +178,19 @@ def test_patch_choice__later_blocks_weigh_tokens_by_what_they_stand_for() -> Non
     assert not torch.allclose(results[False].tokens, expected, rtol=0.05, atol=0.05)
 
 
+def test_plain_backbone__a_later_block_of_another_kind_is_refused() -> None:
+    class OwnBlock(Block):
+        pass
+
+    vit = random_vit("vit_tiny_patch16_224", (4, 6), depth=4)
+    vit.blocks[2] = OwnBlock(48, 3)
+    with pytest.raises(
+        ValueError, match=r"^query-based downsampling does not know OwnBlock with Attention; use a plain"
+    ):
+        PlainBackbone(vit, (3,), Downsampling(1, patches=PatchChoice(2, 0.1)))
+    assert PlainBackbone(vit, (3,), Downsampling(3, patches=PatchChoice(2, 0.1))).shrink_at == 3
+
+
 def test_patch_choice__the_grid_first_and_then_edges() -> None:
     patches = torch.randn(2, 6 * 9, 4)
     places, left_out = PatchChoice(4, 0.1).split(patches, (6, 9))
