@@ -20,6 +20,8 @@ SHRINK_QUERIES: tuple[ShrinkQueries, ...] = get_args(ShrinkQueries)
 # full model's features on CamVid (docs/benchmarks.md).
 LIKENESS = 11.0
 DISTANCE = 0.16
+# In how many rounds the patches that are unlike those that stay are chosen, each round seeing those before it.
+ROUNDS = 6
 
 
 class Downsampling(NamedTuple):
@@ -37,25 +39,42 @@ class Downsampling(NamedTuple):
 
 
 class PatchChoice(NamedTuple):
-    """Patches that stay in the sequence: every `stride`-th row and column, and a `keep` share of all at edges.
+    """Patches that stay in the sequence: every `stride`-th row and column, and of all patches two shares besides.
 
-    `window`: rows and columns, an odd number, of the surroundings that tell an edge.
+    `edges`: those that differ most from the mean of the `window` x `window` patches around them, an odd number.
+    `unlike`: those that the patches which stay already tell least of.
     `proportional`: whether attention weighs a token by how many patches it stands for, see `stand_in_counts`.
     """
 
     stride: int
-    keep: float
+    edges: float = 0.0
+    unlike: float = 0.0
     window: int = 3
     proportional: bool = True
 
-    def split(self, patches: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Indices into h*w of the patches (B, h*w, C) that stay, those of the grid first, and of the others.
-
-        (B, M) and (B, h*w - M); M is one for all images.
-        """
-        sampled = sampled_patches(grid, self.stride, patches.device)
-        edges, others = edge_patches(patches, grid, self.window, sampled, round(self.keep * grid[0] * grid[1]))
-        return torch.cat((sampled.expand(patches.shape[0], -1), edges), dim=1), others
+    @torch.no_grad()
+    def keep(self, patches: Tensor, grid: tuple[int, int]) -> KeptPatches:
+        """Choose of the patches (B, h*w, C), as they are before the block that leaves others out; M for each image."""
+        normed = F.layer_norm(at_least_float32(patches), patches.shape[-1:])
+        sampled = sampled_patches(grid, self.stride, patches.device).expand(len(patches), -1)
+        num_patches = grid[0] * grid[1]
+        edges, unlike = (
+            min(round(share * num_patches), num_patches - sampled.shape[1]) for share in (self.edges, self.unlike)
+        )
+        places = sampled
+        if edges:
+            places = torch.cat((sampled, highest(edge_strength(normed, grid, self.window), sampled, edges)), dim=1)
+        likeness = likeness_to(normed, places, grid)
+        unlike = min(unlike, num_patches - places.shape[1])
+        rounds = min(ROUNDS, unlike)
+        for chosen in range(rounds):
+            count = unlike * (chosen + 1) // rounds - unlike * chosen // rounds
+            more = highest(-likeness.logsumexp(2), places, count)
+            places = torch.cat((places, more), dim=1)
+            likeness = torch.cat((likeness, likeness_to(normed, more, grid)), dim=2)
+        stays = torch.zeros(len(patches), num_patches, device=patches.device).scatter(1, places, 1.0)
+        left_out = stays.argsort(dim=1)[:, : num_patches - places.shape[1]]
+        return KeptPatches(places, left_out, patches, rows_at(likeness, left_out).softmax(2))
 
 
 def halved_grid(grid: tuple[int, int]) -> tuple[int, int]:
@@ -131,30 +150,30 @@ def fill_windows(cells: Tensor) -> Tensor:
     return F.pad(cells, (0, columns % 2, 0, rows % 2), mode="replicate")
 
 
-def edge_patches(
-    patches: Tensor, grid: tuple[int, int], window: int, sampled: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """The patches that differ most from the mean of the window around them, and the others, without those sampled.
+def edge_strength(normed: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """(B, h*w): squared distance of each layer-normed patch (B, h*w, C) from the mean of the window around it.
 
-    Differences are squared distances of layer-normed tokens (without affine). At edges and on small things, a
-    patch's surroundings tell little of it; so these stay in the sequence (SegViTv2, arXiv 2306.06289, Shrunk++).
-
-    Args:
-        patches: (B, h*w, C), before the block that leaves others out.
-        grid: (h, w).
-        window: Rows and columns of the window, an odd number; beyond the border, the outermost patches again.
-        sampled: Indices (L,) into h*w.
-        count: How many; where there are fewer, all.
-
-    Returns:
-        Indices (B, K) into h*w, ascending, and (B, h*w - L - K), the greatest difference first.
+    At edges and on small things, a patch's surroundings tell little of it; so SegViTv2's Shrunk++ (arXiv 2306.06289)
+    keeps those. Beyond the border, the window sees the outermost patches again.
     """
-    normed = F.layer_norm(at_least_float32(patches.detach()), patches.shape[-1:])
     cells = torch.unflatten(normed.transpose(1, 2), 2, grid)
     means = F.avg_pool2d(F.pad(cells, (window // 2,) * 4, mode="replicate"), window, stride=1)
-    difference = (cells - means).square().sum(1).flatten(1).index_fill(1, sampled, -1.0)
-    ranked = difference.argsort(dim=1, descending=True)[:, : difference.shape[1] - len(sampled)]
-    return ranked[:, :count].sort(dim=1).values, ranked[:, count:]
+    return (cells - means).square().sum(1).flatten(1)
+
+
+def highest(scores: Tensor, places: Tensor, count: int) -> Tensor:
+    """Indices (B, count) of the highest scores (B, h*w) elsewhere than at `places` (B, M)."""
+    return scores.scatter(1, places, -torch.inf).topk(count, dim=1).indices
+
+
+def likeness_to(normed: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h*w, M): how well the patches `places` (B, M) stand for each of the layer-normed ones (B, h*w, C).
+
+    Logits by `LIKENESS` and `DISTANCE`. The log of the summed exponentials tells how well a patch is stood for by all.
+    """
+    alike = normed @ rows_at(normed, places).transpose(1, 2)
+    everywhere = torch.arange(normed.shape[1], device=normed.device).unsqueeze(0)
+    return alike * (LIKENESS / normed.shape[2]) - DISTANCE * squared_distances(everywhere, places, grid[1])
 
 
 def sampled_patches(grid: tuple[int, int], stride: int, device: torch.device) -> Tensor:
@@ -168,28 +187,17 @@ def sampled_patches(grid: tuple[int, int], stride: int, device: torch.device) ->
     return patches[rows, columns].flatten()
 
 
-@torch.no_grad()
-def stand_in_counts(kept: KeptPatches, grid: tuple[int, int]) -> Tensor:
-    """How many patches each one that was kept stands for: itself, and its share of those that were left out.
+def stand_in_counts(kept: KeptPatches) -> Tensor:
+    """How many patches each one that was kept stands for, (B, M): itself, and its share of those that were left out.
 
-    A patch that was left out is shared out by `LIKENESS` and `DISTANCE`, in layer-normed tokens (without affine).
-    Without these counts the edges, where most patches stay, would draw too much of the later blocks' attention.
-
-    Args:
-        kept: M patches of the grid, and the others.
-        grid: (h, w).
-
-    Returns:
-        (B, M), float32 or more; h*w in sum.
+    h*w in sum. Without these counts the parts of an image where most patches stay would draw too much of the later
+    blocks' attention.
     """
-    normed = F.layer_norm(at_least_float32(kept.before), kept.before.shape[-1:])
-    likeness = rows_at(normed, kept.left_out) @ rows_at(normed, kept.places).transpose(1, 2)
-    distance = squared_distances(kept.left_out, kept.places, grid[1])
-    return 1 + (likeness * (LIKENESS / normed.shape[-1]) - DISTANCE * distance).softmax(dim=2).sum(dim=1)
+    return 1 + kept.stand_ins.sum(dim=1)
 
 
 def squared_distances(places: Tensor, others: Tensor, columns: int) -> Tensor:
-    """(B, K, M) squared distance in patches between places (B, K) and others (B, M) of a grid of `columns`."""
+    """(B, K, M) squared distance in patches between places (B or 1, K) and others (B, M) of a grid of `columns`."""
     place, other = places.unsqueeze(2), others.unsqueeze(1)
     return (place // columns - other // columns).square() + (place % columns - other % columns).square()
 

@@ -22,6 +22,8 @@ class KeptPatches(NamedTuple):
     """(B, h*w - M) index into h*w of the others, in no order."""
     before: Tensor
     """(B, h*w, C)."""
+    stand_ins: Tensor
+    """(B, h*w - M, M), float32 or more: how much each token stands for a patch that was left out; 1 in sum over M."""
 
 
 class FeatureMap(NamedTuple):

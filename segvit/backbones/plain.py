@@ -21,7 +21,7 @@ from segvit.backbones.downsampling import (
     with_prefix,
 )
 from segvit.backbones.families import PlainViT, num_heads_of
-from segvit.backbones.feature_map import FeatureMap, KeptPatches, resize_positions
+from segvit.backbones.feature_map import FeatureMap, resize_positions
 from segvit.backbones.positions import TokenPositions, downsampled_positions, positions_at, token_positions
 from segvit.backbones.timm_blocks import block_problem, query_block, run_block
 
@@ -142,11 +142,10 @@ class PlainBackbone(Backbone):
                         tokens, positions = self.downsample(tokens, positions, grid)
                         grid, stride = halved_grid(grid), 2 * stride
                     else:
-                        patches = tokens[:, self.num_prefix_tokens :]
-                        kept = KeptPatches(*self.patch_choice.split(patches, grid), patches)
+                        kept = self.patch_choice.keep(tokens[:, self.num_prefix_tokens :], grid)
                         tokens, positions = self.leave_out(tokens, positions, kept.places)
                         if self.patch_choice.proportional:
-                            counts = stand_in_counts(kept, grid)
+                            counts = stand_in_counts(kept)
                             # A prefix token stands for itself.
                             log_counts = F.pad(counts.log(), (self.num_prefix_tokens, 0)).to(tokens.dtype)
                             positions = positions._replace(log_counts=log_counts)

@@ -16,22 +16,15 @@ from types import MappingProxyType
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvit.backbones.downsampling import (
-    DISTANCE,
-    LIKENESS,
-    Downsampling,
-    PatchChoice,
-    rows_at,
-    squared_distances,
-)
+from segvit.backbones.downsampling import Downsampling, PatchChoice, rows_at
 from segvit.backbones.feature_map import FeatureMap, KeptPatches
 from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes
 from segvit.decoders.cascade import ATMCascade, cascade_layers
 from segvit.decoders.decoder import DecoderOutput, DecoderSpec
 from segvit.decoders.shrinking import ShrinkingDecoder
-from segvit.output import at_least_float32
 
 # B batch, C channels of the features, M patches that the backbone kept, L that it left out
 
@@ -40,11 +33,11 @@ class AnchoredUpsampling(nn.Module):
     """Features of every patch from those of the tokens that are left.
 
     A patch p that was left out gets low(p) + sum over tokens m of w(p, m) (f(m) - low(m)), and a correction; the
-    patches that were kept get f itself. The weights w are a softmax over the similarity of the layer-normed
-    low-level features less the squared distance in patches, as in joint bilateral upsampling (at first `LIKENESS` and
-    `DISTANCE`); one set of weights for all features. The correction is a linear map, one a feature and at first zero,
-    of what tells p from the tokens that it is made of: n(p) - sum over m of w(p, m) n(m), n the layer-normed low-level
-    features. `segvit.fit_upsampling` finds these maps without training.
+    patches that were kept get f itself. The weights w are the backbone's, a softmax over how like the low-level
+    features are and how near, as in joint bilateral upsampling; one set of weights for all features. The correction
+    is a linear map, one a feature and at first zero, of what tells p from the tokens that it is made of: n(p) - sum
+    over m of w(p, m) n(m), n the layer-normed low-level features. `segvit.fit_upsampling` finds these maps without
+    training.
 
     Args:
         width: Channels C of all features.
@@ -53,11 +46,7 @@ class AnchoredUpsampling(nn.Module):
 
     def __init__(self, width: int, num_features: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.distance = nn.Parameter(torch.tensor(DISTANCE))
         self.corrections = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(num_features))
-        # The product of two normed tokens of C channels is C where they are the same.
-        nn.init.constant_(self.norm.weight, (LIKENESS / width) ** 0.5)
         for correction in self.corrections:
             nn.init.zeros_(correction.weight)  # type: ignore[arg-type]
 
@@ -80,15 +69,10 @@ class AnchoredUpsampling(nn.Module):
         """
         kept = kept_of(features)
         low, before = rows_at(kept.before, kept.left_out), rows_at(kept.before, kept.places)
-        normed, normed_before = self.norm(low), self.norm(before)
-        weights = self.weights(normed, normed_before, kept, features[0].grid).to(low.dtype)
+        weights = kept.stand_ins.to(low.dtype)
         stand_ins = [low + weights @ (feature.tokens - before) for feature in features]
+        normed, normed_before = (F.layer_norm(rows, rows.shape[-1:]) for rows in (low, before))
         return stand_ins, normed - weights @ normed_before
-
-    def weights(self, patches: Tensor, tokens: Tensor, kept: KeptPatches, grid: tuple[int, int]) -> Tensor:
-        """(B, L, M) of normed low-level features of what was left out (B, L, C) and of what was kept (B, M, C)."""
-        distance = at_least_float32(self.distance) * squared_distances(kept.left_out, kept.places, grid[1])
-        return (at_least_float32(patches @ tokens.transpose(1, 2)) - distance).softmax(dim=2)
 
 
 def kept_of(features: Sequence[FeatureMap]) -> KeptPatches:
@@ -136,9 +120,11 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
         {"upsampling": AnchoredUpsampling, "atm_stage": ATMStage}
     )
 
-    keep_every: int = 4
+    keep_every: int = 3
     """Of the patches, every so many-th row and column stays in the sequence."""
-    keep_edges: float = 0.25
+    keep_unlike: float = 0.23
+    """Share of the patches that stay besides: those that are least like the ones that stay already."""
+    keep_edges: float = 0.0
     """Share of the patches that stay besides: those that differ most from their surroundings (SegViTv2, Shrunk++)."""
     edge_window: int = 3
     """Rows and columns of these surroundings, an odd number: 3 finds edges of large things, 5 and more small things."""
@@ -148,8 +134,9 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
     def problems(self) -> list[str]:
         """See `Decoder`."""
         problems = super().problems()
-        if not 0.0 <= self.keep_edges < 1.0:
-            problems.append(f"keep_edges must be in [0, 1), got {self.keep_edges}; it is a share of the patches")
+        for name in ("keep_unlike", "keep_edges"):
+            if not 0.0 <= (share := getattr(self, name)) < 1.0:
+                problems.append(f"{name} must be in [0, 1), got {share}; it is a share of the patches")
         if self.keep_every < 2:
             problems.append(f"keep_every must be >= 2, got {self.keep_every}; use a structure that does not shrink")
         if self.edge_window < 3 or self.edge_window % 2 == 0:
@@ -165,7 +152,9 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
 
     def downsampling(self, depth: int) -> Downsampling:
         """See `ShrinkingDecoder`; with the patches that stay."""
-        patches = PatchChoice(self.keep_every, self.keep_edges, self.edge_window, self.proportional_attention)
+        patches = PatchChoice(
+            self.keep_every, self.keep_edges, self.keep_unlike, self.edge_window, self.proportional_attention
+        )
         return super().downsampling(depth)._replace(patches=patches)
 
     def default_out_layers(self, depth: int, hierarchical: bool) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """mIoU against GFLOPs of a configuration's anchored Shrunk, over where it shrinks and what it keeps.
 
     python -m tests.benchmarks.sweep_shrunk flows/configs/camvid_cpu.yaml --folder FOLDER [--seeds 0 1]
-        [--shrink-at 4 6] [--keep-every 4] [--keep-edges 0 0.12 0.24] [--edge-window 3] [--device cuda]
+        [--shrink-at 4 6] [--keep-every 3] [--keep-unlike 0 0.12 0.24]
+        [--keep-edges 0] [--edge-window 3] [--device cuda]
 
 Trains the variant `full` once a seed, without Ray, and from it the variant `shrunk` once a combination, each as the
 configuration says. FOLDER keeps the shards, the full models and a line of JSON a combination; what is there is not
@@ -28,7 +29,7 @@ from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.trainer import Trainer
 
-SWEPT = ("shrink_at", "keep_every", "keep_edges", "edge_window")
+SWEPT = ("shrink_at", "keep_every", "keep_unlike", "keep_edges", "edge_window")
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--shrink-at", type=int, nargs="+")
     parser.add_argument("--keep-every", type=int, nargs="+")
+    parser.add_argument("--keep-unlike", type=float, nargs="+")
     parser.add_argument("--keep-edges", type=float, nargs="+")
     parser.add_argument("--edge-window", type=int, nargs="+")
     parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="as of `segvit run`")

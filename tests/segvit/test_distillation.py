@@ -110,7 +110,7 @@ def test_fit_upsampling__processes_with_other_images_each_find_what_one_would() 
 
 
 def test_fit_upsampling__where_no_patch_is_left_out_there_is_nothing_to_fit() -> None:
-    student, teacher = pair(keep_edges=0.99)
+    student, teacher = pair(keep_unlike=0.99)
     assert segvit.fit_upsampling(student, teacher, batches(1)) == (0.0, 0.0)
     assert not student.decoder.upsampling.corrections[0].weight.any()
 
@@ -125,7 +125,11 @@ def test_fit_upsampling__without_an_image() -> None:
     [
         ({"structure": "anchored", "shrink_at": 2}, {}, None),
         ({"structure": "anchored", "shrink_at": 2}, {"structure": "linear"}, None),
-        ({"structure": "anchored", "shrink_at": 2, "keep_edges": 0.0}, {"structure": "anchored", "shrink_at": 3}, None),
+        (
+            {"structure": "anchored", "shrink_at": 2, "keep_unlike": 0.0},
+            {"structure": "anchored", "shrink_at": 3},
+            None,
+        ),
         ({"structure": "anchored", "shrink_at": 2, "out_layers": (0, 3)}, {}, r"out_layers (0, 3) are not those of"),
         (
             {"structure": "naive_qd", "shrink_at": 2, "out_layers": (3,)},

@@ -18,16 +18,16 @@ from segvit.backbones.downsampling import (
     GridDownsampling,
     PatchChoice,
     ShrinkQueries,
-    edge_patches,
+    edge_strength,
     halve_mean,
     halve_nearest,
+    highest,
     rows_at,
     sampled_patches,
     stand_in_counts,
     with_prefix,
 )
 from segvit.backbones.families import create_vit
-from segvit.backbones.feature_map import KeptPatches
 from segvit.backbones.plain import PlainBackbone
 from segvit.backbones.positions import TokenPositions, downsampled_positions, token_positions
 from segvit.backbones.timm_blocks import AttentionPositions, block_problem, query_block, run_block
@@ -94,11 +94,11 @@ def test_patch_choice__patches_come_out_as_of_the_whole_block_and_stay_where_the
     """In every family: the block that leaves patches out, and one after it whose attention sees those that stay."""
     grid = (4, 5)
     vit = random_vit(name, grid)
-    choice = PatchChoice(2, 0.2)
+    choice = PatchChoice(2, edges=0.1, unlike=0.1)
     backbone = PlainBackbone(vit, (1,), Downsampling(1, patches=choice)).eval()
     positions = token_positions(vit, grid, prefix)
     tokens = torch.randn(2, prefix + 20, 48)
-    places, _ = choice.split(tokens[:, prefix:], grid)
+    places = choice.keep(tokens[:, prefix:], grid).places
     assert places[0].tolist() != places[1].tolist()
     left, left_positions = backbone.leave_out(tokens, positions, places)
     whole = run_block(vit.blocks[1], tokens, positions.of_block(1), prefix)
@@ -135,27 +135,33 @@ def test_log_counts__a_token_that_stands_for_several_is_read_as_so_many(name: st
     assert not torch.allclose(result, run_block(vit.blocks[1], tokens, here, prefix), rtol=1e-2, atol=1e-2)
 
 
-def test_stand_in_counts__what_was_left_out_is_shared_by_likeness_and_distance() -> None:
-    # One row of five patches: the second looks like the first, the third and fourth like the last.
+def test_patch_choice__tokens_stand_for_what_was_left_out_by_likeness_and_distance() -> None:
+    # One row of five patches; the second and the fifth stay. The first looks like the second, the others like the last.
     one, other = torch.randn(2, 8)
     patches = torch.stack((one, one, other, other, other))[None].requires_grad_()
-    kept = KeptPatches(torch.tensor([[0, 4]]), torch.tensor([[3, 1, 2]]), patches)
-    counts = stand_in_counts(kept, (1, 5))
+    kept = PatchChoice(3).keep(patches, (1, 5))
+    assert kept.places.tolist() == [[1, 4]]
+    order = kept.left_out[0].argsort()
+    assert kept.left_out[0, order].tolist() == [0, 2, 3]
+    assert kept.before is patches
     normed = F.layer_norm(torch.stack((one, other)), (8,))
     unlike = LIKENESS / 8 * float(normed[0] @ normed[1])
-    shares = [
-        torch.tensor([of_first - DISTANCE * left**2, of_last - DISTANCE * right**2]).softmax(0)
-        for of_first, of_last, left, right in (
-            (LIKENESS, unlike, 1, 3),
-            (unlike, LIKENESS, 2, 2),
-            (unlike, LIKENESS, 3, 1),
-        )
-    ]
-    torch.testing.assert_close(counts[0], 1 + torch.stack(shares).sum(0))
-    assert float(counts.sum()) == pytest.approx(5)
-    assert not counts.requires_grad
-    nothing_left_out = KeptPatches(torch.arange(5)[None], torch.empty(1, 0, dtype=torch.long), patches)
-    assert stand_in_counts(nothing_left_out, (1, 5)).tolist() == [[1.0] * 5]
+    expected = torch.stack(
+        [
+            torch.tensor([of_second - DISTANCE * left**2, of_last - DISTANCE * right**2]).softmax(0)
+            for of_second, of_last, left, right in (
+                (LIKENESS, unlike, 1, 4),
+                (unlike, LIKENESS, 1, 2),
+                (unlike, LIKENESS, 2, 1),
+            )
+        ]
+    )
+    torch.testing.assert_close(kept.stand_ins[0, order], expected)
+    assert not kept.stand_ins.requires_grad
+    torch.testing.assert_close(stand_in_counts(kept)[0], 1 + expected.sum(0))
+    all_stay = PatchChoice(3, edges=0.99).keep(patches, (1, 5))
+    assert all_stay.stand_ins.shape == (1, 0, 5)
+    assert stand_in_counts(all_stay).tolist() == [[1.0] * 5]
 
 
 @torch.no_grad()
@@ -170,7 +176,7 @@ def test_patch_choice__later_blocks_weigh_tokens_by_what_they_stand_for() -> Non
     backbone.shrink_at = 1
     results = {}
     for proportional in (False, True):
-        backbone.patch_choice = PatchChoice(2, 0.1, proportional=proportional)
+        backbone.patch_choice = PatchChoice(2, unlike=0.1, proportional=proportional)
         [results[proportional]] = backbone(image)
     assert results[True].kept is not None
     expected = rows_at(whole.tokens, results[True].kept.places)
@@ -187,17 +193,57 @@ def test_plain_backbone__a_later_block_of_another_kind_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"^query-based downsampling does not know OwnBlock with Attention; use a plain"
     ):
-        PlainBackbone(vit, (3,), Downsampling(1, patches=PatchChoice(2, 0.1)))
-    assert PlainBackbone(vit, (3,), Downsampling(3, patches=PatchChoice(2, 0.1))).shrink_at == 3
+        PlainBackbone(vit, (3,), Downsampling(1, patches=PatchChoice(2, unlike=0.1)))
+    assert PlainBackbone(vit, (3,), Downsampling(3, patches=PatchChoice(2, unlike=0.1))).shrink_at == 3
 
 
-def test_patch_choice__the_grid_first_and_then_edges() -> None:
+@pytest.mark.parametrize(("edges", "unlike", "kept"), [(0.0, 0.0, 4), (0.1, 0.0, 9), (0.0, 0.1, 9), (0.1, 0.3, 25)])
+def test_patch_choice__the_grid_edges_and_what_is_unlike_them(edges: float, unlike: float, kept: int) -> None:
     patches = torch.randn(2, 6 * 9, 4)
-    places, left_out = PatchChoice(4, 0.1).split(patches, (6, 9))
-    assert places[:, :4].tolist() == [[10, 14, 46, 50]] * 2
-    assert places.shape == (2, 4 + 5)
-    assert torch.equal(places[:, 4:], edge_patches(patches, (6, 9), 3, places[0, :4], 5)[0])
-    assert torch.equal(torch.cat((places, left_out), dim=1).sort(dim=1).values, torch.arange(54).expand(2, -1))
+    found = PatchChoice(4, edges, unlike).keep(patches, (6, 9))
+    assert found.places[:, :4].tolist() == [[10, 14, 46, 50]] * 2
+    assert found.places.shape == (2, kept)
+    assert found.stand_ins.shape == (2, 54 - kept, kept)
+    assert torch.equal(
+        torch.cat((found.places, found.left_out), dim=1).sort(dim=1).values, torch.arange(54).expand(2, -1)
+    )
+    strength = edge_strength(F.layer_norm(patches, (4,)), (6, 9), 3)
+    strongest = highest(strength, found.places[:, :4], 5)
+    if edges:
+        assert torch.equal(found.places[:, 4:9], strongest)
+
+
+def test_patch_choice__of_many_that_are_alike_and_unlike_the_grid_a_few_stay() -> None:
+    """Each round sees those before it: nine of one kind do not crowd out the one of another."""
+    background, thing, speck = torch.linalg.qr(torch.randn(16, 16))[0][:3]
+    patches = background.repeat(1, 8 * 8, 1)
+    things = torch.tensor([0, 1, 2, 8, 9, 10, 16, 17, 18])
+    patches[0, things] = thing
+    patches[0, 54] = speck
+    sampled = sampled_patches((8, 8), 7, patches.device)
+    assert set(sampled.tolist()).isdisjoint([*things.tolist(), 54])
+    found = PatchChoice(7, unlike=2 / 64).keep(patches, (8, 8))
+    chosen = set(found.places[0, len(sampled) :].tolist())
+    assert 54 in chosen
+    assert len(chosen & set(things.tolist())) == 1
+
+
+def test_patch_choice__rounds_by_hand() -> None:
+    patches = torch.randn(2, 30, 16, generator=torch.Generator().manual_seed(0))
+    found = PatchChoice(3, unlike=0.3).keep(patches, (5, 6))  # 9 patches in 6 rounds: 1, 2, 1, 2, 1, 2
+    normed = F.layer_norm(patches, (16,)).double()
+    for image in range(2):
+        stay = sampled_patches((5, 6), 3, patches.device).tolist()
+        for count in (1, 2, 1, 2, 1, 2):
+            covered = torch.zeros(30, dtype=torch.float64)
+            for patch in range(30):
+                logits = []
+                for token in stay:
+                    apart = (patch // 6 - token // 6) ** 2 + (patch % 6 - token % 6) ** 2
+                    logits.append(LIKENESS * (normed[image, patch] @ normed[image, token]) / 16 - DISTANCE * apart)
+                covered[patch] = torch.stack(logits).logsumexp(0) if patch not in stay else torch.inf
+            stay += covered.argsort()[:count].tolist()
+        assert found.places[image].tolist() == stay
 
 
 @pytest.mark.parametrize(
@@ -210,36 +256,23 @@ def test_sampled_patches__from_the_middle_of_the_first_stride(
     assert sampled_patches(grid, stride, torch.device("cpu")).tolist() == sampled
 
 
-def test_edge_patches__those_unlike_their_window_of_what_is_not_sampled() -> None:
-    grid = (3, 5)
-    patches = torch.zeros(1, 15, 4)
-    patches[0] = torch.tensor([1.0, 0, 0, 0])
-    patches[0, 8] = torch.tensor([0.0, 0, 0, 9])  # row 1, column 3
-    patches[0, 10] = torch.tensor([0.0, 5, 0, 0])  # row 2, column 0: sampled itself
-    sampled = sampled_patches(grid, 2, patches.device)
-    unsampled = [1, 3, 5, 6, 7, 8, 9, 11, 13]
-    for count, expected in ((0, []), (1, [8]), (14, unsampled)):
-        edges, others = edge_patches(patches, grid, 3, sampled, count)
-        assert edges.tolist() == [expected]
-        assert sorted(others[0].tolist()) == [place for place in unsampled if place not in expected]
+def test_highest__elsewhere_than_at_the_places() -> None:
+    scores = torch.tensor([[3.0, 9, 1, 7, 5], [1, 2, 3, 4, 5]])
+    assert highest(scores, torch.tensor([[1], [4]]), 2).tolist() == [[3, 4], [3, 2]]
+    assert highest(scores, torch.tensor([[1], [4]]), 0).shape == (2, 0)
 
 
 @pytest.mark.parametrize("window", [3, 5, 9])
-def test_edge_patches__window_by_hand(window: int) -> None:
+def test_edge_strength__by_hand(window: int) -> None:
     grid = (4, 7)
-    patches = torch.randn(2, 28, 16, generator=torch.Generator().manual_seed(0))
-    normed = torch.unflatten(torch.nn.functional.layer_norm(patches, (16,)), 1, grid)
-    reach, found = window // 2, torch.empty(2, *grid)
+    normed = torch.randn(2, 28, 16, generator=torch.Generator().manual_seed(0))
+    cells, reach, expected = torch.unflatten(normed, 1, grid), window // 2, torch.empty(2, *grid)
     for row, column in product(range(4), range(7)):
         rows = torch.arange(row - reach, row + reach + 1).clamp(0, 3)
         columns = torch.arange(column - reach, column + reach + 1).clamp(0, 6)
-        around = normed[:, rows][:, :, columns]
-        found[:, row, column] = (normed[:, row, column] - around.mean((1, 2))).square().sum(1)
-    found[:, 0, 0] = -1  # the only one that is sampled
-    expected = found.flatten(1).topk(9, dim=1).indices.sort(dim=1).values
-    edges, others = edge_patches(patches, grid, window, torch.tensor([0]), 9)
-    assert torch.equal(edges, expected)
-    assert torch.equal(others, found.flatten(1).argsort(dim=1, descending=True)[:, 9:27])
+        around = cells[:, rows][:, :, columns]
+        expected[:, row, column] = (cells[:, row, column] - around.mean((1, 2))).square().sum(1)
+    torch.testing.assert_close(edge_strength(normed, grid, window), expected.flatten(1))
 
 
 @torch.no_grad()

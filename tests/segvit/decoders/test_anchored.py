@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 import segvit
-from segvit.backbones.downsampling import DISTANCE, LIKENESS
 from segvit.backbones.feature_map import FeatureMap, KeptPatches
 from segvit.decoders.anchored import AnchoredUpsampling
 
@@ -23,14 +22,15 @@ def patches_before() -> Tensor:
     return torch.randn(2, FINE[0] * FINE[1], WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def kept_patches(edges: bool = True) -> KeptPatches:
-    places = [SAMPLED + (more if edges else []) for more in KEPT]
+def kept_patches(more: bool = True) -> KeptPatches:
+    places = [SAMPLED + (own if more else []) for own in KEPT]
     left_out = [[place for place in range(FINE[0] * FINE[1]) if place not in image] for image in places]
-    return KeptPatches(torch.tensor(places), torch.tensor(left_out), patches_before())
+    stand_ins = torch.randn(2, len(left_out[0]), len(places[0]), generator=torch.Generator().manual_seed(2)).softmax(2)
+    return KeptPatches(torch.tensor(places), torch.tensor(left_out), patches_before(), stand_ins)
 
 
-def shrunk_feature(seed: int = 1, edges: bool = True) -> FeatureMap:
-    kept = kept_patches(edges)
+def shrunk_feature(seed: int = 1, more: bool = True) -> FeatureMap:
+    kept = kept_patches(more)
     tokens = torch.randn(*kept.places.shape, WIDTH, generator=torch.Generator().manual_seed(seed))
     return FeatureMap(tokens, FINE, 16, FINE, kept)
 
@@ -42,20 +42,20 @@ def tiny(**options: Any) -> segvit.ModelConfig:
         structure="anchored",
         decoder_layers=1,
         backbone_options={"depth": 4},
-        **{"out_layers": (0, 1, 3), "shrink_at": 1, "keep_every": 2, "keep_edges": 0.125, **options},
+        **{"out_layers": (0, 1, 3), "shrink_at": 1, "keep_every": 2, "keep_unlike": 0.125, **options},
         dropout=0.0,
         drop_path_rate=0.0,
     )
 
 
-@pytest.mark.parametrize("edges", [False, True])
-def test_anchored_upsampling__tokens_that_are_kept_stay_as_they_are(edges: bool) -> None:
-    feature = shrunk_feature(edges=edges)
+@pytest.mark.parametrize("more", [False, True])
+def test_anchored_upsampling__tokens_that_are_kept_stay_as_they_are(more: bool) -> None:
+    feature = shrunk_feature(more=more)
     [restored] = AnchoredUpsampling(WIDTH, 1)([feature])
     assert restored[:1] == (restored.tokens,)
     assert restored[1:] == (FINE, 16, FINE, None)
     for image in range(2):
-        places = SAMPLED + (KEPT[image] if edges else [])
+        places = SAMPLED + (KEPT[image] if more else [])
         assert torch.equal(restored.tokens[image, places], feature.tokens[image])
 
 
@@ -67,32 +67,31 @@ def test_anchored_upsampling__what_blocks_added_everywhere_is_added_to_every_pat
     torch.testing.assert_close(restored.tokens, low + added)
 
 
-def test_anchored_upsampling__weights_by_likeness_and_distance() -> None:
-    """By hand, for one patch: softmax of LIKENESS * cosine - DISTANCE * squared patches."""
-    low, feature = patches_before(), shrunk_feature()
-    upsampling = AnchoredUpsampling(WIDTH, 1)
-    [restored] = upsampling([feature])
-    image, patch = 1, 21  # row 2, column 5
-    places = SAMPLED + KEPT[image]
+def test_anchored_upsampling__what_was_added_to_the_stand_ins_and_the_corrected_difference_from_them() -> None:
+    low, features = patches_before(), [shrunk_feature(seed) for seed in (1, 3)]
+    upsampling = AnchoredUpsampling(WIDTH, 2)
+    for correction in upsampling.corrections:
+        torch.nn.init.normal_(correction.weight)  # type: ignore[arg-type]
+    restored = upsampling(features)
+    image, number = 1, 7
+    kept = kept_patches()
+    patch, places, weights = kept.left_out[image, number], kept.places[image], kept.stand_ins[image, number]
     normed = torch.nn.functional.layer_norm(low[image], (WIDTH,))
-    logits = []
-    for place in places:
-        apart = (place // 8 - 2) ** 2 + (place % 8 - 5) ** 2
-        logits.append(LIKENESS * (normed[patch] @ normed[place]) / WIDTH - DISTANCE * apart)
-    weights = torch.stack(logits).softmax(0)
-    added = feature.tokens[image] - low[image, places]
-    torch.testing.assert_close(restored.tokens[image, patch], low[image, patch] + weights @ added)
-    assert len(set(logits)) > 10
+    difference = normed[patch] - weights @ normed[places]
+    for feature, one, correction in zip(features, restored, upsampling.corrections, strict=True):
+        added = weights @ (feature.tokens[image] - low[image, places])
+        expected = low[image, patch] + added + correction(difference)
+        torch.testing.assert_close(one.tokens[image, patch], expected)
 
 
 @pytest.mark.parametrize("size", [(80, 128), (72, 100)])
-@pytest.mark.parametrize("keep_edges", [0.0, 0.2])
+@pytest.mark.parametrize("keep", [{"keep_unlike": 0.0}, {"keep_unlike": 0.1, "keep_edges": 0.1}])
 @pytest.mark.parametrize("out_layers", [(0, 1, 3), (2, 3)])
 def test_anchored__every_parameter_learns_at_the_full_grid(
-    out_layers: tuple[int, ...], size: tuple[int, int], keep_edges: float
+    out_layers: tuple[int, ...], size: tuple[int, int], keep: dict[str, float]
 ) -> None:
     torch.manual_seed(0)
-    model = segvit.build_model(tiny(class_token=False, keep_edges=keep_edges, out_layers=out_layers), num_classes=3)
+    model = segvit.build_model(tiny(class_token=False, out_layers=out_layers, **keep), num_classes=3)
     optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
     # What lies before a layer that starts at zero learns from the second step on.
     for _ in range(2):
@@ -110,7 +109,7 @@ def test_anchored__every_parameter_learns_at_the_full_grid(
 def test_anchored__with_all_patches_kept_it_is_the_cascade() -> None:
     """Nothing is left out, so features and predictions are the full model's, and its weights fit by name."""
     torch.manual_seed(0)
-    anchored = segvit.build_model(tiny(keep_edges=0.99), num_classes=3).eval()
+    anchored = segvit.build_model(tiny(keep_unlike=0.99), num_classes=3).eval()
     config = tiny().replace(structure="cascade")
     full = segvit.build_model(config, num_classes=3).eval()
     missing, unexpected = anchored.load_state_dict(full.state_dict(), strict=False)
@@ -156,6 +155,7 @@ def test_anchored__reads_the_layers_of_a_cascade() -> None:
         ({"edge_window": 4}, r"^edge_window must be an odd number >= 3, got 4; a patch lies in its middle$"),
         ({"edge_window": 1}, r"^edge_window must be an odd number >= 3, got 1"),
         ({"keep_edges": -0.1}, r"^keep_edges must be in \[0, 1\), got -0.1"),
+        ({"keep_unlike": 1.5}, r"^keep_unlike must be in \[0, 1\), got 1.5; it is a share of the patches$"),
         ({"shrink_queries": "average"}, r"^shrink_queries average does not go with structure anchored"),
     ],
 )
@@ -174,12 +174,12 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
     shares = {}
     cost = segvit.model_cost(full, 11, (504, 672)).gflops
     for keep in (0.0, 0.125):
-        anchored = full.replace(structure="anchored", keep_every=2, keep_edges=keep)
+        anchored = full.replace(structure="anchored", keep_every=2, keep_unlike=keep)
         shares[keep] = segvit.model_cost(anchored, 11, (504, 672)).gflops / cost
     assert shares[0.0] == pytest.approx(0.51, abs=0.01)
     assert shares[0.125] == pytest.approx(0.585, abs=0.01)
-    # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, what each
-    # token stands for, and the upsampling of what is left out.
+    # An eighth of 36 x 48 patches, C channels: seven blocks, the downsampling one without keys and values, likeness of
+    # every patch to each that stays, and the upsampling of what is left out.
     sampled, kept, patches, width = 432, 216, 36 * 48, 384
     attention = 2 * width * ((sampled + kept + 1) ** 2 - (sampled + 1) ** 2)
     blocks = 7 * (12 * kept * width**2 + attention)
@@ -187,8 +187,8 @@ def test_anchored__cost_counts_the_patches_that_are_kept() -> None:
 
     def upsampling(tokens: int) -> int:
         left_out = patches - tokens
-        # Likeness and its share of what stands for it, twice, and three features.
-        return 6 * left_out * tokens * width + 3 * left_out * width**2
+        # Likeness; three features and the difference from the stand-ins, and a map a feature.
+        return patches * tokens * width + 4 * left_out * tokens * width + 3 * left_out * width**2
 
     added = (shares[0.125] - shares[0.0]) * cost
     assert added == pytest.approx(

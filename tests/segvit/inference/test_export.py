@@ -74,7 +74,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     torch.manual_seed(0)
     settings: dict[str, Any] = {"shrink_at": 2} if request.param == "shrunk" else {"out_layers": (0, 2)}
     if request.param == "anchored":
-        settings |= {"shrink_at": 1, "keep_edges": 0.2}
+        settings |= {"shrink_at": 1, "keep_edges": 0.1, "keep_unlike": 0.2}
     model = tiny_model(request.param, **settings).train()
     model.freeze_blocks(1)
     modes = [module.training for module in model.modules()]
