@@ -64,17 +64,20 @@ class PatchChoice(NamedTuple):
         places = sampled
         if edges:
             places = torch.cat((sampled, highest(edge_strength(normed, grid, self.window), sampled, edges)), dim=1)
-        likeness = likeness_to(normed, places, grid)
+        likeness = [likeness_to(normed, places, grid)]
+        stood_for = likeness[0].logsumexp(2)
         unlike = min(unlike, num_patches - places.shape[1])
         rounds = min(ROUNDS, unlike)
         for chosen in range(rounds):
             count = unlike * (chosen + 1) // rounds - unlike * chosen // rounds
-            more = highest(-likeness.logsumexp(2), places, count)
+            more = highest(-stood_for, places, count)
             places = torch.cat((places, more), dim=1)
-            likeness = torch.cat((likeness, likeness_to(normed, more, grid)), dim=2)
+            likeness.append(likeness_to(normed, more, grid))
+            stood_for = torch.logaddexp(stood_for, likeness[-1].logsumexp(2))
         stays = torch.zeros(len(patches), num_patches, device=patches.device).scatter(1, places, 1.0)
         left_out = stays.argsort(dim=1)[:, : num_patches - places.shape[1]]
-        return KeptPatches(places, left_out, patches, rows_at(likeness, left_out).softmax(2))
+        stand_ins = rows_at(torch.cat(likeness, dim=2), left_out).softmax(2)
+        return KeptPatches(places, left_out, patches, stand_ins)
 
 
 def halved_grid(grid: tuple[int, int]) -> tuple[int, int]:
@@ -172,8 +175,10 @@ def likeness_to(normed: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor
     Logits by `LIKENESS` and `DISTANCE`. The log of the summed exponentials tells how well a patch is stood for by all.
     """
     alike = normed @ rows_at(normed, places).transpose(1, 2)
-    everywhere = torch.arange(normed.shape[1], device=normed.device).unsqueeze(0)
-    return alike * (LIKENESS / normed.shape[2]) - DISTANCE * squared_distances(everywhere, places, grid[1])
+    rows = torch.arange(grid[0], dtype=normed.dtype, device=normed.device).repeat_interleave(grid[1])
+    columns = torch.arange(grid[1], dtype=normed.dtype, device=normed.device).repeat(grid[0])
+    distance = sum((line[:, None] - line[places].unsqueeze(1)).square() for line in (rows, columns))
+    return alike * (LIKENESS / normed.shape[2]) - DISTANCE * distance
 
 
 def sampled_patches(grid: tuple[int, int], stride: int, device: torch.device) -> Tensor:
@@ -196,12 +201,6 @@ def stand_in_counts(kept: KeptPatches) -> Tensor:
     return 1 + kept.stand_ins.sum(dim=1)
 
 
-def squared_distances(places: Tensor, others: Tensor, columns: int) -> Tensor:
-    """(B, K, M) squared distance in patches between places (B or 1, K) and others (B, M) of a grid of `columns`."""
-    place, other = places.unsqueeze(2), others.unsqueeze(1)
-    return (place // columns - other // columns).square() + (place % columns - other % columns).square()
-
-
 def with_prefix(places: Tensor, num_prefix_tokens: int) -> Tensor:
     """Indices (B, prefix + M) into a sequence of prefix tokens and patches, of the patches `places` (B, M)."""
     prefix = torch.arange(num_prefix_tokens, device=places.device).expand(places.shape[0], -1)
@@ -210,4 +209,6 @@ def with_prefix(places: Tensor, num_prefix_tokens: int) -> Tensor:
 
 def rows_at(rows: Tensor, places: Tensor) -> Tensor:
     """(B, K, X) of rows (B, L, X), by indices (B, K)."""
-    return rows.gather(1, places.unsqueeze(2).expand(-1, -1, rows.shape[2]))
+    # Whole rows are copied, which is several times as fast as gathering every element by an index of its own.
+    first = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1) * rows.shape[1]
+    return torch.unflatten(rows.flatten(0, 1).index_select(0, (places + first).flatten()), 0, places.shape)

@@ -54,12 +54,11 @@ class AnchoredUpsampling(nn.Module):
         """The features (B, M, C) of one choice of patches, at every patch of their grid."""
         stand_ins, difference = self.stand_ins(features)
         kept = kept_of(features)
-        index = torch.cat((kept.places, kept.left_out), dim=1).unsqueeze(2).expand(-1, -1, difference.shape[2])
+        order = torch.cat((kept.places, kept.left_out), dim=1).argsort(dim=1)
         restored = []
         for feature, patches, correction in zip(features, stand_ins, self.corrections, strict=True):
             patches = torch.cat((feature.tokens, patches + correction(difference)), dim=1)
-            patches = torch.zeros_like(patches).scatter(1, index, patches)
-            restored.append(feature._replace(tokens=patches, kept=None))
+            restored.append(feature._replace(tokens=rows_at(patches, order), kept=None))
         return restored
 
     def stand_ins(self, features: Sequence[FeatureMap]) -> tuple[list[Tensor], Tensor]:
