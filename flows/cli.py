@@ -11,6 +11,7 @@ from flows.commands.data import data, flops
 from flows.commands.experiment import plan, run, submit
 from flows.commands.model import compare, models, predict, promote, rollback
 from flows.commands.runs import cancel, runs, show
+from flows.commands.score import evaluate, register
 from flows.commands.search import search
 from flows.ending import ending_in_time
 from pipeline.errors import UserError
@@ -24,6 +25,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     show,
     cancel,
     search,
+    evaluate,
+    register,
     models,
     promote,
     rollback,

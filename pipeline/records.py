@@ -89,6 +89,7 @@ class Checkpoint(Record):
 
     One that was fetched from the registry has its version in place of `variant`, `models:/name/3`, and no history.
     `started_from`: the variant or version whose weights it started from; None: from the backbone's alone.
+    `source_digest`: the sha256 of the file of another format that it was read from; None: it was trained here.
     """
 
     identity_fields: ClassVar[tuple[str, ...]] = ("variant", "digest")
@@ -101,6 +102,7 @@ class Checkpoint(Record):
     history_uri: str | None
     train_seconds: float
     started_from: str | None = None
+    source_digest: str | None = None
 
 
 class Evaluation(Record):

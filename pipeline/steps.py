@@ -123,6 +123,37 @@ def fetch_model(context: StepContext, name: str, version: int, checkpoint_digest
     )
 
 
+@step(version=1)
+def open_shards(context: StepContext, uri: str, digest: str) -> ShardSet:
+    """A shard set that another flow prepared, by the digest of its content."""
+    from pipeline.shards.shards import read_manifest
+
+    record = read_manifest(uri).to_record(uri)
+    if record.digest != digest:
+        raise UserError(f"{uri} has changed meanwhile; run again")
+    return record
+
+
+@step(version=1)
+def import_checkpoint(context: StepContext, source: str, digest: str) -> Checkpoint:
+    """Keep a checkpoint folder from elsewhere where all workers reach it."""
+    from pipeline.registry.import_model import import_folder
+
+    return import_folder(source, digest, context.output_uri(), context.lease)
+
+
+@step(version=1)
+def import_published(
+    context: StepContext, source: str, digest: str, name: str, arguments: dict[str, Any], shard_set: ShardSet
+) -> Checkpoint:
+    """Convert a file of the published format where all workers reach it."""
+    from pipeline.registry import import_model
+
+    return import_model.import_published(
+        source, digest, name, arguments, shard_set, context.output_uri(), context.lease
+    )
+
+
 def _verify_search(record: SearchResult, _tracking: Tracking, arguments: Mapping[str, Any]) -> str | None:
     wanted = arguments["search"].num_trials
     if record.num_trials < wanted:

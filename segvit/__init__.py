@@ -27,12 +27,13 @@ if TYPE_CHECKING:
     from segvit.model_check import model_problems
     from segvit.optim import parameter_groups
     from segvit.output import SegmentationOutput
+    from segvit.paper import PaperFigure, paper_figure
     from segvit.presets import PRESETS, Preset, PublishedResult, find_preset
     from segvit.registry import Registry
     from segvit.schedules import SCHEDULES, build_schedule
     from segvit.visualize import colorize, draw_legend, overlay, palette_image
     from segvit.weights.pretrained import BackboneWeights, find_backbone_weights, load_backbone_state, weights_problem
-    from segvit.weights.published import load_published, published_state_dict
+    from segvit.weights.published import load_published, published_arguments, published_state_dict
     from segvit.weights.start import TakenWeights, take_weights
 
 _NAMES_BY_MODULE = {
@@ -89,6 +90,10 @@ _NAMES_BY_MODULE = {
     "segvit.model_check": ("model_problems",),
     "segvit.optim": ("parameter_groups",),
     "segvit.output": ("SegmentationOutput",),
+    "segvit.paper": (
+        "PaperFigure",
+        "paper_figure",
+    ),
     "segvit.presets": (
         "PRESETS",
         "Preset",
@@ -114,6 +119,7 @@ _NAMES_BY_MODULE = {
     ),
     "segvit.weights.published": (
         "load_published",
+        "published_arguments",
         "published_state_dict",
     ),
     "segvit.weights.start": (
@@ -142,6 +148,7 @@ __all__ = [
     "LossTerm",
     "ModelConfig",
     "ModelCost",
+    "PaperFigure",
     "Prediction",
     "Preset",
     "PresetCost",
@@ -170,10 +177,12 @@ __all__ = [
     "model_problems",
     "overlay",
     "palette_image",
+    "paper_figure",
     "parameter_groups",
     "predict",
     "predict_batch",
     "preset_cost",
+    "published_arguments",
     "published_state_dict",
     "save_checkpoint",
     "segmentation_metrics",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -154,14 +155,17 @@ def evaluate_checkpoint(
 
     Where others may do the same, `lease` is the right to write there.
 
-    Raises UserError for a split that the shard set lacks, and LeaseLost.
+    Raises UserError for a split that the shard set lacks or a model of other classes, and LeaseLost.
     """
     if config.split not in shard_set.splits:
         raise UserError(f"evaluate.split {config.split!r} is not prepared; choose from {', '.join(shard_set.splits)}")
     check_shard_set(shard_set, [config.split], log=print)
     with tempfile.TemporaryDirectory(prefix="segvit-config-") as folder:
         config_file = storage.fetch_file(storage.join(checkpoint.uri, CONFIG_FILE), folder)
-        model_config = segvit.ModelConfig.from_dict(read_config(config_file)["model"])
+        checkpoint_config = read_config(config_file)
+    manifest = storage.read_json(storage.join(shard_set.uri, MANIFEST))
+    check_classes(checkpoint, checkpoint_config, shard_set.name, manifest["classes"])
+    model_config = segvit.ModelConfig.from_dict(checkpoint_config["model"])
     world_size = min(runtime.max_workers, shard_set.splits[config.split].num_samples)
     on_worker = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime.use_gpu) else 0)
     score = on_worker(evaluate_part)
@@ -179,7 +183,6 @@ def evaluate_checkpoint(
     scores = sorted((score for part in parts for score in part.scores), key=lambda score: (score.miou, score.key))
     best = sorted((one for part in parts for one in part.best), key=lambda one: -one.score.miou)
     worst = sorted((one for part in parts for one in part.worst), key=lambda one: one.score.miou)
-    manifest = storage.read_json(storage.join(shard_set.uri, MANIFEST))
     with tempfile.TemporaryDirectory(prefix="segvit-evaluation-") as folder:
         write_evaluation_folder(
             Path(folder),
@@ -218,6 +221,22 @@ def evaluate_checkpoint(
         uri=target_uri,
         counts_digest=counts_digest,
     )
+
+
+def check_classes(checkpoint: Checkpoint, config: Mapping[str, Any], dataset: str, class_names: Sequence[str]) -> None:
+    """Raise UserError unless the model's classes are those of the data, one by one."""
+    own = config["metadata"].get("class_names") or class_names
+    if config["num_classes"] != len(class_names):
+        raise UserError(
+            f"{checkpoint.variant} tells {config['num_classes']} classes apart, {dataset} has {len(class_names)}; "
+            "score it on the data set that it was trained for"
+        )
+    for number, (mine, theirs) in enumerate(zip(own, class_names, strict=True)):
+        if mine != theirs:
+            raise UserError(
+                f"class {number} of {checkpoint.variant} is {mine!r}, of {dataset} {theirs!r}; "
+                "score it on data with the same classes in the same order"
+            )
 
 
 def _known(value: float) -> float | None:

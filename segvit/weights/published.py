@@ -9,14 +9,17 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from segvit.backbones.families import is_hierarchical, num_heads_of, outline_backbone
 from segvit.config import ModelConfig
 from segvit.losses.segmentation_loss import NO_OBJECT_WEIGHT
 from segvit.model import SegViT, build_model
+from segvit.weights.fitting import blocks_of
 from segvit.weights.published_names import Layout, tensor_names
 
 # The published backbones are of this architecture, with sizes of their own.
@@ -74,6 +77,28 @@ def load_published(
         model = model.double()
     model.load_state_dict(tensors)
     return model.eval()
+
+
+def published_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The keyword arguments of `load_published` for files of that configuration, as a preset has it.
+
+    Raises:
+        ValueError: The configuration computes something that the format has no place for.
+    """
+    if config.structure not in PUBLISHED_STRUCTURES or is_hierarchical(config.backbone):
+        raise ValueError(
+            f"the published format has no place for structure {config.structure} on {config.backbone}; describe the "
+            f"file by a plain ViT with structure {', '.join(PUBLISHED_STRUCTURES)}"
+        )
+    blocks = blocks_of(outline_backbone(config.backbone, config.backbone_options))
+    shrinks = config.decoder.downsampling(len(blocks))
+    return {
+        "num_heads": config.decoder_heads or num_heads_of(blocks[0]),
+        "out_layers": config.out_layers or config.decoder.default_out_layers(len(blocks), hierarchical=False),
+        "shrink_at": shrinks.block if shrinks else None,
+        "image_size": config.image_size,
+        "attention_scale": config.attention_scale,
+    }
 
 
 def published_state_dict(model: SegViT) -> dict[str, Tensor]:
