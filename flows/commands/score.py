@@ -23,6 +23,9 @@ def evaluate(
         str, typer.Argument(metavar="DATA", help="An experiment file, for its data; or a shard set's folder.")
     ],
     split: Annotated[str | None, typer.Option(help="The split that is scored; default: the experiment's.")] = None,
+    resize: Annotated[
+        str | None, typer.Option(metavar="LONGxSHORT", help="Resize images to such sides first, as 2048x640.")
+    ] = None,
     scales: Annotated[
         str | None, typer.Option(metavar="S,S,...", help="Average over these scales, as 0.5,0.75,1.0,1.25,1.5,1.75.")
     ] = None,
@@ -56,7 +59,7 @@ def evaluate(
     if experiment is None and overrides:
         raise UserError(f"--set {overrides[0]} needs an experiment file; {data} is none")
     base = experiment.config.evaluate if experiment is not None else scoring.own_settings(tracking, model)
-    asked = {"split": split, "scales": scales, "flip": flip, "window": window, "stride": stride}
+    asked = {"split": split, "resize": resize, "scales": scales, "flip": flip, "window": window, "stride": stride}
     settings = evaluate_settings(base.model_dump(mode="json"), asked)
     with Plan(workspace, tracking) as planned:
         # What does not fit is told before a run is on record.
@@ -140,6 +143,8 @@ def evaluate_settings(base: dict[str, Any], asked: dict[str, Any]) -> Any:
     inference = dict(base["inference"])
     if asked["split"]:
         base = {**base, "split": asked["split"]}
+    if asked["resize"]:
+        inference["resize"] = pixels("--resize", asked["resize"])
     if asked["scales"]:
         try:
             inference["scales"] = [float(one) for one in asked["scales"].split(",")]
@@ -163,10 +168,10 @@ def evaluate_settings(base: dict[str, Any], asked: dict[str, Any]) -> Any:
 
 
 def pixels(option: str, text: str) -> list[int]:
-    """Height and width of `512x640`, or of `512` for a square; raises UserError."""
+    """The numbers of `512x640`, or twice that of `512`; raises UserError."""
     from pipeline.errors import UserError
 
     found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
     if found is None:
-        raise UserError(f"{option} {text} must be height x width in pixels, as 512x640, or 512 for a square")
+        raise UserError(f"{option} {text} must be two numbers of pixels, as 512x640, or one for both, as 512")
     return [int(found[1]), int(found[2] or found[1])]

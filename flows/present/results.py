@@ -8,16 +8,19 @@ from typing import Any
 from rich.console import Console
 
 from flows.present.runs import variants_table
+from flows.present.scores import inference_text
 from pipeline.records import Evaluation, ModelVersion, PromotionDecision, Record, Report, SearchResult
 from pipeline.tuning.space import value_text
 
 
 def print_results(console: Console, records: Mapping[str, Record]) -> None:
     """Evaluations side by side, then a line for each search, decision and report."""
-    evaluations = [one for one in records.values() if isinstance(one, Evaluation)]
+    evaluations, also = _evaluations(records)
     decision = next((one for one in records.values() if isinstance(one, PromotionDecision)), None)
     if evaluations:
         console.print(variants_table(evaluations, _versions(records), decision))
+    for name, one in also.items():
+        console.print(f"also      {name}: mIoU {one.miou:.4f}{inference_text(one)}", markup=False, soft_wrap=True)
     for record in records.values():
         match record:
             case SearchResult():
@@ -31,10 +34,10 @@ def print_results(console: Console, records: Mapping[str, Record]) -> None:
 
 def facts(records: Mapping[str, Record]) -> dict[str, Any]:
     """The records as JSON: evaluations, versions, decision and report by themselves, and all of them by step."""
+    evaluations, also = _evaluations(records)
     found: dict[str, Any] = {
-        "evaluations": {
-            one.variant: one.model_dump(mode="json") for one in records.values() if isinstance(one, Evaluation)
-        },
+        "evaluations": {one.variant: one.model_dump(mode="json") for one in evaluations},
+        "also_evaluated": {name: one.model_dump(mode="json") for name, one in also.items()},
         "versions": {name: version.version for name, version in _versions(records).items()},
     }
     for record in records.values():
@@ -44,6 +47,13 @@ def facts(records: Mapping[str, Record]) -> dict[str, Any]:
             case Report():
                 found["report"] = record.uri
     return {**found, "records": {label: record.model_dump(mode="json") for label, record in records.items()}}
+
+
+def _evaluations(records: Mapping[str, Record]) -> tuple[list[Evaluation], dict[str, Evaluation]]:
+    """Those that the gate decides by, and those by `evaluate.also`, each "variant/name"."""
+    found = {label: record for label, record in records.items() if isinstance(record, Evaluation)}
+    also = {label.partition("/")[2]: record for label, record in found.items() if label.count("/") > 1}
+    return [record for label, record in found.items() if label.count("/") <= 1], also
 
 
 def _versions(records: Mapping[str, Record]) -> dict[str, ModelVersion]:

@@ -84,7 +84,7 @@ def inference_text(evaluation: Evaluation) -> str:
     """How images were predicted, where not in one pass: ", scales 0.5, 1.0, with flip"."""
     parts = []
     for name, value in evaluation.inference.items():
-        listed = " x ".join(map(str, value)) if name in ("crop", "stride") else value
+        listed = " x ".join(map(str, value)) if name in ("crop", "stride", "resize") else value
         listed = ", ".join(map(str, value)) if name == "scales" else listed
         parts.append("with flip" if name == "flip" else f"{name} {listed}")
     return "".join(f", {part}" for part in parts)

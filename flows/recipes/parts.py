@@ -85,7 +85,10 @@ def train_and_evaluate(
     backbones: Mapping[str, StepRef[BackboneRecord]],
     search: StepRef[SearchResult] | None,
 ) -> tuple[dict[str, StepRef[Checkpoint]], dict[str, StepRef[Evaluation]]]:
-    """Every variant's checkpoint and its evaluation, by variant; a variant waits for the one that it starts from."""
+    """Every variant's checkpoint and its evaluation, by variant; a variant waits for the one that it starts from.
+
+    Other ways of predicting that the experiment asks for are scored, too, each under a label of its own.
+    """
     checkpoints: dict[str, StepRef[Checkpoint]] = {}
     evaluations: dict[str, StepRef[Evaluation]] = {}
     for name in config.training_order():
@@ -96,7 +99,16 @@ def train_and_evaluate(
         evaluations[name] = flow.step(
             steps.evaluate, checkpoints[name], shards, config.evaluate, label=f"evaluate/{name}"
         )
+        for other, inference in config.evaluate.also.items():
+            settings_of_other = config.evaluate.model_copy(update={"inference": inference, "also": {}})
+            label = also_label(name, other)
+            flow.step(steps.evaluate, checkpoints[name], shards, settings_of_other, label=label)
     return checkpoints, {name: evaluations[name] for name in config.variants}
+
+
+def also_label(variant: str, name: str) -> str:
+    """Of the step that scores a variant by one of `evaluate.also`."""
+    return f"evaluate/{variant}/{name}"
 
 
 def report(

@@ -47,6 +47,7 @@ def predict(
     *,
     crop: int | tuple[int, int] | None = None,
     stride: int | tuple[int, int] | None = None,
+    resize: tuple[int, int] | None = None,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
     batch_size: int = 4,
@@ -56,7 +57,8 @@ def predict(
     Every view of the image (a scale, flipped or not) gives class scores, which are resized bilinearly to the
     image's size and averaged; the label is the highest. Where windows overlap their scores are averaged first.
     The result is that of full score maps, which are never held: memory grows with the pixels, not with pixels
-    times classes. The published test of ADE20K is ``mode="slide", scales=PUBLISHED_SCALES, flip=True``.
+    times classes. The published test of ADE20K is ``mode="slide", resize=(2048, 640), scales=PUBLISHED_SCALES,
+    flip=True``.
 
     Args:
         model: The model, in either mode, any precision, on any device; may be compiled, may run under autocast.
@@ -65,7 +67,9 @@ def predict(
         crop: Side, or (height, width), of the windows in pixels; by default the model's `image_size`. A view
             smaller than that gets smaller windows.
         stride: Step, or (vertical, horizontal) step, of the windows in pixels; by default two thirds of the crop.
-        scales: Factors of the image's size. The image is resized bilinearly, without antialiasing, to uint8.
+        resize: (long, short) in pixels: the image is first enlarged or reduced as a whole so that its longer side is at
+            most the one and its shorter side at most the other. None: it is taken at its own size.
+        scales: Factors of that size. The image is resized bilinearly, without antialiasing, to uint8.
         flip: Add every scale's mirror image.
         batch_size: Windows (in whole mode: views of one scale) that go through the model at once.
 
@@ -75,6 +79,9 @@ def predict(
     check_views(scales, batch_size)
     window, step = window_geometry(model, mode, crop, stride)
     pixels = image_tensor(image).to(model.mean.device)
+    if resize is not None:
+        factor = resize_factor((pixels.shape[1], pixels.shape[2]), resize)
+        scales = tuple(factor * scale for scale in scales)
     if mode == "whole" and tuple(scales) == (1.0,) and not flip:
         return predict_batch(model, pixels[None])[0]
     with evaluating(model), torch.no_grad():
@@ -86,6 +93,14 @@ def predict(
             )
         ]
         return label_views(views, (pixels.shape[1], pixels.shape[2]))
+
+
+def resize_factor(size: tuple[int, int], resize: tuple[int, int]) -> float:
+    """The factor that brings an image of (height, width) to a longer and a shorter side of at most those given."""
+    longer, shorter = resize
+    if not 1 <= shorter <= longer:
+        raise ValueError(f"resize must be (long, short) with 1 <= short <= long, got {resize}; use (2048, 640)")
+    return min(longer / max(size), shorter / min(size))
 
 
 def check_views(scales: Sequence[float], batch_size: int) -> None:

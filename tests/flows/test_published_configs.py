@@ -23,6 +23,7 @@ from pipeline.shards.prepare import prepare_shards
 from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.trainer import Trainer
+from segvit import PUBLISHED_SCALES
 from segvit.config import ModelConfig
 from segvit.flops import ModelCost, model_cost
 from segvit.presets import PRESETS, published_names
@@ -192,6 +193,11 @@ def test_schedule__as_published(file: str) -> None:
     inference = config.evaluate.inference
     assert (inference.mode, inference.scales, inference.flip) == ("slide", (1.0,), False)
     assert (inference.crop, inference.stride) == ((window, window), (stride, stride))
+    augmentation = config.train.augmentation
+    assert inference.resize == (augmentation.resize_long, augmentation.resize_short)
+    [(name, second)] = config.evaluate.also.items()
+    assert name == "multi_scale"
+    assert second == inference.model_copy(update={"scales": PUBLISHED_SCALES, "flip": True})
 
 
 @pytest.mark.parametrize("file", DINOV3)

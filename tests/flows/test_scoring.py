@@ -184,7 +184,7 @@ def test_evaluate__a_file_with_code_in_it_is_refused_in_one_line(
             ("{file}", "{config}", "--variant", "fast"),
             r"^no variant 'fast' in published; .*--variant published$",
         ),
-        (("{file}", "{config}", "--window", "12y"), r"^--window 12y must be height x width in pixels, as 512x640"),
+        (("{file}", "{config}", "--window", "12y"), r"^--window 12y must be two numbers of pixels, as 512x640"),
         (("{file}", "{config}", "--scales", "1;2"), r"^--scales 1;2 must be numbers with commas between"),
         (("{file}", "{config}", "--stride", "8"), r"crop and stride have no meaning in mode whole"),
         (("{file}", "{tmp}", "--set", "name=x"), r"^--set name=x needs an experiment file"),
@@ -206,12 +206,18 @@ def test_evaluate_settings__what_is_asked_replaces_what_the_experiment_says() ->
     base = EvaluateConfig.model_validate(
         {"split": "test", "inference": {"mode": "slide", "crop": [64, 64], "flip": True}}
     )
-    asked = {"split": None, "scales": "0.5,1", "flip": False, "window": None, "stride": "32"}
+    asked = {"split": None, "resize": "128x96", "scales": "0.5,1", "flip": False, "window": None, "stride": "32"}
     found = evaluate_settings(base.model_dump(mode="json"), asked)
     assert found.split == "test"
-    assert found.inference.options() == {"mode": "slide", "crop": [64, 64], "stride": [32, 32], "scales": [0.5, 1.0]}
+    assert found.inference.options() == {
+        "mode": "slide",
+        "crop": [64, 64],
+        "stride": [32, 32],
+        "resize": [128, 96],
+        "scales": [0.5, 1.0],
+    }
     whole = evaluate_settings(found.model_dump(mode="json"), {**asked, "stride": None, "window": "whole"})
-    assert whole.inference.options() == {"scales": [0.5, 1.0]}
+    assert whole.inference.options() == {"resize": [128, 96], "scales": [0.5, 1.0]}
     assert pixels("--window", "512") == [512, 512]
 
 

@@ -30,6 +30,18 @@ def test_predict__array_and_tensor_agree_with_the_batch(make_model: MakeModel) -
     assert (predict(model, images[1]) == batch[1]).float().mean().item() > 0.99
 
 
+def test_predict__resize_goes_before_the_scales(make_model: MakeModel) -> None:
+    model = make_model("cascade")
+    image = torch.randint(0, 256, (3, 40, 80), dtype=torch.uint8)
+    # The longer side counts at (96, 96), the shorter one at (400, 60).
+    for resize, factor in (((96, 96), 1.2), ((400, 60), 1.5)):
+        expected = predict(model, image, scales=(0.5 * factor, factor), flip=True)
+        assert torch.equal(predict(model, image, resize=resize, scales=(0.5, 1.0), flip=True), expected)
+        assert expected.shape == (40, 80)
+    with pytest.raises(ValueError, match=r"^resize must be \(long, short\) with 1 <= short <= long, got \(60, 96\)"):
+        predict(model, image, resize=(60, 96))
+
+
 def test_predict_batch__keeps_training_mode_and_frozen_parts(make_model: MakeModel) -> None:
     model = make_model("cascade", dropout=0.5, drop_path_rate=0.5).train()
     model.freeze_blocks(2)
