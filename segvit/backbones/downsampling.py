@@ -21,7 +21,7 @@ SHRINK_QUERIES: tuple[ShrinkQueries, ...] = get_args(ShrinkQueries)
 LIKENESS = 11.0
 DISTANCE = 0.16
 # In how many rounds the patches that are unlike those that stay are chosen, each round seeing those before it.
-ROUNDS = 6
+ROUNDS = 16
 
 
 class Downsampling(NamedTuple):
