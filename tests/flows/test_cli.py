@@ -7,8 +7,10 @@ import pytest
 import typer
 
 from flows.cli import app, main
+from flows.present.results import facts, print_results
 from flows.present.runs import BAR_WIDTH, bar
 from pipeline.config import DataConfig, DigitsConfig
+from pipeline.records import Evaluation
 from pipeline.reports.data_summary import summarize_shard_set
 from pipeline.shards.prepare import prepare_shards
 
@@ -21,6 +23,11 @@ FROZEN_OPTIONS = {
     "show": {"run_id", "--workspace", "--tracking-uri", "--json"},
     "cancel": {"run_id", "--workspace", "--tracking-uri", "--json"},
     "search": {"run_id", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
+    "evaluate": {
+        *("model", "data", "--split", "--resize", "--scales", "--flip", "--window", "--stride", "--variant", "--set"),
+        *("--workspace", "--tracking-uri", "--json"),
+    },
+    "register": {"model", "--name", "--evaluation", "--workspace", "--tracking-uri", "--json"},
     "models": {"name", "--workspace", "--tracking-uri", "--json"},
     "promote": {"name", "version", "--policy", "--dry-run", "--workspace", "--tracking-uri", "--json"},
     "rollback": {"name", "--dry-run", "--workspace", "--tracking-uri", "--json"},
@@ -73,6 +80,52 @@ def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pyte
     ]
     assert not any(step["cached"] for step in steps)
     assert not (tmp_path / "ws").exists()
+
+
+def test_plan__every_variant_is_scored_by_further_ways_of_predicting(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    further = ("--set", "evaluate.also.flipped.flip=true")
+    assert run("plan", CONFIG, *further, "--workspace", str(tmp_path / "ws"), "--json") == 0
+    steps = {step["label"]: step["depends_on"] for step in json.loads(capfd.readouterr().out)}
+    for variant in ("full", "shrunk"):
+        assert steps[f"evaluate/{variant}/flipped"] == steps[f"evaluate/{variant}"] == [f"train/{variant}", "prepare"]
+        # What is registered has the scores by which the gate decides.
+        assert f"evaluate/{variant}/flipped" not in steps[f"register/{variant}"]
+
+
+def test_results__further_ways_of_predicting_stand_by_themselves() -> None:
+    from rich.console import Console
+
+    own = Evaluation(
+        variant="full",
+        checkpoint_digest="c",
+        data_digest="d",
+        split="val",
+        num_images=2,
+        miou=0.5,
+        macc=0.6,
+        aacc=0.7,
+        boundary_iou=None,
+        class_names=("a",),
+        per_class_iou=(0.5,),
+        per_class_accuracy=(0.6,),
+        gflops=1.0,
+        parameters=2,
+        latency_ms=3.0,
+        cost_size=(32, 32),
+        uri="x",
+    )
+    other = own.model_copy(update={"miou": 0.55, "inference": {"scales": [0.5, 1.0], "flip": True}})
+    records = {"evaluate/full": own, "evaluate/full/multi_scale": other}
+    found = facts(records)
+    assert found["evaluations"]["full"]["miou"] == 0.5
+    assert found["also_evaluated"]["full/multi_scale"]["miou"] == 0.55
+    console = Console(record=True, width=120)
+    print_results(console, records)
+    said = console.export_text()
+    assert "also      full/multi_scale: mIoU 0.5500, scales 0.5, 1.0, with flip" in said
+    assert said.count("0.5000") == 1
 
 
 @pytest.mark.parametrize(
