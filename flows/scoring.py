@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from flows.experiment import Experiment
 from flows.recipes import parts
@@ -15,14 +14,11 @@ from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
 from pipeline.registry.models import resolve_model
 from pipeline.registry.store import get_version
 from pipeline.shards.shards import ShardSetError, read_manifest
-from pipeline.storage.names import CHECKPOINT_FILES, CONFIG_FILE, WEIGHTS_FILE
+from pipeline.storage.names import CHECKPOINT_FILES, WEIGHTS_FILE
 from pipeline.workflow.execution import StepRef
 from pipeline.workflow.graph import Graph
 from pipeline.workflow.runs import run_tree
 from pipeline.workflow.tracking import Tracking
-
-if TYPE_CHECKING:
-    from segvit import PaperFigure
 
 PUBLISHED_SUFFIXES = (".pth", ".pt", ".safetensors")
 
@@ -170,16 +166,6 @@ def find_scored(tracking: Tracking, model: str, run_id: str) -> Scored:
 def register(flow: Graph, name: str, scored: Scored) -> StepRef[ModelVersion]:
     """The step that registers a model with its scores."""
     return flow.step(steps.register, name, *scored)
-
-
-def figure_of(checkpoint: Checkpoint) -> PaperFigure | None:
-    """What the paper reports for the model of a checkpoint in the workspace."""
-    import segvit
-    from segvit.checkpoint import read_config
-
-    with tempfile.TemporaryDirectory(prefix="segvit-config-") as scratch:
-        config = read_config(storage.fetch_file(storage.join(checkpoint.uri, CONFIG_FILE), scratch))
-    return segvit.paper_figure(segvit.ModelConfig.from_dict(config["model"]), config["num_classes"])
 
 
 def runtime_of(experiment: Experiment | None) -> RuntimeConfig:

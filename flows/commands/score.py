@@ -51,6 +51,7 @@ def evaluate(
     from flows.present import runs as present
     from flows.present import scores as present_scores
     from pipeline.errors import UserError
+    from pipeline.evaluation.paper import figure_of
     from pipeline.workflow.flow import Flow, Plan
     from pipeline.workflow.tracking import Tracking
 
@@ -76,7 +77,7 @@ def evaluate(
         with flow:
             checkpoint, scored = scoring.score(flow, model, data, experiment, variant, settings)
         flow.wait()
-        evaluation, figure = flow.result(scored), scoring.figure_of(flow.result(checkpoint))
+        evaluation, figure = flow.result(scored), figure_of(flow.result(checkpoint))
         images = present_scores.image_scores(evaluation)
         console.print(present_scores.overall_table(evaluation, figure))
         console.print(present_scores.classes_table(evaluation))

@@ -93,6 +93,7 @@ def _result_rows(report: ReportInput) -> list[ResultRow]:
             f"latency{at_size} (~: timed beside other work)",
             [latency_text(item.latency_ms, item.latency_reliable) for item in evaluations],
         ),
+        *_paper_rows(report),
         stated("step of the checkpoint", [f"{variant.checkpoint.step:,}" for variant in report.variants]),
         *_start_rows(report),
         stated("training time", [_duration(variant.checkpoint.train_seconds) for variant in report.variants]),
@@ -100,6 +101,20 @@ def _result_rows(report: ReportInput) -> list[ResultRow]:
         stated("registered version", [_version_text(variant.version) for variant in report.variants]),
         stated("decision", [_decision_text(variant.version, report.decision) for variant in report.variants]),
     ]
+
+
+def _paper_rows(report: ReportInput) -> list[ResultRow]:
+    """The paper's mIoU of every variant that is one of its models, in the unit of ours, and its GFLOPs."""
+    figures = [variant.paper.result if variant.paper else None for variant in report.variants]
+    if not any(figures):
+        return []
+    rows = {
+        "the paper's mIoU, over scales and flips": [
+            f"{one.miou / 100:.3f}, {one.miou_multi_scale / 100:.3f}" if one else _MISSING for one in figures
+        ],
+        "the paper's GFLOPs": [_tenths(one.gflops) if one else _MISSING for one in figures],
+    }
+    return [ResultRow(label, tuple(cells), (False,) * len(cells)) for label, cells in rows.items()]
 
 
 def _start_rows(report: ReportInput) -> list[ResultRow]:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+import segvit
+from pipeline.evaluation.paper import figure_of
 from pipeline.records import (
     BackboneRecord,
     Checkpoint,
@@ -50,6 +52,7 @@ class VariantReport:
         confusion: (K, K) pixel counts, rows = true class, columns = predicted class.
         image_mious: mIoU of every image of the split.
         history: rows of history.jsonl, each with "step" and loss terms or "val_miou".
+        paper: what the paper reports for the model, where it is one of the paper's.
     """
 
     checkpoint: Checkpoint
@@ -59,6 +62,7 @@ class VariantReport:
     image_mious: tuple[float, ...]
     examples: tuple[Example, ...]
     history: tuple[Mapping[str, Any], ...]
+    paper: segvit.PaperFigure | None = None
 
     @property
     def name(self) -> str:
@@ -156,6 +160,7 @@ def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: Model
         image_mious=tuple(row["miou"] for row in read_json(join(folder, SCORES_FILE))),
         examples=tuple(examples),
         history=tuple(json.loads(line) for line in history if line.strip()),
+        paper=figure_of(checkpoint),
     )
 
 

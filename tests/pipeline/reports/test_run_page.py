@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import segvit
 from pipeline.config import SearchRange, TuneConfig
 from pipeline.records import (
     BackboneRecord,
@@ -32,6 +33,7 @@ from pipeline.reports.style import LINE, TEXT
 from pipeline.storage import publish_bytes, publish_json
 from pipeline.tuning.record import SearchRecord, TrialRecord, TrialScore, best_trial
 from pipeline.workflow.lease import take_lease
+from segvit.checkpoint import FORMAT_VERSION
 
 CREATED_AT = datetime(2031, 4, 5, 6, 7, tzinfo=UTC)
 DASH = "\N{EN DASH}"
@@ -63,6 +65,8 @@ def write_run(
             train_seconds=3700.0 + index,
         )
         publish_bytes(f"{folder}/{variant}/history.jsonl", _history(rng, num_steps, index).encode())
+        model = segvit.ModelConfig(backbone="vit_tiny_patch16_224", image_size=image_size)
+        publish_json(f"{folder}/{variant}/config.json", checkpoint_config(model, len(class_names)))
         evaluation = _write_evaluation(
             f"{folder}/{variant}/evaluation",
             variant,
@@ -123,6 +127,24 @@ def write_run(
             champion_before=None,
             champion_after=1,
         ),
+    }
+
+
+def checkpoint_config(model: segvit.ModelConfig, num_classes: int) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "model": model.to_dict(), "num_classes": num_classes, "metadata": {}}
+
+
+def test_report__the_paper_s_figures_stand_beside_those_of_its_models(tmp_path: Path) -> None:
+    arguments = write_run(tmp_path)
+    assert "the paper" not in build_report(load_report_input(**arguments))
+    preset = segvit.find_preset("ade20k_vit_large_shrunk")
+    publish_json(f"{tmp_path}/shrunk/config.json", checkpoint_config(preset.model, preset.num_classes))
+    page = build_report(load_report_input(**arguments))
+    rows = dict(re.findall(r"<th[^>]*>(the paper's [^<]*)</th>(.*?)</tr>", page.replace("&#39;", "'"), re.DOTALL))
+    cells = {label: re.findall(r"<td[^>]*>\s*([^<]*?)\s*</td>", row) for label, row in rows.items()}
+    assert cells == {
+        "the paper's mIoU, over scales and flips": [DASH, "0.539, 0.551"],
+        "the paper's GFLOPs": [DASH, "373.5"],
     }
 
 
