@@ -56,5 +56,5 @@ def test_published_arguments__are_what_load_published_takes() -> None:
         "image_size": (640, 640),
         "attention_scale": None,
     }
-    with pytest.raises(ValueError, match=r"^the published format has no place for structure linear on vit_base_patch16"):
+    with pytest.raises(ValueError, match=r"^the published format has no place for structure linear on vit_base"):
         segvit.published_arguments(segvit.find_preset("ablation_linear_cross_entropy").model)
