@@ -24,7 +24,7 @@ def test_paper_figure__of_a_converted_file_whose_sizes_are_options() -> None:
         backbone=ARCHITECTURE,
         image_size=(512, 512),
         out_layers=(5, 7, 11),
-        decoder_width=768,
+        decoder_width=384,
         decoder_heads=12,
         class_token=False,
         backbone_options={"embed_dim": 768, "depth": 12, "num_heads": 12, "patch_size": 16, "mlp_ratio": 4.0},
