@@ -122,7 +122,10 @@ def published_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
         },
         "model": {**model, "weights": "random"},
         "variants": {"published": {}},
-        "train": {"steps": 1, "batch_size": 2, "validate_every_steps": 1, "checkpoint_every_steps": 1},
+        "train": {
+            **{"steps": 1, "batch_size": 2, "warmup_steps": 0},
+            **{"validate_every_steps": 1, "checkpoint_every_steps": 1},
+        },
         "tune": {"num_trials": 0},
         "evaluate": {"num_examples": 1, "latency_repeats": 1},
         "promote": {"min_miou": 0.0},
