@@ -29,7 +29,9 @@ FIGURES = ("miou", "macc", "aacc", "boundary_iou", "per_class_iou", "per_class_a
 def facts(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
     capfd.readouterr()
     main([*arguments, "--json"])
-    return json.loads(capfd.readouterr().out)
+    said = capfd.readouterr().out
+    # What workers print reaches standard output here, where it is not the process's own.
+    return json.loads(said[min(said.index(f"{bracket}\n") for bracket in "{[" if f"{bracket}\n" in said) :])
 
 
 def figures(evaluation: dict[str, Any]) -> dict[str, Any]:
