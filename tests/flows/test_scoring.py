@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from flows.cli import app, main
 from flows.commands.score import evaluate_settings, pixels
 from pipeline.config import EvaluateConfig
 from pipeline.errors import UserError
+from pipeline.registry.models import model_folder, resolve_model
 from pipeline.shards.loader import EvalLoader
 from pipeline.shards.shards import read_manifest
+from pipeline.workflow.tracking import Tracking
 from segvit.metrics import ConfusionMatrix, segmentation_metrics
 from tests.conftest import FlowRun
 from tests.faults.kill_flow import NAME
@@ -149,13 +152,19 @@ def test_evaluate__a_file_of_the_published_format_is_scored_registered_promoted_
     version = facts(capfd, "register", str(file), "--name", "paper", "--evaluation", found["run_id"], *workspace)
     assert facts(capfd, "promote", "paper", "1", *workspace)["champion_after"] == version["version"]["version"]
     image = np.random.default_rng(0).integers(0, 255, (1, 64, 80, 3), dtype=np.uint8)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/own/mlflow.db")
-    served = mlflow.pyfunc.load_model("models:/paper@champion").predict(image)
+    tracking = Tracking.for_workspace(str(tmp_path / "own"))
+    folder = model_folder(tracking, resolve_model(tracking, "models:/paper@champion"), tmp_path / "served")
+    served = mlflow.pyfunc.load_model(str(folder)).predict(image)
     expected = segvit.predict(model, torch.from_numpy(image[0]).permute(2, 0, 1))
     assert np.array_equal(np.asarray(served)[0], expected.numpy())
 
-    with pytest.raises(UserError, match=r"^run \w+ \(promote|register\) did not score .*score it with segvit evaluate"):
-        app(["register", str(config.parent), "--name", "paper", *workspace], standalone_mode=False)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    arguments = ["register", str(tmp_path / "other.pth"), "--name", "paper", *workspace]
+    refused = CliRunner().invoke(app, arguments).exception
+    assert isinstance(refused, UserError)
+    assert re.fullmatch(
+        r"run \w+ \(register\) did not score .*other.pth; score it with segvit evaluate, .*", str(refused)
+    )
 
 
 def test_evaluate__a_file_with_code_in_it_is_refused_in_one_line(
