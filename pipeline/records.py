@@ -198,6 +198,15 @@ class PromotionDecision(Record):
     also_refused: tuple[int, ...] = ()
 
 
+class Study(Record):
+    """An ablation's table: `uri` holds study.parquet, study.md and study.html; `digest` is the sha256 of the first."""
+
+    identity_fields: ClassVar[tuple[str, ...]] = ("digest",)
+
+    uri: str
+    digest: str
+
+
 class Report(Record):
     """The run's HTML page."""
 

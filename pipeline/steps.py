@@ -33,6 +33,7 @@ from pipeline.records import (
     Report,
     SearchResult,
     ShardSet,
+    Study,
 )
 from pipeline.registry import decisions, store
 from pipeline.registry.promote import promote_best, verify_decision
@@ -293,6 +294,29 @@ def report(
     storage.publish_bytes(uri, page)
     client.log_text(context.flow_run_id, page.decode(), REPORT_FILE)
     return Report(uri=uri, digest=hashlib.sha256(page).hexdigest())
+
+
+@step(version=1)
+def study(
+    context: StepContext,
+    experiment: str,
+    variants: Sequence[str],
+    seeds: Sequence[int],
+    checkpoints: Sequence[Checkpoint],
+    evaluations: Sequence[Evaluation],
+    backbones: Sequence[BackboneRecord],
+) -> Study:
+    """The table of an ablation, one entry of each sequence a training."""
+    from pipeline.reports.study import Cell, study_row, write_study
+
+    rows: dict[str, list[Cell]] = {}
+    columns = zip(variants, seeds, checkpoints, evaluations, backbones, strict=True)
+    for variant, seed, checkpoint, evaluation, backbone in columns:
+        weights = "random" if backbone.uri is None else backbone.source
+        rows.setdefault(variant, []).append(Cell(seed, checkpoint, evaluation, weights))
+    context.lease.check()
+    uri = context.output_uri()
+    return Study(uri=uri, digest=write_study(experiment, [study_row(*row) for row in rows.items()], uri))
 
 
 def _runtime(context: StepContext) -> RuntimeConfig:

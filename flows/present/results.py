@@ -9,7 +9,9 @@ from rich.console import Console
 
 from flows.present.runs import variants_table
 from flows.present.scores import inference_text
-from pipeline.records import Evaluation, ModelVersion, PromotionDecision, Record, Report, SearchResult
+from pipeline import storage
+from pipeline.records import Evaluation, ModelVersion, PromotionDecision, Record, Report, SearchResult, Study
+from pipeline.storage.names import STUDY_TEXT
 from pipeline.tuning.space import value_text
 
 
@@ -17,8 +19,8 @@ def print_results(console: Console, records: Mapping[str, Record]) -> None:
     """Evaluations side by side, then a line for each search, decision and report."""
     evaluations, also = _evaluations(records)
     decision = next((one for one in records.values() if isinstance(one, PromotionDecision)), None)
-    if evaluations:
-        console.print(variants_table(evaluations, _versions(records), decision))
+    if evaluations and not any(isinstance(record, Study) for record in records.values()):
+        console.print(variants_table(list(evaluations.values()), _versions(records), decision))
     for name, one in also.items():
         console.print(f"also      {name}: mIoU {one.miou:.4f}{inference_text(one)}", markup=False, soft_wrap=True)
     for record in records.values():
@@ -30,13 +32,16 @@ def print_results(console: Console, records: Mapping[str, Record]) -> None:
                 console.print(f"decision  {record.reason}", markup=False, soft_wrap=True)
             case Report():
                 console.print(f"report    {record.uri}", markup=False, soft_wrap=True)
+            case Study():
+                console.print(storage.read_text(storage.join(record.uri, STUDY_TEXT)), markup=False, soft_wrap=True)
+                console.print(f"study     {record.uri}", markup=False, soft_wrap=True)
 
 
 def facts(records: Mapping[str, Record]) -> dict[str, Any]:
     """The records as JSON: evaluations, versions, decision and report by themselves, and all of them by step."""
     evaluations, also = _evaluations(records)
     found: dict[str, Any] = {
-        "evaluations": {one.variant: one.model_dump(mode="json") for one in evaluations},
+        "evaluations": {name: one.model_dump(mode="json") for name, one in evaluations.items()},
         "also_evaluated": {name: one.model_dump(mode="json") for name, one in also.items()},
         "versions": {name: version.version for name, version in _versions(records).items()},
     }
@@ -46,14 +51,16 @@ def facts(records: Mapping[str, Record]) -> dict[str, Any]:
                 found["decision"] = record.model_dump(mode="json")
             case Report():
                 found["report"] = record.uri
+            case Study():
+                found["study"] = record.uri
     return {**found, "records": {label: record.model_dump(mode="json") for label, record in records.items()}}
 
 
-def _evaluations(records: Mapping[str, Record]) -> tuple[list[Evaluation], dict[str, Evaluation]]:
-    """Those that the gate decides by, and those by `evaluate.also`, each "variant/name"."""
-    found = {label: record for label, record in records.items() if isinstance(record, Evaluation)}
-    also = {label.partition("/")[2]: record for label, record in found.items() if label.count("/") > 1}
-    return [record for label, record in found.items() if label.count("/") <= 1], also
+def _evaluations(records: Mapping[str, Record]) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+    """Those of the variants by their steps' names, "full", and those by `evaluate.also`, each "full/multi_scale"."""
+    found = {label.partition("/")[2]: record for label, record in records.items() if isinstance(record, Evaluation)}
+    also = {name: record for name, record in found.items() if "/" in name}
+    return {name: record for name, record in found.items() if name not in also}, also
 
 
 def _versions(records: Mapping[str, Record]) -> dict[str, ModelVersion]:

@@ -12,6 +12,7 @@ RECIPES: Registry[Recipe] = Registry(
     "recipe",
     "segvit.recipes",
     {
+        "ablation": "flows.recipes.ablation:RECIPE",
         "segmentation": "flows.recipes.segmentation:RECIPE",
         "search": "flows.recipes.search:RECIPE",
         "train": "flows.recipes.train:RECIPE",

@@ -7,6 +7,8 @@ are one matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.stats
 from numpy.typing import NDArray
@@ -55,6 +57,32 @@ def difference_interval(
         confidence=confidence,
         resamples=resamples,
     )
+
+
+def mean_interval(
+    tables: Sequence[CountTable], *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = SEED
+) -> tuple[float, float]:
+    """The percentile interval of the mean mIoU of models that were trained alike but for their seeds.
+
+    A resample draws as many images and as many models as there are, both with replacement; so with one model it tells
+    how sure the images make its mIoU, with several also how much another training would change it.
+
+    Raises ValueError where the tables' rows are not the same images, or where there is none.
+    """
+    if not tables or any(table.keys != tables[0].keys for table in tables) or not tables[0].keys:
+        raise ValueError("the tables of an interval must hold the same images, at least one")
+    rng = np.random.default_rng(seed)
+    num_images, num_models = len(tables[0].keys), len(tables)
+    means = []
+    for start in range(0, resamples, batch := max(1, _BATCH_WEIGHTS // num_images)):
+        size = min(batch, resamples - start)
+        images = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=size).astype(np.float64)
+        models = rng.multinomial(num_models, np.full(num_models, 1 / num_models), size=size) / num_models
+        mious = [_mean_iou(images @ one.intersection, images @ one.union) for one in tables]
+        means.append((np.stack(mious, axis=1) * models).sum(1))
+    tail = (1 - confidence) / 2
+    low, high = np.nanquantile(np.concatenate(means), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def resampled_differences(first: CountTable, second: CountTable, *, resamples: int, seed: int) -> NDArray[np.float64]:

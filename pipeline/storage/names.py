@@ -30,3 +30,6 @@ CHECKPOINT_FOLDER = "artifacts/checkpoint"
 
 REPORT_FILE = "report.html"
 BACKBONE_FILE = "backbone.safetensors"
+STUDY_TABLE = "study.parquet"
+STUDY_TEXT = "study.md"
+STUDY_PAGE = "study.html"

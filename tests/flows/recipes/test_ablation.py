@@ -1,0 +1,82 @@
+"""The recipe of ablations: its cells, what is trained again when rows or seeds come, and what it leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from flows.cli import main
+from tests.faults.kill_flow import EXPERIMENT
+
+
+def facts(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    capfd.readouterr()
+    main([*arguments, "--json"])
+    return json.loads(capfd.readouterr().out)
+
+
+def written(folder: Path, variants: dict[str, Any], seeds: list[int]) -> str:
+    experiment = {**EXPERIMENT, "recipe": "ablation", "seeds": seeds, "variants": variants, "name": "rows"}
+    del experiment["tune"]
+    experiment["train"] = {**experiment["train"], "steps": 2, "validate_every_steps": 2}
+    experiment["data"] = {**experiment["data"], "digits": {"num_train": 4, "num_val": 2, "image_size": 96}}
+    (folder / "rows.yaml").write_text(yaml.safe_dump(experiment))
+    return str(folder / "rows.yaml")
+
+
+def test_ablation__cells_are_trained_once_and_the_table_holds_them_all(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    workspace = ("--workspace", str(tmp_path / "ws"))
+    full = {"structure": "cascade", "out_layers": [1, 3]}
+    linear = {"structure": "linear", "out_layers": [3], "loss": {"cross_entropy": 1.0}}
+    summary = facts(capfd, "run", written(tmp_path, {"full": full, "linear": linear}, [3]), *workspace)
+    rows = pq.read_table(f"{summary['study']}/study.parquet").to_pylist()
+    assert [(row["variant"], row["seeds"], row["weights"]) for row in rows] == [
+        ("full", [3], "random"),
+        ("linear", [3], "random"),
+    ]
+    assert set(summary["evaluations"]) == {"full-3", "linear-3"}
+    for row in rows:
+        assert row["mious"] == [summary["evaluations"][f"{row['variant']}-3"]["miou"]]
+        assert row["low"] <= row["miou"] <= row["high"]
+        assert row["steps"] == 2
+    assert "linear" in Path(summary["study"], "study.md").read_text()
+
+    # One more seed and one more row: the cells that there are stay as they are.
+    more = written(tmp_path, {"full": full, "linear": linear, "again": {**full, "start_from": "full"}}, [3, 4])
+    steps = {step["label"]: step for step in facts(capfd, "plan", more, *workspace)}
+    trained = {label: step["cached"] for label, step in steps.items() if label.startswith("train/")}
+    assert trained == {
+        "train/full-3": True,
+        "train/linear-3": True,
+        "train/again-3": False,
+        "train/full-4": False,
+        "train/linear-4": False,
+        "train/again-4": False,
+    }
+    assert steps["train/again-4"]["depends_on"] == ["prepare", "fetch_backbone", "train/full-4"]
+    assert not steps["study"]["cached"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["seeds=[1,1]"], "seeds [1, 1] must differ; the same seed trains the same model"),
+        (["tune.num_trials=2"], "tune.num_trials is 2, and recipe ablation searches nothing; set it to 0"),
+    ],
+)
+def test_ablation__what_it_asks_of_an_experiment(
+    changes: list[str], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = written(tmp_path, {"full": {"structure": "cascade", "out_layers": [1, 3]}}, [0])
+    overrides = [word for one in changes for word in ("--set", one)]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", config, *overrides, "--workspace", str(tmp_path / "ws")])
+    assert ended.value.code == 1
+    assert message in capfd.readouterr().err
