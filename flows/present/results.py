@@ -33,7 +33,8 @@ def print_results(console: Console, records: Mapping[str, Record]) -> None:
             case Report():
                 console.print(f"report    {record.uri}", markup=False, soft_wrap=True)
             case Study():
-                console.print(storage.read_text(storage.join(record.uri, STUDY_TEXT)), markup=False, soft_wrap=True)
+                table = storage.read_bytes(storage.join(record.uri, STUDY_TEXT)).decode()
+                console.print(table, markup=False, soft_wrap=True)
                 console.print(f"study     {record.uri}", markup=False, soft_wrap=True)
 
 
@@ -58,7 +59,8 @@ def facts(records: Mapping[str, Record]) -> dict[str, Any]:
 
 def _evaluations(records: Mapping[str, Record]) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
     """Those of the variants by their steps' names, "full", and those by `evaluate.also`, each "full/multi_scale"."""
-    found = {label.partition("/")[2]: record for label, record in records.items() if isinstance(record, Evaluation)}
+    scored = {label: record for label, record in records.items() if isinstance(record, Evaluation)}
+    found = {label.partition("/")[2] or record.variant: record for label, record in scored.items()}
     also = {name: record for name, record in found.items() if "/" in name}
     return {name: record for name, record in found.items() if name not in also}, also
 
