@@ -17,7 +17,9 @@ from tests.faults.kill_flow import EXPERIMENT
 def facts(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
     capfd.readouterr()
     main([*arguments, "--json"])
-    return json.loads(capfd.readouterr().out)
+    said = capfd.readouterr().out
+    # What workers print reaches standard output here, where it is not the process's own.
+    return json.loads(said[min(said.index(f"{bracket}\n") for bracket in "{[" if f"{bracket}\n" in said) :])
 
 
 def written(folder: Path, variants: dict[str, Any], seeds: list[int]) -> str:
