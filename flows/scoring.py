@@ -159,7 +159,7 @@ def find_scored(tracking: Tracking, model: str, run_id: str) -> Scored:
                 return Scored(checkpoint, evaluation, shard_sets[0])
     raise UserError(
         f"run {tree.run.run_id[:12]} ({tree.run.flow}) did not score {model}; score it with segvit evaluate, or name "
-        "that run with --evaluation"
+        "the run that did with --evaluation"
     )
 
 

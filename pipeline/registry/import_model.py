@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint, ShardSet
 from pipeline.shards.shards import read_manifest
-from pipeline.storage.names import CONFIG_FILE, WEIGHTS_FILE
+from pipeline.storage.names import CHECKPOINT_FILES, CONFIG_FILE, WEIGHTS_FILE
 from pipeline.workflow.lease import Lease
 from segvit.checkpoint import read_config
 
@@ -32,8 +33,8 @@ def import_folder(source_uri: str, digest: str, target_uri: str, lease: Lease) -
             raise UserError(f"{source_uri}/{WEIGHTS_FILE} has changed meanwhile; run again")
         own = Path(scratch) / "checkpoint"
         own.mkdir()
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
-            (own / file).write_bytes((source / file).read_bytes())
+        for file in CHECKPOINT_FILES:
+            shutil.copyfile(source / file, own / file)
         lease.check()
         storage.publish_folder(own, target_uri, last=CONFIG_FILE)
     return Checkpoint(

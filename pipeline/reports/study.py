@@ -50,7 +50,8 @@ class StudyRow(Record):
         miou: mean over the seeds; `low` and `high` bound it, drawn over seeds and images.
         mious: one a seed, in the order of `seeds`.
         train_seconds: mean of a training; of what the variant started from, nothing is counted.
-        steps: optimizer steps of one training.
+        step: of the checkpoint that was scored, of the first seed; with `train.keep: best` training may have gone on.
+        latency_ms: the least over the seeds, whose models cost the same.
     """
 
     variant: str
@@ -63,7 +64,7 @@ class StudyRow(Record):
     parameters: int
     latency_ms: float
     latency_reliable: bool
-    steps: int
+    step: int
     train_seconds: float
     started_from: str | None
     weights: str
@@ -87,7 +88,7 @@ def study_row(variant: str, cells: Sequence[Cell]) -> StudyRow:
         parameters=first.parameters,
         latency_ms=min(one.latency_ms for one in evaluations),
         latency_reliable=all(one.latency_reliable for one in evaluations),
-        steps=cells[0].checkpoint.step,
+        step=cells[0].checkpoint.step,
         train_seconds=sum(cell.checkpoint.train_seconds for cell in cells) / len(cells),
         started_from=cells[0].checkpoint.started_from,
         weights=cells[0].weights,
@@ -117,7 +118,7 @@ def cells_of(row: StudyRow) -> tuple[str, ...]:
         f"{row.gflops:.2f}",
         f"{row.parameters / 1e6:.2f} M",
         latency_text(row.latency_ms, row.latency_reliable),
-        f"{row.steps:,} steps, {row.train_seconds:.0f} s" + (f", from {row.started_from}" if row.started_from else ""),
+        f"step {row.step:,}, {row.train_seconds:.0f} s" + (f", from {row.started_from}" if row.started_from else ""),
         row.weights,
     )
 

@@ -47,7 +47,7 @@ def test_ablation__cells_are_trained_once_and_the_table_holds_them_all(
     for row in rows:
         assert row["mious"] == [summary["evaluations"][f"{row['variant']}-3"]["miou"]]
         assert row["low"] <= row["miou"] <= row["high"]
-        assert row["steps"] == 2
+        assert row["step"] == 2
     assert "linear" in Path(summary["study"], "study.md").read_text()
 
     # One more seed and one more row: the cells that there are stay as they are.

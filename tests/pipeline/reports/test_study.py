@@ -70,7 +70,7 @@ def test_study_row__means_over_the_seeds(tmp_path: Path) -> None:
     assert row.mious == tuple(cell.evaluation.miou for cell in cells)
     assert row.miou == pytest.approx(sum(row.mious) / 2)
     assert row.low < row.miou < row.high
-    assert (row.seeds, row.steps, row.train_seconds, row.latency_ms) == ((0, 1), 40, 105.0, 10.0)
+    assert (row.seeds, row.step, row.train_seconds, row.latency_ms) == ((0, 1), 40, 105.0, 10.0)
     assert (row.started_from, row.weights, row.num_images) == ("full", "random", NUM_IMAGES)
 
 
@@ -119,7 +119,7 @@ def test_write_study__the_table_in_three_forms(tmp_path: Path) -> None:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1] == f"{rows[1].miou:.3f}"
     assert cells[2] == f"{rows[1].low:.3f} to {rows[1].high:.3f}"
-    assert cells[4:] == ["2.50", "1.50 M", "10.0 ms", "40 steps, 105 s, from full", "random"]
+    assert cells[4:] == ["2.50", "1.50 M", "10.0 ms", "step 40, 105 s, from full", "random"]
     shown = page("parts <of> shrunk", rows)
     assert "parts &lt;of&gt; shrunk" in shown
     assert shown.count("<svg") == 1
