@@ -233,19 +233,3 @@ def test_evaluate_settings__what_is_asked_replaces_what_the_experiment_says() ->
     whole = evaluate_settings(found.model_dump(mode="json"), {**asked, "stride": None, "window": "whole"})
     assert whole.inference.options() == {"resize": [128, 96], "scales": [0.5, 1.0]}
     assert pixels("--window", "512") == [512, 512]
-
-
-def test_check_classes__other_classes_are_refused(
-    flow_run: FlowRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from pipeline.evaluation.evaluate import check_classes
-    from pipeline.records import Checkpoint
-
-    checkpoint = Checkpoint.model_validate(records_of(flow_run, capfd)["train/full"])
-    config = json.loads(Path(checkpoint.uri, "config.json").read_text())
-    names = config["metadata"]["class_names"]
-    check_classes(checkpoint, config, "digits", names)
-    with pytest.raises(UserError, match=r"^full tells 11 classes apart, digits has 10; score it on the data set that"):
-        check_classes(checkpoint, config, "digits", names[:-1])
-    with pytest.raises(UserError, match=r"^class 1 of full is 'one', of digits 'two'; score it on data with the same"):
-        check_classes(checkpoint, config, "digits", [names[0], names[2], names[1], *names[3:]])

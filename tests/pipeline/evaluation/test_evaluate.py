@@ -11,8 +11,9 @@ from PIL import Image
 
 import segvit
 from pipeline.config import EvaluateConfig, InferenceConfig, RuntimeConfig
-from pipeline.evaluation.evaluate import evaluate_part, write_evaluation_folder
-from pipeline.records import ShardSet
+from pipeline.errors import UserError
+from pipeline.evaluation.evaluate import check_classes, evaluate_part, write_evaluation_folder
+from pipeline.records import Checkpoint, ShardSet
 from pipeline.training.job import TrainJob
 from pipeline.training.trainer import build_job_model
 from segvit.metrics import ConfusionMatrix
@@ -94,3 +95,14 @@ def test_write_evaluation_folder__files_hold_what_was_counted(
                 assert image.size == (96, 96)
     labels = np.load(tmp_path / "out" / "probe" / "labels.npy", allow_pickle=False)
     assert (labels == np.stack([example.predicted for example in part.probe])).all()
+
+
+def test_check_classes__other_classes_are_refused() -> None:
+    full = Checkpoint.model_construct(variant="full")
+    config = {"num_classes": 3, "metadata": {"class_names": ["zero", "one", "two"]}}
+    check_classes(full, config, "digits", ["zero", "one", "two"])
+    check_classes(full, {"num_classes": 2, "metadata": {}}, "digits", ["any", "names"])
+    with pytest.raises(UserError, match=r"^full tells 3 classes apart, digits has 2; score it on the data set that"):
+        check_classes(full, config, "digits", ["zero", "one"])
+    with pytest.raises(UserError, match=r"^class 1 of full is 'one', of digits 'two'; score it on data with the same"):
+        check_classes(full, config, "digits", ["zero", "two", "one"])
