@@ -169,6 +169,12 @@ def downsampling_ablations() -> Iterator[Ablation]:
                 MASK_LOSS,
                 f"downsampling with {queries} queries before block {block}, ATM on its result",
             )
+    yield (
+        "ablation_qd_nearest_keys_at_8",
+        LARGE_NAIVE_QD.replace(shrink_keys=True),
+        MASK_LOSS,
+        "downsampling of queries, keys and values alike before block 8, ATM on its result",
+    )
 
 
 def shrunk_ablations() -> Iterator[Ablation]:

@@ -31,11 +31,14 @@ class Downsampling(NamedTuple):
         block: 0-based block inside which tokens are left out.
         queries: how the queries of that block are made, see `GridDownsampling`.
         patches: which of the patches stay; None: those that `queries` makes, half the grid.
+        keys: whether that block's keys and values are those of the queries too, or of all tokens. Only without
+            `patches`.
     """
 
     block: int
     queries: ShrinkQueries = "nearest"
     patches: PatchChoice | None = None
+    keys: bool = False
 
 
 class PatchChoice(NamedTuple):
@@ -56,27 +59,29 @@ class PatchChoice(NamedTuple):
     def keep(self, patches: Tensor, grid: tuple[int, int]) -> KeptPatches:
         """Choose of the patches (B, h*w, C), as they are before the block that leaves others out; M for each image."""
         normed = F.layer_norm(at_least_float32(patches), patches.shape[-1:])
-        sampled = sampled_patches(grid, self.stride, patches.device).expand(len(patches), -1)
         num_patches = grid[0] * grid[1]
+        sampled = sampled_patches(grid, self.stride, patches.device).expand(len(patches), -1)
         edges, unlike = (
             min(round(share * num_patches), num_patches - sampled.shape[1]) for share in (self.edges, self.unlike)
         )
         places = sampled
         if edges:
             places = torch.cat((sampled, highest(edge_strength(normed, grid, self.window), sampled, edges)), dim=1)
-        likeness = [likeness_to(normed, places, grid)]
-        stood_for = likeness[0].logsumexp(2)
+        likeness_to = Likeness(normed, grid)
+        likeness = [likeness_to(places)]
+        # How well all that stay stand for each patch; those that stay need no other.
+        stood_for = likeness[0].exp().sum(1).scatter(1, places, torch.inf)
         unlike = min(unlike, num_patches - places.shape[1])
         rounds = min(ROUNDS, unlike)
-        for chosen in range(rounds):
-            count = unlike * (chosen + 1) // rounds - unlike * chosen // rounds
-            more = highest(-stood_for, places, count)
-            places = torch.cat((places, more), dim=1)
-            likeness.append(likeness_to(normed, more, grid))
-            stood_for = torch.logaddexp(stood_for, likeness[-1].logsumexp(2))
-        stays = torch.zeros(len(patches), num_patches, device=patches.device).scatter(1, places, 1.0)
-        left_out = stays.argsort(dim=1)[:, : num_patches - places.shape[1]]
-        stand_ins = rows_at(torch.cat(likeness, dim=2), left_out).softmax(2)
+        chosen = [places]
+        for number in range(rounds):
+            count = unlike * (number + 1) // rounds - unlike * number // rounds
+            chosen.append(stood_for.topk(count, dim=1, largest=False).indices)
+            likeness.append(likeness_to(chosen[-1]))
+            stood_for = (stood_for + likeness[-1].exp().sum(1)).scatter(1, chosen[-1], torch.inf)
+        places = torch.cat(chosen, dim=1)
+        left_out = stood_for.topk(num_patches - places.shape[1], dim=1, largest=False).indices
+        stand_ins = rows_at(torch.cat(likeness, dim=1).transpose(1, 2), left_out).softmax(2)
         return KeptPatches(places, left_out, patches, stand_ins)
 
 
@@ -88,7 +93,7 @@ def halved_grid(grid: tuple[int, int]) -> tuple[int, int]:
 class GridDownsampling(nn.Module):
     """Patches of half the resolution: the queries, and the residual, of the downsampling block.
 
-    Keys and values of that block come from all tokens, and prefix tokens stay queries.
+    Prefix tokens stay queries.
 
     Args:
         kind: ``nearest`` keeps the top-left of each 2 x 2 patches (the published choice), ``average`` takes their
@@ -169,16 +174,34 @@ def highest(scores: Tensor, places: Tensor, count: int) -> Tensor:
     return scores.scatter(1, places, -torch.inf).topk(count, dim=1).indices
 
 
-def likeness_to(normed: Tensor, places: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, h*w, M): how well the patches `places` (B, M) stand for each of the layer-normed ones (B, h*w, C).
+class Likeness:
+    """How well patches stand for each other: logits, by `LIKENESS` and `DISTANCE`, that are called by indices.
 
-    Logits by `LIKENESS` and `DISTANCE`. The log of the summed exponentials tells how well a patch is stood for by all.
+    Args:
+        normed: The layer-normed patches (B, h*w, C).
+        grid: (h, w).
     """
-    alike = normed @ rows_at(normed, places).transpose(1, 2)
-    rows = torch.arange(grid[0], dtype=normed.dtype, device=normed.device).repeat_interleave(grid[1])
-    columns = torch.arange(grid[1], dtype=normed.dtype, device=normed.device).repeat(grid[0])
-    distance = sum((line[:, None] - line[places].unsqueeze(1)).square() for line in (rows, columns))
-    return alike * (LIKENESS / normed.shape[2]) - DISTANCE * distance
+
+    def __init__(self, normed: Tensor, grid: tuple[int, int]) -> None:
+        self.grid = grid
+        self.scaled = normed * (LIKENESS / normed.shape[2]) ** 0.5
+        rows, columns = (torch.arange(cells, dtype=normed.dtype, device=normed.device) for cells in grid)
+        # (h*w, h) and (h*w, w): what the distance in rows, and that in columns, takes away.
+        self.row_distance = _distances(rows.repeat_interleave(grid[1]), rows)
+        self.column_distance = _distances(columns.repeat(grid[0]), columns)
+
+    def __call__(self, places: Tensor) -> Tensor:
+        """(B, M, h*w): how well the patches `places` (B, M) stand for each patch.
+
+        The sum of the exponentials over M tells how well a patch is stood for by all of them.
+        """
+        alike = torch.unflatten(rows_at(self.scaled, places) @ self.scaled.transpose(1, 2), 2, self.grid)
+        apart = self.row_distance[places].unsqueeze(3), self.column_distance[places].unsqueeze(2)
+        return (alike - apart[0] - apart[1]).flatten(2)
+
+
+def _distances(lines: Tensor, others: Tensor) -> Tensor:
+    return DISTANCE * (lines[:, None] - others).square()
 
 
 def sampled_patches(grid: tuple[int, int], stride: int, device: torch.device) -> Tensor:

@@ -110,6 +110,7 @@ class PlainBackbone(Backbone):
         set_drop_path(list(vit.blocks), drop_path_rate)
         if downsampling is not None and downsampling.patches is None:
             self.downsampling = GridDownsampling(downsampling.queries, vit.embed_dim)
+            self.shrink_keys = downsampling.keys
         self.num_unused_tokens = 1 if vit.cls_token is not None and not class_token else 0
         self.num_prefix_tokens: int = vit.num_prefix_tokens - self.num_unused_tokens
         self._cut(max(out_layers) + 1)
@@ -160,11 +161,12 @@ class PlainBackbone(Backbone):
     ) -> tuple[Tensor, TokenPositions]:
         """Tokens (B, prefix + h*w, C) after the downsampling block, (B, prefix + h/2*w/2, C), and their positions."""
         assert self.shrink_at is not None
-        prefix = self.num_prefix_tokens
+        prefix, block = self.num_prefix_tokens, self.vit.blocks[self.shrink_at]
+        queries, halved = self.downsampling(tokens, grid, prefix), positions.halved(grid)
+        if self.shrink_keys:
+            return run_block(block, queries, halved.of_block(self.shrink_at), prefix), halved
         block_positions = downsampled_positions(positions.of_block(self.shrink_at), grid, prefix, self.downsampling)
-        queries = self.downsampling(tokens, grid, prefix)
-        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, block_positions, prefix)
-        return tokens, positions.halved(grid)
+        return query_block(block, queries, tokens, block_positions, prefix), halved
 
     def leave_out(self, tokens: Tensor, positions: TokenPositions, places: Tensor) -> tuple[Tensor, TokenPositions]:
         """As `downsample`, but the patches `places` (B, M) stay: (B, prefix + M, C), and their positions."""

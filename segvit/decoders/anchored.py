@@ -147,6 +147,8 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
                 f"shrink_queries {self.shrink_queries} does not go with structure anchored, whose tokens stand at "
                 "patches; leave it out, or use nearest"
             )
+        if self.shrink_keys:
+            problems.append("shrink_keys does not go with structure anchored, whose tokens read all others first")
         return problems
 
     def downsampling(self, depth: int) -> Downsampling:

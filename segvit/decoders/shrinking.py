@@ -21,6 +21,8 @@ class ShrinkingDecoder(Decoder):
     shrink_queries: ShrinkQueries = "nearest"
     """Queries of that block: every second row and column, the average of each 2 x 2 tokens, or a learned 2 x 2
     convolution of stride 2."""
+    shrink_keys: bool = False
+    """Whether keys and values of that block are of the tokens that stay alone, which loses what the others hold."""
 
     def problems(self) -> list[str]:
         """See `Decoder`."""
@@ -30,4 +32,5 @@ class ShrinkingDecoder(Decoder):
 
     def downsampling(self, depth: int) -> Downsampling:
         """The block that the options name, or the one at a third of the depth, at least 1."""
-        return Downsampling(max(depth // 3, 1) if self.shrink_at is None else self.shrink_at, self.shrink_queries)
+        block = max(depth // 3, 1) if self.shrink_at is None else self.shrink_at
+        return Downsampling(block, self.shrink_queries, keys=self.shrink_keys)

@@ -108,7 +108,13 @@ def published_state_dict(model: SegViT) -> dict[str, Tensor]:
         ValueError: The model computes something that the format has no place for.
     """
     config = model.config
-    fixed = {"chain_stages": True, "share_queries": True, "accumulate_masks": True, "shrink_queries": "nearest"}
+    fixed = {
+        "chain_stages": True,
+        "share_queries": True,
+        "accumulate_masks": True,
+        "shrink_queries": "nearest",
+        "shrink_keys": False,
+    }
     values = config.to_dict()
     reasons = [f"{name} {values[name]}" for name, only in fixed.items() if values.get(name, only) != only]
     if config.structure not in PUBLISHED_STRUCTURES:

@@ -46,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_presets__there_are_54() -> None:
-    assert len(PRESETS) == 54
+    assert len(PRESETS) == 55
 
 
 def test_plan__every_preset_fits(

@@ -89,6 +89,24 @@ def test_nearest__equals_the_whole_block_at_the_kept_tokens(name: str, prefix: i
 
 
 @pytest.mark.parametrize(("name", "prefix"), FAMILIES)
+@pytest.mark.parametrize("keys", [False, True])
+@torch.no_grad()
+def test_downsampling__keys_of_all_tokens_or_of_those_that_stay(name: str, prefix: int, keys: bool) -> None:
+    grid = (3, 4)
+    vit = random_vit(name, grid)
+    backbone = PlainBackbone(vit, (1,), Downsampling(1, keys=keys)).eval()
+    positions = token_positions(vit, grid, prefix)
+    tokens = torch.randn(2, prefix + 12, 48)
+    shrunk, _ = backbone.downsample(tokens, positions, grid)
+    if keys:
+        there = positions.halved(grid).of_block(1)
+        alone = run_block(vit.blocks[1], halve_nearest(tokens, grid, prefix), there, prefix)
+        assert torch.equal(shrunk, alone)
+    tokens[:, prefix + 1] += 1.0  # of the second column, which is left out
+    assert torch.equal(backbone.downsample(tokens, positions, grid)[0], shrunk) == keys
+
+
+@pytest.mark.parametrize(("name", "prefix"), FAMILIES)
 @torch.no_grad()
 def test_patch_choice__patches_come_out_as_of_the_whole_block_and_stay_where_they_are(name: str, prefix: int) -> None:
     """In every family: the block that leaves patches out, and one after it whose attention sees those that stay."""

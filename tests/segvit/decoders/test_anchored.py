@@ -157,6 +157,7 @@ def test_anchored__reads_the_layers_of_a_cascade() -> None:
         ({"keep_edges": -0.1}, r"^keep_edges must be in \[0, 1\), got -0.1"),
         ({"keep_unlike": 1.5}, r"^keep_unlike must be in \[0, 1\), got 1.5; it is a share of the patches$"),
         ({"shrink_queries": "average"}, r"^shrink_queries average does not go with structure anchored"),
+        ({"shrink_keys": True}, r"^shrink_keys does not go with structure anchored"),
     ],
 )
 def test_anchored__rules_of_its_options(options: dict[str, Any], message: str) -> None:
