@@ -268,8 +268,9 @@ def report(
     evaluations: Sequence[Evaluation],
     versions: Sequence[ModelVersion],
     decision: PromotionDecision | None,
+    also: Mapping[str, Sequence[Evaluation]],
 ) -> Report:
-    """One HTML page about everything, in the workspace and on the flow's run."""
+    """One HTML page about everything, in the workspace and on the flow's run; `also`: other scores, by name."""
     from pipeline.reports.run_page import build_report, load_report_input
 
     client = context.tracking.client()
@@ -287,6 +288,7 @@ def report(
             evaluations=evaluations,
             versions=versions,
             decision=decision,
+            also=also,
         )
     ).encode()
     uri = context.output_uri(REPORT_FILE)

@@ -51,9 +51,15 @@ def ablation(flow: Graph, config: AblationConfig) -> None:
 
 def problems(config: AblationConfig) -> list[str]:
     """All rows train with the settings that the file gives them."""
-    if not config.tune.num_trials:
-        return []
-    return [f"tune.num_trials is {config.tune.num_trials}, and recipe ablation searches nothing; set it to 0"]
+    problems = []
+    if config.tune.num_trials:
+        problems.append(
+            f"tune.num_trials is {config.tune.num_trials}, and recipe ablation searches nothing; set it to 0"
+        )
+    if config.evaluate.also:
+        names = ", ".join(config.evaluate.also)
+        problems.append(f"evaluate.also {names} has no column in the table of recipe ablation; use evaluate.inference")
+    return problems
 
 
 RECIPE = Recipe(ablation, AblationConfig, problems)

@@ -134,4 +134,8 @@ def report(
         list(evaluations),
         list(versions),
         decision,
+        {
+            other: [flow.find(also_label(name, other)) for name in config.variants]
+            for other in (config.evaluate.also if evaluations else {})
+        },
     )

@@ -82,6 +82,10 @@ def _result_rows(report: ReportInput) -> list[ResultRow]:
     split = evaluations[0].split if evaluations else "val"
     return [
         measured(f"{split} mIoU", [item.miou for item in evaluations], _number, higher=True),
+        *(
+            measured(f"{split} mIoU, {name}", [item.also[name].miou for item in report.variants], _number, higher=True)
+            for name in sorted({name for item in report.variants for name in item.also})
+        ),
         measured("mAcc", [item.macc for item in evaluations], _number, higher=True),
         measured("aAcc", [item.aacc for item in evaluations], _number, higher=True),
         measured("boundary IoU", [item.boundary_iou for item in evaluations], _number, higher=True),

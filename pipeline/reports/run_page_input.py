@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +54,7 @@ class VariantReport:
         image_mious: mIoU of every image of the split.
         history: rows of history.jsonl, each with "step" and loss terms or "val_miou".
         paper: what the paper reports for the model, where it is one of the paper's.
+        also: scores of the same checkpoint predicted in other ways, by name.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +65,7 @@ class VariantReport:
     examples: tuple[Example, ...]
     history: tuple[Mapping[str, Any], ...]
     paper: segvit.PaperFigure | None = None
+    also: Mapping[str, Evaluation] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -106,6 +109,7 @@ def load_report_input(
     evaluations: Sequence[Evaluation],
     versions: Sequence[ModelVersion] = (),
     decision: PromotionDecision | None = None,
+    also: Mapping[str, Sequence[Evaluation]] = MappingProxyType({}),
 ) -> ReportInput:
     """Read the files that the records name; variants keep the order of `evaluations`.
 
@@ -119,7 +123,10 @@ def load_report_input(
         checkpoint = by_variant.get(evaluation.variant)
         if checkpoint is None or checkpoint.digest != evaluation.checkpoint_digest:
             raise ValueError(f"evaluation of variant {evaluation.variant!r} has no matching checkpoint; pass both")
-        variants.append(_load_variant(checkpoint, evaluation, registered.get(evaluation.variant)))
+        others = {
+            name: one for name, scored in also.items() for one in scored if one.checkpoint_digest == checkpoint.digest
+        }
+        variants.append(_load_variant(checkpoint, evaluation, registered.get(evaluation.variant), others))
     trials = None
     if search is not None:
         trials = read_search(search.trials_uri.rpartition("/")[0], run_id, experiment, RunState.FINISHED)
@@ -139,7 +146,9 @@ def load_report_input(
     )
 
 
-def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: ModelVersion | None) -> VariantReport:
+def _load_variant(
+    checkpoint: Checkpoint, evaluation: Evaluation, version: ModelVersion | None, also: Mapping[str, Evaluation]
+) -> VariantReport:
     folder = evaluation.uri
     confusion = read_json(join(folder, CONFUSION_FILE))
     examples = [
@@ -161,6 +170,7 @@ def _load_variant(checkpoint: Checkpoint, evaluation: Evaluation, version: Model
         examples=tuple(examples),
         history=tuple(json.loads(line) for line in history if line.strip()),
         paper=figure_of(checkpoint),
+        also=also,
     )
 
 

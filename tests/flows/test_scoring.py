@@ -25,16 +25,9 @@ from pipeline.workflow.tracking import Tracking
 from segvit.metrics import ConfusionMatrix, segmentation_metrics
 from tests.conftest import FlowRun
 from tests.faults.kill_flow import NAME
+from tests.flows.facts import facts
 
 FIGURES = ("miou", "macc", "aacc", "boundary_iou", "per_class_iou", "per_class_accuracy", "num_images", "data_digest")
-
-
-def facts(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    capfd.readouterr()
-    main([*arguments, "--json"])
-    said = capfd.readouterr().out
-    # What workers print reaches standard output here, where it is not the process's own.
-    return json.loads(said[min(said.index(f"{bracket}\n") for bracket in "{[" if f"{bracket}\n" in said) :])
 
 
 def figures(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,7 @@ import yaml
 
 from flows.cli import main
 from tests.faults.kill_flow import EXPERIMENT
-
-
-def facts(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    capfd.readouterr()
-    main([*arguments, "--json"])
-    said = capfd.readouterr().out
-    # What workers print reaches standard output here, where it is not the process's own.
-    return json.loads(said[min(said.index(f"{bracket}\n") for bracket in "{[" if f"{bracket}\n" in said) :])
+from tests.flows.facts import facts
 
 
 def written(folder: Path, variants: dict[str, Any], seeds: list[int]) -> str:
@@ -70,6 +62,7 @@ def test_ablation__cells_are_trained_once_and_the_table_holds_them_all(
     ("changes", "message"),
     [
         (["seeds=[1,1]"], "seeds [1, 1] must differ; the same seed trains the same model"),
+        (["evaluate.also.flipped={flip: true}"], "evaluate.also flipped has no column in the table of recipe ablation"),
         (["tune.num_trials=2"], "tune.num_trials is 2, and recipe ablation searches nothing; set it to 0"),
     ],
 )

@@ -13,12 +13,7 @@ import yaml
 from flows.cli import main
 from tests.conftest import FlowRun
 from tests.faults.kill_flow import EXPERIMENT, NAME, STEPS
-
-
-def facts(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:
-    capfd.readouterr()
-    main([*arguments, "--json"])
-    return json.loads(capfd.readouterr().out)
+from tests.flows.facts import facts
 
 
 def test_run__second_time_reuses_every_step_without_ray(flow_run: FlowRun, capfd: pytest.CaptureFixture[str]) -> None:

@@ -148,6 +148,15 @@ def test_report__the_paper_s_figures_stand_beside_those_of_its_models(tmp_path: 
     }
 
 
+def test_report__other_ways_of_predicting_stand_beside_the_one_that_counts(tmp_path: Path) -> None:
+    arguments = write_run(tmp_path)
+    evaluations = arguments["evaluations"]
+    flipped = [one.model_copy(update={"inference": {"flip": True}, "miou": one.miou + 0.01}) for one in evaluations]
+    page = Page(build_report(load_report_input(**arguments, also={"with_flip": flipped[::-1]})))
+    assert page.row("val mIoU, with_flip") == [f"{one.miou:.3f}" for one in flipped]
+    assert page.row("val mIoU") == [f"{one.miou:.3f}" for one in evaluations]
+
+
 def _history(rng: np.random.Generator, num_steps: int, index: int) -> str:
     rows: list[dict[str, Any]] = []
     for step in range(1, num_steps + 1):
