@@ -309,7 +309,7 @@ def study(
     backbones: Sequence[BackboneRecord],
 ) -> Study:
     """The table of an ablation, one entry of each sequence a training."""
-    from pipeline.reports.study import Cell, study_row, write_study
+    from pipeline.reports.study import Cell, study_rows, write_study
 
     rows: dict[str, list[Cell]] = {}
     columns = zip(variants, seeds, checkpoints, evaluations, backbones, strict=True)
@@ -318,7 +318,7 @@ def study(
         rows.setdefault(variant, []).append(Cell(seed, checkpoint, evaluation, weights))
     context.lease.check()
     uri = context.output_uri()
-    return Study(uri=uri, digest=write_study(experiment, [study_row(*row) for row in rows.items()], uri))
+    return Study(uri=uri, digest=write_study(experiment, study_rows(rows), uri))
 
 
 def _runtime(context: StepContext) -> RuntimeConfig:

@@ -60,17 +60,27 @@ def difference_interval(
 
 
 def mean_interval(
-    tables: Sequence[CountTable], *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = SEED
+    tables: Sequence[CountTable],
+    against: Sequence[CountTable] = (),
+    *,
+    resamples: int = RESAMPLES,
+    confidence: float = CONFIDENCE,
+    seed: int = SEED,
 ) -> tuple[float, float]:
     """The percentile interval of the mean mIoU of models that were trained alike but for their seeds.
 
     A resample draws as many images and as many models as there are, both with replacement; so with one model it tells
-    how sure the images make its mIoU, with several also how much another training would change it.
+    how sure the images make its mIoU, with several also how much another training would change it. `against`: as
+    many models of another kind, trained with the same seeds in the same order, whose mean mIoU in the same resample is
+    subtracted.
 
     Raises ValueError where the tables' rows are not the same images, or where there is none.
     """
-    if not tables or any(table.keys != tables[0].keys for table in tables) or not tables[0].keys:
+    whole = [*tables, *against]
+    if not tables or any(table.keys != whole[0].keys for table in whole) or not whole[0].keys:
         raise ValueError("the tables of an interval must hold the same images, at least one")
+    if against and len(against) != len(tables):
+        raise ValueError(f"{len(tables)} models against {len(against)}; each needs the other of its seed")
     rng = np.random.default_rng(seed)
     num_images, num_models = len(tables[0].keys), len(tables)
     means = []
@@ -78,11 +88,21 @@ def mean_interval(
         size = min(batch, resamples - start)
         images = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=size).astype(np.float64)
         models = rng.multinomial(num_models, np.full(num_models, 1 / num_models), size=size) / num_models
-        mious = [_mean_iou(images @ one.intersection, images @ one.union) for one in tables]
-        means.append((np.stack(mious, axis=1) * models).sum(1))
+        means.append(_weighted_mean_iou(tables, images, models))
+        if against:
+            means[-1] -= _weighted_mean_iou(against, images, models)
     tail = (1 - confidence) / 2
     low, high = np.nanquantile(np.concatenate(means), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _weighted_mean_iou(
+    tables: Sequence[CountTable], images: NDArray[np.float64], models: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(R,): mIoU under the weights of the images (R, n), averaged over the models by theirs (R, models)."""
+    mious = [_mean_iou(images @ one.intersection, images @ one.union) for one in tables]
+    mean: NDArray[np.float64] = (np.stack(mious, axis=1) * models).sum(1)
+    return mean
 
 
 def resampled_differences(first: CountTable, second: CountTable, *, resamples: int, seed: int) -> NDArray[np.float64]:

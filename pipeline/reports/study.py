@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from pipeline import storage
 from pipeline.evaluation.bootstrap import mean_interval
-from pipeline.evaluation.per_image import read_counts
+from pipeline.evaluation.per_image import CountTable, read_counts
 from pipeline.records import Checkpoint, Evaluation, Record, latency_text
 from pipeline.reports.pages import render_page
 from pipeline.reports.style import WIDTH_IN, colours_of, plot_style, svg
@@ -24,6 +24,7 @@ HEADINGS = (
     "variant",
     "val mIoU",
     "95 % interval",
+    "against the first row",
     "each seed",
     "GFLOPs",
     "parameters",
@@ -49,6 +50,8 @@ class StudyRow(Record):
     Attributes:
         miou: mean over the seeds; `low` and `high` bound it, drawn over seeds and images.
         mious: one a seed, in the order of `seeds`.
+        difference: of the mean from that of the study's first variant, which has none; bounded likewise, in resamples
+            that are the same for both.
         train_seconds: mean of a training; of what the variant started from, nothing is counted.
         step: of the checkpoint that was scored, of the first seed; with `train.keep: best` training may have gone on.
         latency_ms: the least over the seeds, whose models cost the same.
@@ -60,6 +63,9 @@ class StudyRow(Record):
     low: float
     high: float
     mious: tuple[float, ...]
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
     gflops: float
     parameters: int
     latency_ms: float
@@ -72,18 +78,42 @@ class StudyRow(Record):
     num_images: int
 
 
-def study_row(variant: str, cells: Sequence[Cell]) -> StudyRow:
-    """A variant's row, from what its trainings left; raises UserError where counts of single images are gone."""
+def study_rows(cells: Mapping[str, Sequence[Cell]]) -> list[StudyRow]:
+    """A row a variant, from what its trainings left, one a seed and the seeds alike.
+
+    Raises UserError where counts of single images are gone.
+    """
+    rows: list[StudyRow] = []
+    baseline: list[CountTable] = []
+    for variant, trained in cells.items():
+        tables = [read_counts(cell.evaluation) for cell in trained]
+        rows.append(_study_row(variant, trained, tables, rows[0].miou if rows else None, baseline))
+        baseline = baseline or tables
+    return rows
+
+
+def _study_row(
+    variant: str,
+    cells: Sequence[Cell],
+    tables: Sequence[CountTable],
+    baseline_miou: float | None,
+    baseline: Sequence[CountTable],
+) -> StudyRow:
     evaluations = [cell.evaluation for cell in cells]
-    low, high = mean_interval([read_counts(evaluation) for evaluation in evaluations])
+    low, high = mean_interval(tables)
+    difference_low, difference_high = mean_interval(tables, baseline) if baseline else (None, None)
+    miou = sum(one.miou for one in evaluations) / len(cells)
     first = evaluations[0]
     return StudyRow(
         variant=variant,
         seeds=tuple(cell.seed for cell in cells),
-        miou=sum(one.miou for one in evaluations) / len(cells),
+        miou=miou,
         low=low,
         high=high,
         mious=tuple(one.miou for one in evaluations),
+        difference=None if baseline_miou is None else miou - baseline_miou,
+        difference_low=difference_low,
+        difference_high=difference_high,
         gflops=first.gflops,
         parameters=first.parameters,
         latency_ms=min(one.latency_ms for one in evaluations),
@@ -114,6 +144,9 @@ def cells_of(row: StudyRow) -> tuple[str, ...]:
         row.variant,
         f"{row.miou:.3f}",
         f"{row.low:.3f} to {row.high:.3f}",
+        ""
+        if row.difference is None
+        else f"{row.difference:+.3f} ({row.difference_low:+.3f} to {row.difference_high:+.3f})",
         ", ".join(f"{miou:.3f}" for miou in row.mious),
         f"{row.gflops:.2f}",
         f"{row.parameters / 1e6:.2f} M",

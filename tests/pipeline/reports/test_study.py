@@ -13,7 +13,7 @@ from pipeline import storage
 from pipeline.evaluation.bootstrap import mean_interval
 from pipeline.evaluation.per_image import CountTable, ImageCounts, read_counts, write_counts
 from pipeline.records import Checkpoint, Evaluation
-from pipeline.reports.study import Cell, markdown, page, study_row, write_study
+from pipeline.reports.study import Cell, markdown, page, study_rows, write_study
 from segvit.metrics import segmentation_metrics
 
 NUM_IMAGES = 12
@@ -66,7 +66,7 @@ def scored(folder: Path, variant: str, seed: int, accuracy: float) -> Cell:
 
 def test_study_row__means_over_the_seeds(tmp_path: Path) -> None:
     cells = [scored(tmp_path, "shrunk", seed, 0.7 + 0.1 * seed) for seed in (0, 1)]
-    row = study_row("shrunk", cells)
+    [row] = study_rows({"shrunk": cells})
     assert row.mious == tuple(cell.evaluation.miou for cell in cells)
     assert row.miou == pytest.approx(sum(row.mious) / 2)
     assert row.low < row.miou < row.high
@@ -98,13 +98,42 @@ def test_mean_interval__other_images_are_refused(tmp_path: Path) -> None:
     for tables in ([table, other], []):
         with pytest.raises(ValueError, match="must hold the same images, at least one"):
             mean_interval(tables)
+    with pytest.raises(ValueError, match="2 models against 1; each needs the other of its seed"):
+        mean_interval([table, table], [table])
+
+
+def test_study_rows__differences_from_the_first_are_paired_by_image_and_seed(tmp_path: Path) -> None:
+    cells = {
+        name: [scored(tmp_path, name, seed, 0.6 + 0.2 * seed + above) for seed in (0, 1)]
+        for name, above in {"first": 0.0, "second": 0.05}.items()
+    }
+    first, second = study_rows(cells)
+    assert (first.difference, first.difference_low, first.difference_high) == (None, None, None)
+    assert second.difference == pytest.approx(second.miou - first.miou)
+    assert second.difference_low is not None
+    assert second.difference_high is not None
+    # Seeds differ by 0.2, images by 0.1, but not the difference: by hand, with another generator.
+    rng = np.random.default_rng(3)
+    tables = {name: [read_counts(cell.evaluation) for cell in row] for name, row in cells.items()}
+
+    def miou(table: CountTable, images: np.ndarray) -> float:
+        return float((table.intersection[images].sum(0) / table.union[images].sum(0)).mean())
+
+    found = []
+    for _ in range(4000):
+        images, models = rng.integers(0, NUM_IMAGES, NUM_IMAGES), rng.integers(0, 2, 2)
+        means = [np.mean([miou(tables[name][model], images) for model in models]) for name in ("second", "first")]
+        found.append(means[0] - means[1])
+    bounds = (second.difference_low, second.difference_high)
+    assert bounds == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.004)
+    assert bounds[1] - bounds[0] < 0.5 * (second.high - second.low)
 
 
 def test_write_study__the_table_in_three_forms(tmp_path: Path) -> None:
-    rows = [
-        study_row("full", [scored(tmp_path, "full", seed, 0.85) for seed in (0, 1)]),
-        study_row("shrunk", [scored(tmp_path, "shrunk", seed, 0.8) for seed in (0, 1)]),
-    ]
+    levels = {"full": 0.85, "shrunk": 0.8}
+    rows = study_rows(
+        {name: [scored(tmp_path, name, seed, level) for seed in (0, 1)] for name, level in levels.items()}
+    )
     target = str(tmp_path / "study")
     digest = write_study("parts <of> shrunk", rows, target)
     content = storage.read_bytes(f"{target}/study.parquet")
@@ -119,7 +148,8 @@ def test_write_study__the_table_in_three_forms(tmp_path: Path) -> None:
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[1] == f"{rows[1].miou:.3f}"
     assert cells[2] == f"{rows[1].low:.3f} to {rows[1].high:.3f}"
-    assert cells[4:] == ["2.50", "1.50 M", "10.0 ms", "step 40, 105 s, from full", "random"]
+    assert cells[3] == f"{rows[1].difference:+.3f} ({rows[1].difference_low:+.3f} to {rows[1].difference_high:+.3f})"
+    assert cells[5:] == ["2.50", "1.50 M", "10.0 ms", "step 40, 105 s, from full", "random"]
     shown = page("parts <of> shrunk", rows)
     assert "parts &lt;of&gt; shrunk" in shown
     assert shown.count("<svg") == 1
