@@ -22,7 +22,7 @@ def search_view(summary: SearchSummary) -> Group:
     )
     table = Table()
     table.add_column("trial")
-    for heading in (*short_names(summary.space).values(), "val mIoU", "steps", "took"):
+    for heading in (*short_names(summary.space).values(), "mIoU", "steps", "took"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state")
     table.add_column("cause", overflow="fold")

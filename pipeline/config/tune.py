@@ -44,6 +44,8 @@ class TuneConfig(Section):
         variant: whose settings the trials run with.
         space: what is searched, a range by dotted path (loss.dice, train.learning_rate, model.decoder_layers); empty:
             the weights of the loss terms that the variant uses, each over the term's own range.
+        hold_out: share of the train split that trials are scored on and do not train on, in runs of neighbours by key;
+            0: they are scored on val, which the final figures are then no longer independent of.
         max_failed_fraction: more failed trials than this share of all, rounded up, end the search with an error.
         trial_retries: how often a trial whose process died goes on from its last checkpoint.
     """
@@ -52,6 +54,7 @@ class TuneConfig(Section):
     variant: str = "full"
     steps: Positive = 60
     report_every_steps: Positive = 20
+    hold_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     max_val_samples: Positive | None = None
     space: dict[str, SearchRange] = Field(default_factory=dict)
     reduction_factor: Annotated[float, Field(gt=1.0)] = 3.0

@@ -164,9 +164,7 @@ def _search_plot(search: SearchSummary) -> Markup:
     from pipeline.reports.search_plots import values_against_miou
 
     names = ", ".join(short_names(search.space).values())
-    return Markup(
-        svg(values_against_miou(search), "search", f"val mIoU of {len(search.trials)} trials against {names}")
-    )
+    return Markup(svg(values_against_miou(search), "search", f"mIoU of {len(search.trials)} trials against {names}"))
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -26,7 +26,7 @@ from pipeline.reports.style import STYLE, TEXT, WIDTH_IN, finite, plot_style
 from pipeline.tuning.space import distributions, short_names, to_params
 from pipeline.tuning.view import SearchSummary
 
-_SCORE = "val mIoU"
+_SCORE = "mIoU"
 _UNENDED = "#8a949d"
 # Optuna's own shades end in white.
 _SHADES = LinearSegmentedColormap.from_list("shades", ["#8f8420", "#2f9e77", "#2f7fc9"])

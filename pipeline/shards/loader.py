@@ -21,6 +21,7 @@ from pipeline.config import AugmentationConfig
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
 from pipeline.shards.balance import repeat_factors
+from pipeline.shards.hold_out import hold_out
 from pipeline.shards.sample_stream import BatchPlan, Draw, SampleStream, share
 from pipeline.shards.shard_reader import SampleBytes, ShardReader, SplitIndex, open_shard_set
 from pipeline.shards.shard_streams import DrawnSample, read_shard_streams
@@ -72,6 +73,7 @@ class TrainLoader:
     Args:
         repeat_factor_threshold: share of the images below which a class is rare, and images that hold it come
             more often (pipeline.shards.balance); None: every sample once an epoch.
+        held_apart: share of the split that is left out (pipeline.shards.hold_out).
         stream_buffer: samples a shard stream reads with one request; None: no shard streams.
         num_workers: loader processes; 0 decodes in the calling process.
 
@@ -97,6 +99,7 @@ class TrainLoader:
         pad_pixel: tuple[int, int, int] = MEAN_PIXEL,
         repeat_factor_threshold: float | None = None,
         stream_buffer: int | None = None,
+        held_apart: float = 0.0,
     ) -> None:
         _check_rank(rank, world_size)
         if global_batch_size < world_size:
@@ -108,9 +111,12 @@ class TrainLoader:
         index = reader.index(split)
         if not len(index):
             raise UserError(f"split {split!r} of {reader.uri} has no samples; prepare more data")
+        factors = None if repeat_factor_threshold is None else repeat_factors(reader, split, repeat_factor_threshold)
+        if held_apart:
+            remaining, _ = hold_out(index.keys, held_apart)
+            index, factors = index.take(remaining), None if factors is None else factors[remaining]
         self.num_samples = len(index)
         self.num_workers = num_workers
-        factors = None if repeat_factor_threshold is None else repeat_factors(reader, split, repeat_factor_threshold)
         stream = SampleStream(
             self.num_samples,
             seed,
@@ -141,7 +147,8 @@ class TrainLoader:
 class EvalLoader:
     """Iterates this rank's share of a split once: every sample on exactly one rank, none twice, none padded.
 
-    `max_samples` takes that many, evenly spread over the split. With more ranks than samples, some get none.
+    `held_apart`: of the part alone that a TrainLoader with the same share leaves out; 0: of the whole split.
+    `max_samples` takes that many, evenly spread over them. With more ranks than samples, some get none.
     """
 
     def __init__(
@@ -153,11 +160,13 @@ class EvalLoader:
         world_size: int = 1,
         num_workers: int = 0,
         max_samples: int | None = None,
+        held_apart: float = 0.0,
     ) -> None:
         _check_rank(rank, world_size)
         reader = open_shard_set(shard_set)
         index = reader.index(split)
-        chosen = evenly_spaced(len(index), max_samples)
+        samples = hold_out(index.keys, held_apart)[1] if held_apart else np.arange(len(index))
+        chosen = samples[evenly_spaced(len(samples), max_samples)]
         self.num_workers = num_workers
         self._samples = chosen[share(len(chosen), rank, world_size)]
         self._images = _WholeImages(reader, index)

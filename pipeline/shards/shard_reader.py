@@ -44,6 +44,11 @@ class SplitIndex:
         """The key of sample number `sample`."""
         return str(self.keys[sample].as_py())
 
+    def take(self, samples: NDArray[np.int64]) -> SplitIndex:
+        """Of these samples alone, numbered anew."""
+        arrays = (self.shard, self.image_offset, self.image_size, self.label_offset, self.label_size)
+        return SplitIndex(self.keys.take(samples), self.shard_names, *(values[samples] for values in arrays))
+
 
 class SampleBytes(NamedTuple):
     """One sample as it lies in its shard."""

@@ -25,5 +25,6 @@ def micro_batches(
         num_workers=job.runtime.loader_workers if loader_workers is None else loader_workers,
         repeat_factor_threshold=job.train.repeat_factor_threshold,
         stream_buffer=job.train.stream_buffer,
+        held_apart=job.hold_out,
     )
     return iter(loader)

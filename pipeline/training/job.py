@@ -19,6 +19,7 @@ class TrainJob(Record):
 
     Attributes:
         start: the trained model that this one starts from.
+        hold_out: share of the train split that is not trained on, and validated on in place of val.
         max_val_samples: validation looks at this many samples at most (None: all).
         save_checkpoints: False for search trials, which are thrown away.
     """
@@ -29,6 +30,7 @@ class TrainJob(Record):
     backbone: BackboneRecord
     runtime: RuntimeConfig
     start: Checkpoint | None = None
+    hold_out: float = 0.0
     max_val_samples: int | None = None
     save_checkpoints: bool = True
 

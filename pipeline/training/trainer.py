@@ -171,14 +171,15 @@ class Trainer:
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def validate(self) -> float:
-        """mIoU on the val split, over all ranks."""
+        """mIoU on the val split, or on what is held apart of train, over all ranks."""
         loader = EvalLoader(
             self.job.shard_set,
-            split="val",
+            split="train" if self.job.hold_out else "val",
             rank=self.context.rank,
             world_size=self.context.world_size,
             num_workers=self.job.runtime.loader_workers,
             max_samples=self.job.max_val_samples,
+            held_apart=self.job.hold_out,
         )
         with self.autocast():
             confusion = confusion_of_split(self.model, loader, self.context.device)

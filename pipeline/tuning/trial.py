@@ -65,6 +65,7 @@ def trial_job(job: TrainJob, tune: TuneConfig, number: int, values: Mapping[str,
         update={
             "variant": f"trial {trial_name(number)}",
             "settings": settings,
+            "hold_out": tune.hold_out,
             "max_val_samples": tune.max_val_samples,
         }
     )

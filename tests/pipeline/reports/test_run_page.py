@@ -499,7 +499,7 @@ def test_build_report__a_search_alone_has_no_sections_about_variants(tmp_path: P
     assert [text.strip() for text in page.text["h2"]] == ["Search", "Configuration"]
     assert [target for target in page.values("href") if target.startswith("#s")] == ["#search"]
     assert [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"] == [
-        "val mIoU of 5 trials against focal, decoder_layers, scale_range"
+        "mIoU of 5 trials against focal, decoder_layers, scale_range"
     ]
 
 

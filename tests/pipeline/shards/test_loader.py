@@ -57,6 +57,7 @@ def train_batches(
     seed: int = 0,
     threshold: float | None = None,
     buffer: int | None = None,
+    held_apart: float = 0.0,
 ) -> list[Batch]:
     loader = TrainLoader(
         shard_set,
@@ -70,6 +71,7 @@ def train_batches(
         num_workers=workers,
         repeat_factor_threshold=threshold,
         stream_buffer=buffer,
+        held_apart=held_apart,
     )
     return list(itertools.islice(loader, num_steps))
 
@@ -235,6 +237,25 @@ def test_eval__pixels_and_labels_are_the_scene(shard_set: ShardSet) -> None:
 def test_eval__limit_is_spread_and_the_same_for_all_ranks(shard_set: ShardSet) -> None:
     keys = [sample.key for rank in range(2) for sample in EvalLoader(shard_set, rank=rank, world_size=2, max_samples=3)]
     assert keys == ["val-000000", "val-000002", "val-000004"]
+
+
+@pytest.mark.parametrize(("threshold", "buffer"), [(None, None), (0.9, None), (None, 2)])
+def test_loaders__what_is_held_apart_is_not_trained_on(
+    shard_set: ShardSet, threshold: float | None, buffer: int | None
+) -> None:
+    loaders = [EvalLoader(shard_set, "train", rank=rank, world_size=2, held_apart=0.3) for rank in range(2)]
+    held = [sample for loader in loaders for sample in loader]
+    assert [sample.key for sample in held] == ["train-000000", "train-000003", "train-000007"]
+    limited = EvalLoader(shard_set, "train", held_apart=0.3, max_samples=2)
+    assert [sample.key for sample in limited] == ["train-000000", "train-000003"]
+    image, _ = Digits(SCENES, seed=0).scene("train", 7)
+    np.testing.assert_array_equal(held[2].image.permute(1, 2, 0).numpy(), image)
+    batches = train_batches(shard_set, 8, threshold=threshold, buffer=buffer, held_apart=0.3)
+    rest = {f"train-{number:06d}" for number in range(11)} - {sample.key for sample in held}
+    drawn = [key for batch in batches for key in batch.keys]
+    assert set(drawn) == rest
+    if threshold is None:
+        assert set(Counter(drawn).values()) == {4}  # four epochs of eight
 
 
 def test_loaders__take_an_address_too(shard_set: ShardSet) -> None:

@@ -15,7 +15,9 @@ from torch.multiprocessing.spawn import spawn
 
 from pipeline.config import DistillConfig, RuntimeConfig
 from pipeline.errors import UserError
+from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import Checkpoint
+from pipeline.shards.loader import EvalLoader
 from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import run_training
@@ -23,6 +25,7 @@ from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.trainer import Trainer
 from segvit.checkpoint import load_checkpoint
 from segvit.losses.segmentation_loss import SegmentationLoss
+from segvit.metrics import segmentation_metrics
 from tests.jobs import with_settings
 
 MakeJob = Callable[..., TrainJob]
@@ -374,3 +377,12 @@ def test_trainer__compiled_forward_gives_the_same_loss(make_job: MakeJob, monkey
     plain, compiled = Trainer(job, ALONE), Trainer(fast, ALONE)
     assert compiled_calls == [compiled.model]
     assert compiled.train_step([batch])["total"] == plain.train_step([batch])["total"]
+
+
+def test_validate__on_what_is_held_apart_of_train(make_job: MakeJob) -> None:
+    job = make_job().model_copy(update={"hold_out": 0.3})
+    trainer = Trainer(job, ALONE)
+    loader = EvalLoader(job.shard_set, "train", held_apart=0.3)
+    confusion = confusion_of_split(trainer.model, loader, ALONE.device)
+    assert trainer.validate() == segmentation_metrics(confusion.matrix).miou
+    assert trainer.validate() != Trainer(make_job(), ALONE).validate()

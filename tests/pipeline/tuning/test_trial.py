@@ -18,7 +18,7 @@ from pipeline.workflow.lease import LeaseLost, take_lease
 
 MakeJob = Callable[..., TrainJob]
 SAMPLED: dict[str, Any] = {"trial": 2, "values": {"loss.class": 2.0, "loss.focal": 10.0, "loss.dice": 1.5}}
-TUNE = TuneConfig(num_trials=4, steps=5, report_every_steps=2, max_val_samples=2)
+TUNE = TuneConfig(num_trials=4, steps=5, report_every_steps=2, max_val_samples=2, hold_out=0.2)
 
 
 class Killed(BaseException):
@@ -54,6 +54,7 @@ def test_trial_job__is_short_and_has_the_sampled_values(make_job: MakeJob) -> No
     assert (train.validate_every_steps, train.checkpoint_every_steps) == (2, 2)
     assert train.augmentation.scale_range == (0.8, 1.2)
     assert job.settings.model["decoder_layers"] == 2
+    assert job.hold_out == 0.2
     assert (job.max_val_samples, job.save_checkpoints, job.variant) == (2, True, "trial 0002")
     # What is not searched is the variant's own.
     assert trial_job(make_job(), TUNE, 2, SAMPLED["values"]).settings.train.learning_rate == 1e-4
