@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 import yaml
 
 from flows.cli import main
-from tests.faults.kill_flow import EXPERIMENT
+from pipeline.workflow.tracking import Tag, Tracking
+from tests.faults.kill_flow import EXPERIMENT, Flow
 from tests.flows.facts import facts
 
 
@@ -23,13 +26,33 @@ def written(folder: Path, variants: dict[str, Any], seeds: list[int]) -> str:
     return str(folder / "rows.yaml")
 
 
+def killed_after_a_training(config: Path, workspace: Path) -> set[str]:
+    """Kill the cluster as soon as one cell is trained; the steps that had finished."""
+    flow = Flow(config, workspace)
+    while "done" not in (flow.states.get("train/full-3"), flow.states.get("train/linear-3")):
+        assert not flow.ended, flow.tail()
+        time.sleep(0.05)
+    finished = {label for label, state in flow.states.items() if state == "done"}
+    flow.kill("cluster")
+    assert flow.wait_for_end(180), flow.tail()
+    return finished
+
+
 def test_ablation__cells_are_trained_once_and_the_table_holds_them_all(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     workspace = ("--workspace", str(tmp_path / "ws"))
     full = {"structure": "cascade", "out_layers": [1, 3]}
     linear = {"structure": "linear", "out_layers": [3], "loss": {"cross_entropy": 1.0}}
-    summary = facts(capfd, "run", written(tmp_path, {"full": full, "linear": linear}, [3]), *workspace)
+    config = written(tmp_path, {"full": full, "linear": linear}, [3])
+    finished = killed_after_a_training(Path(config), tmp_path / "ws")
+    steps = {step["label"]: step for step in facts(capfd, "plan", config, *workspace)}
+    assert {label for label, step in steps.items() if step["cached"]} >= finished
+    assert not steps["study"]["cached"]
+    summary = facts(capfd, "run", config, *workspace)
+    runs = Tracking.for_workspace(workspace[1]).runs(f"tags.`{Tag.KIND}` = 'step'")
+    done = Counter(run.data.tags[Tag.LABEL] for run in runs if Tag.DONE in run.data.tags)
+    assert done == Counter(steps)  # each once, over both runs
     rows = pq.read_table(f"{summary['study']}/study.parquet").to_pylist()
     assert [(row["variant"], row["seeds"], row["weights"]) for row in rows] == [
         ("full", [3], "random"),
