@@ -23,6 +23,7 @@ from segvit.config import ModelConfig
 from segvit.distillation import distillation_problem
 from segvit.flops import count_parameters, model_gflops, outline_model
 from segvit.model_check import model_problems
+from segvit.presets import find_preset
 from segvit.weights.pretrained import WEIGHTS_VARIABLE, weights_problem
 from segvit.weights.start import start_problem
 
@@ -106,6 +107,30 @@ def _starts(config: ExperimentConfig) -> Iterator[tuple[str, ModelConfig, ModelC
             except (UserError, ValueError):
                 continue
             yield name, models[0], models[1]
+
+
+def variant_models(config: ExperimentConfig) -> dict[str, tuple[ModelConfig, int]]:
+    """The model of every variant and its number of classes: the data's, or the preset's where the data are elsewhere.
+
+    Raises UserError for settings that do not fit one another, and where nothing tells the classes.
+    """
+    num_classes, missing = None, None
+    try:
+        num_classes = len(describe_source(config.data).class_names)
+    except UserError as error:
+        missing = error
+    models = {}
+    for name, variant in config.variants.items():
+        try:
+            model = ModelConfig.from_dict(config.variant_settings(name).model)
+        except ValueError as error:
+            raise UserError(f"variants.{name}: {error}") from error
+        preset = variant.preset or config.model.preset
+        known = num_classes or (find_preset(preset).num_classes if preset else None)
+        if known is None:
+            raise UserError(f"variants.{name}: the data tell how many classes there are, but {missing}") from missing
+        models[name] = (model, known)
+    return models
 
 
 def find_warnings(config: ExperimentConfig) -> list[str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from segvit.decoders import DECODERS
     from segvit.decoders.decoder import Decoder, DecoderOutput, DecoderSpec, Prediction
     from segvit.distillation import FeatureFit, fit_upsampling
-    from segvit.flops import ModelCost, PresetCost, model_cost, preset_cost
+    from segvit.flops import CostAtSize, ModelCost, model_cost, preset_cost
     from segvit.inference.export import export_onnx, export_program
     from segvit.inference.latency import measure_latency
     from segvit.inference.predict import PUBLISHED_SCALES, predict, predict_batch, semantic_labels, semantic_scores
@@ -53,7 +53,7 @@ _NAMES_BY_MODULE = {
     "segvit.distillation": ("FeatureFit", "fit_upsampling"),
     "segvit.flops": (
         "ModelCost",
-        "PresetCost",
+        "CostAtSize",
         "model_cost",
         "preset_cost",
     ),
@@ -139,6 +139,7 @@ __all__ = [
     "BackboneWeights",
     "BoundaryIoU",
     "ConfusionMatrix",
+    "CostAtSize",
     "Decoder",
     "DecoderOutput",
     "DecoderSpec",
@@ -151,7 +152,6 @@ __all__ = [
     "PaperFigure",
     "Prediction",
     "Preset",
-    "PresetCost",
     "PublishedResult",
     "Registry",
     "SegViT",

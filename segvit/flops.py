@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from segvit.config import ModelConfig
 from segvit.inference.scores import semantic_scores
 from segvit.model import SegViT, assemble, build_model
-from segvit.presets import find_preset
+from segvit.presets import PRESETS, find_preset
 
 LAYER_NORM_COST = 5  # per element
 BILINEAR_COST = 4  # per output element
@@ -53,8 +53,8 @@ class ModelCost:
 
 
 @dataclass(frozen=True, slots=True)
-class PresetCost:
-    """A preset's `ModelCost` at a size."""
+class CostAtSize:
+    """The `ModelCost` of a preset, or of another model that has a name, at a size."""
 
     name: str
     size: tuple[int, int]
@@ -67,17 +67,31 @@ class PresetCost:
     parts: dict[str, float]
 
 
-def preset_cost(name: str, size: tuple[int, int] | None = None) -> PresetCost:
+def preset_cost(name: str, size: tuple[int, int] | None = None) -> CostAtSize:
     """Cost of a preset for one image of (height, width) pixels; by default the preset's training crop.
 
     Raises:
         ValueError: No preset of that name.
     """
     preset = find_preset(name)
-    size = preset.model.image_size if size is None else size
-    cost = model_cost(preset.model, preset.num_classes, size)
-    published = preset.published.gflops if preset.published and size == preset.model.image_size else None
-    return PresetCost(name, size, cost.gflops, published, cost.parameters, cost.activation_bytes, cost.parts)
+    return cost_at(name, preset.model, preset.num_classes, size)
+
+
+def cost_at(name: str, config: ModelConfig, num_classes: int, size: tuple[int, int] | None = None) -> CostAtSize:
+    """Cost of a model for one image of (height, width) pixels, by default its training crop, under a name.
+
+    Where the paper has a figure for that model at that size, it stands beside it.
+
+    Raises:
+        ValueError: The configuration does not fit the backbone.
+    """
+    size = config.image_size if size is None else size
+    cost = model_cost(config, num_classes, size)
+    published = None
+    if size == config.image_size:
+        found = (one.published for one in PRESETS.values() if (one.model, one.num_classes) == (config, num_classes))
+        published = next((one.gflops for one in found if one), None)
+    return CostAtSize(name, size, cost.gflops, published, cost.parameters, cost.activation_bytes, cost.parts)
 
 
 def model_cost(config: ModelConfig, num_classes: int, size: tuple[int, int]) -> ModelCost:

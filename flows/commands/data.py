@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.options import Json, facts_output
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from segvit.flops import CostAtSize
 
 
 def data(
@@ -36,30 +39,45 @@ def data(
 
 
 def flops(
-    presets: Annotated[list[str] | None, typer.Argument(metavar="PRESET...", help="Names of presets.")] = None,
+    presets: Annotated[
+        list[str] | None, typer.Argument(metavar="PRESET|CONFIG...", help="Names of presets, or experiment files.")
+    ] = None,
     published: Annotated[bool, typer.Option("--published", help="The published models, at their own crops.")] = False,
     size: Annotated[
-        str | None, typer.Option(metavar="HxW", help="Size of the image in pixels; default: the preset's crop.")
+        str | None, typer.Option(metavar="HxW", help="Size of the image in pixels; default: the training crop.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Count multiply-adds, parameters and activation memory of presets, without weights."""
+    """Count multiply-adds, parameters and activation memory of presets or of experiments' variants, without weights."""
     from flows.present import runs as present
-    from segvit.flops import preset_cost
     from segvit.presets import published_names
 
     if published == bool(presets):
-        raise UserError("name one preset or more, or use --published for the published models, not both")
+        raise UserError(
+            "name one preset or experiment file or more, or use --published for the published models, not both"
+        )
     if published and size:
         raise UserError(f"--size {size} has no meaning with --published, whose figures are for their own crops")
     pixels = _parse_size(size) if size is not None else None
     try:
-        rows = [preset_cost(name, pixels) for name in presets or published_names()]
+        rows = [row for name in presets or published_names() for row in _costs(name, pixels)]
     except ValueError as error:
         raise UserError(str(error)) from error
     with facts_output(as_json) as (console, give):
         console.print(present.costs_view(rows))
         give([asdict(row) for row in rows])
+
+
+def _costs(name: str, pixels: tuple[int, int] | None) -> list[CostAtSize]:
+    """Of a preset, or of every variant of an experiment file."""
+    from flows.experiment import load_experiment
+    from pipeline.preflight import variant_models
+    from segvit.flops import cost_at, preset_cost
+
+    if Path(name).suffix not in (".yaml", ".yml"):
+        return [preset_cost(name, pixels)]
+    models = variant_models(load_experiment(Path(name)).config)
+    return [cost_at(variant, *model, pixels) for variant, model in models.items()]
 
 
 def _parse_size(text: str) -> tuple[int, int]:

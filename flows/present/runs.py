@@ -19,7 +19,7 @@ from pipeline.workflow.tracking import RunState
 
 if TYPE_CHECKING:
     from pipeline.reports.data_summary import DataSummary, SplitSummary
-    from segvit.flops import PresetCost
+    from segvit.flops import CostAtSize
 
 BAR_WIDTH = 24  # characters
 
@@ -119,16 +119,16 @@ def plan_tree(name: str, planned: Sequence[PlannedStep], complete: bool) -> Tree
     return tree
 
 
-def costs_view(costs: Sequence[PresetCost]) -> Group:
-    """What presets cost, in all and part by part, and what is counted."""
+def costs_view(costs: Sequence[CostAtSize]) -> Group:
+    """What models cost, in all and part by part, and what is counted."""
     from segvit.flops import ACTIVATIONS, COUNTED  # loads PyTorch, which no other view needs
 
     totals = Table(title="Cost of one image", title_justify="left")
-    totals.add_column("preset", overflow="fold")
+    totals.add_column("model", overflow="fold")
     for heading in ("size", "GFLOPs", "published", "parameters", "activations"):
         totals.add_column(heading, justify="right", no_wrap=True)
     parts = Table(title="GFLOPs by part", title_justify="left")
-    parts.add_column("preset", overflow="fold", ratio=1)
+    parts.add_column("model", overflow="fold", ratio=1)
     parts.add_column("parts", ratio=2)
     for cost in costs:
         published = cost.published_gflops

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,7 @@ def test_results__further_ways_of_predicting_stand_by_themselves() -> None:
             "no job server answers at http://127.0.0.1:9",
         ),
         (["data", "/none"], "error: no shard set at /none: manifest.json is missing; prepare it first"),
-        (["flops"], "error: name one preset or more, or use --published"),
+        (["flops"], "error: name one preset or experiment file or more, or use --published"),
         (["flops", "ade20k_vit_base", "--published"], "or use --published for the published models, not both"),
         (["flops", "ade20k_vit_bas"], "error: unknown preset 'ade20k_vit_bas'; did you mean ade20k_vit_base"),
         (["flops", "ade20k_vit_base", "--size", "512"], "error: --size '512' is not of the form HxW in pixels"),
@@ -222,6 +223,24 @@ def test_flops__presets_at_a_size(capfd: pytest.CaptureFixture[str]) -> None:
     assert "64x96" in printed
     assert f"{rows[1]['gflops']:.2f}" in printed
     assert "One multiply-add counts as one" in printed
+
+
+def test_flops__variants_of_an_experiment_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    digits = Path("flows/configs/quickstart.yaml").resolve()
+    assert run("flops", str(digits), "ade20k_vit_base", "--size", "64x96", "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capfd.readouterr().out)}
+    assert list(rows) == ["full", "shrunk", "ade20k_vit_base"]
+    assert rows["shrunk"]["gflops"] < rows["full"]["gflops"]
+    # The paper's figure stands beside its model, and its classes are known without the data.
+    published = Path("flows/configs/pascal_context/vit_large.yaml").resolve()
+    assert run("flops", str(published), "--json") == 0
+    [row] = json.loads(capfd.readouterr().out)
+    assert (row["name"], row["size"], row["published_gflops"]) == ("full", [480, 480], 321.6)
+    assert row["gflops"] == pytest.approx(321.6, rel=0.005)
+    elsewhere = Path("flows/configs/camvid_cpu.yaml").read_text().replace("${SEGVIT_DATA}", str(tmp_path))
+    (tmp_path / "elsewhere.yaml").write_text(elsewhere)
+    assert run("flops", str(tmp_path / "elsewhere.yaml")) == 1
+    assert re.search(r"variants\.full: the data tell how many classes there are, but .*camvid", capfd.readouterr().err)
 
 
 def test_data__counts_for_people_and_programs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
