@@ -46,8 +46,15 @@ class SplitIndex:
 
     def take(self, samples: NDArray[np.int64]) -> SplitIndex:
         """Of these samples alone, numbered anew."""
-        arrays = (self.shard, self.image_offset, self.image_size, self.label_offset, self.label_size)
-        return SplitIndex(self.keys.take(samples), self.shard_names, *(values[samples] for values in arrays))
+        return SplitIndex(
+            self.keys.take(samples),
+            self.shard_names,
+            self.shard[samples],
+            self.image_offset[samples],
+            self.image_size[samples],
+            self.label_offset[samples],
+            self.label_size[samples],
+        )
 
 
 class SampleBytes(NamedTuple):

@@ -47,8 +47,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 NUM_CLASSES = 11
 LOSSES = {
     "linear_cross_entropy": {"cross_entropy": 1.0},
-    "atm_cross_entropy": {"cross_entropy": 1.0},
-    "atm_mask_loss": {"class": 1.0, "focal": 20.0, "dice": 5.0},
+    "single_cross_entropy": {"cross_entropy": 1.0},
+    "single": {"class": 1.0, "focal": 20.0, "dice": 5.0},
 }
 
 
@@ -79,6 +79,15 @@ def test_ablation_configs__rows_of_the_paper_on_one_budget(name: str, monkeypatc
     assert len(whole) == len(models)
 
 
+def test_ablation_configs__what_two_studies_share_is_the_same_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = {"single": ("atm", "layers"), "cascade": ("layers", "decoder"), "qd": ("downsampling", "shrunk")}
+    for variant, names in shared.items():
+        first, second = (study(name, monkeypatch) for name in names)
+        assert first.variant_settings(variant) == second.variant_settings(variant)
+        assert first.seeds == second.seeds
+        assert first.evaluate == second.evaluate
+
+
 def test_ablation_configs__atm_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     config = study("atm", monkeypatch)
     for variant in config.variants:
@@ -93,5 +102,5 @@ def test_ablation_configs__parts_of_shrunk_cost_what_they_should(monkeypatch: py
         for name in config.variants
     }
     assert gflops["qd"] < gflops["qd_one_qu"] < gflops["qd_two_qu"]
-    assert gflops["qd"] < 0.75 * gflops["atm"]
+    assert gflops["qd"] < 0.75 * gflops["single"]
     assert gflops["anchored"] <= 0.62 * gflops["cascade"]
