@@ -52,7 +52,7 @@ def test_ablation__cells_are_trained_once_and_the_table_holds_them_all(
     summary = facts(capfd, "run", config, *workspace)
     runs = Tracking.for_workspace(workspace[1]).runs(f"tags.`{Tag.KIND}` = 'step'")
     done = Counter(run.data.tags[Tag.LABEL] for run in runs if Tag.DONE in run.data.tags)
-    assert done == Counter(steps)  # each once, over both runs
+    assert done == Counter(list(steps))  # each once, over both runs
     rows = pq.read_table(f"{summary['study']}/study.parquet").to_pylist()
     assert [(row["variant"], row["seeds"], row["weights"]) for row in rows] == [
         ("full", [3], "random"),
