@@ -268,7 +268,7 @@ def _of_machine(config: ExperimentConfig, machine: Machine | None) -> Iterator[s
     if runtime.use_gpu and not machine.num_gpus:
         yield "runtime.use_gpu is true, and this machine has no GPU; set it to false, or run on a cluster that has"
     use_gpu = machine.num_gpus > 0 if runtime.use_gpu is None else runtime.use_gpu
-    least = runtime.num_workers if isinstance(runtime.num_workers, int) else runtime.num_workers[0]
+    least = runtime.min_workers
     if least * runtime.cpus_per_worker > machine.num_cpus:
         yield (
             f"runtime.num_workers {least} x runtime.cpus_per_worker {runtime.cpus_per_worker} exceed the "

@@ -38,6 +38,7 @@ from pipeline.records import (
 from pipeline.registry import decisions, store
 from pipeline.registry.promote import promote_best, verify_decision
 from pipeline.storage.names import BACKBONE_FILE, REPORT_FILE
+from pipeline.workflow import ray_session
 from pipeline.workflow.step import StepContext, step
 from pipeline.workflow.tracking import MetricLog, Tracking
 
@@ -186,7 +187,14 @@ def tune(
     )
 
 
-@step(version=4)
+def _trainings_at_once(runtime: RuntimeConfig) -> int:
+    """So many that none waits for workers: each takes a process of its own, and Ray Train complains of waiting."""
+    if runtime.trainings_at_once is not None:
+        return runtime.trainings_at_once
+    return max(1, ray_session.workers_that_fit(runtime.use_gpu, runtime.cpus_per_worker) // runtime.min_workers)
+
+
+@step(version=4, at_once=_trainings_at_once)
 def train(
     context: StepContext,
     variant_name: str,

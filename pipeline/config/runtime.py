@@ -19,6 +19,8 @@ class RuntimeConfig(Section):
         use_gpu: None means: when the machine (or the cluster) has one.
         loader_workers: loader processes beside each training process.
         trials_at_once: concurrent trials of the search.
+        trainings_at_once: concurrent training runs of a flow; left out, as many as the cluster has room for when they
+            are asked for. Give it for clusters that grow.
     """
 
     num_workers: Positive | tuple[Positive, Positive] = 1
@@ -27,6 +29,7 @@ class RuntimeConfig(Section):
     loader_workers: Annotated[int, Field(ge=0)] = 0
     compile: bool = False
     trials_at_once: Positive = 2
+    trainings_at_once: Positive | None = None
     prepare_tasks: Positive = 8
     log_every_steps: Positive = 10
     max_failures: Annotated[int, Field(ge=-1)] = 2
@@ -37,6 +40,11 @@ class RuntimeConfig(Section):
         if isinstance(num_workers, tuple) and num_workers[0] > num_workers[1]:
             raise ValueError(f"num_workers {list(num_workers)} is [least, most]; swap them")
         return num_workers
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest training processes of one run."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:

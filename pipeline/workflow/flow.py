@@ -213,6 +213,7 @@ class Flow(Graph):
             self._settled(node, execution.record_reused(request, str(node.fingerprint), node.found))
         else:
             self._start_ray()
+            at_once = node.step.at_once(self.runtime) if node.step.at_once else None
             # A task without its reference could not be cancelled.
             with self._watch.uninterrupted():
                 node.object_ref = ray_session.submit(
@@ -221,6 +222,7 @@ class Flow(Graph):
                     *(one.object_ref or one.outcome for one in node.inputs),
                     name=node.ref.label,
                     max_retries=RETRIES_AFTER_CRASH,
+                    at_once=at_once,
                 )
             self._announce_ready()
 

@@ -98,6 +98,8 @@ class Step(Generic[P, R]):
         version: part of the fingerprint; raise it when the code changes what the step returns.
         verify: why a cached record no longer holds for the arguments, or None; it runs before every reuse, so be quick.
         returns: the record class; None means the return annotation's.
+        at_once: of the flow's runtime, how many uses of the step run at the same time, the others waiting; None: as
+            many as a driver's node bears (ray_session.submit). Asked where Ray runs.
     """
 
     fn: Callable[Concatenate[StepContext, P], R]
@@ -105,6 +107,7 @@ class Step(Generic[P, R]):
     version: int
     verify: Callable[[R, Tracking, Mapping[str, Any]], str | None] | None = None
     returns: type[R] | None = None
+    at_once: Callable[[Any], int] | None = None
 
     def __post_init__(self) -> None:
         if self.version < 1:
@@ -185,27 +188,32 @@ class Step(Generic[P, R]):
 
 @overload
 def step(
-    *, version: int, name: str | None = None
+    *, version: int, name: str | None = None, at_once: Callable[[Any], int] | None = None
 ) -> Callable[[Callable[Concatenate[StepContext, P], R]], Step[P, R]]: ...
 
 
 @overload
 def step(
-    *, version: int, name: str | None = None, verify: Callable[[R, Tracking, Mapping[str, Any]], str | None]
+    *,
+    version: int,
+    name: str | None = None,
+    verify: Callable[[R, Tracking, Mapping[str, Any]], str | None],
+    at_once: Callable[[Any], int] | None = None,
 ) -> Callable[[Callable[Concatenate[StepContext, P], R]], Step[P, R]]: ...
 
 
-def step(*, version: int, name: str | None = None, verify: Any = None) -> Any:
+def step(*, version: int, name: str | None = None, verify: Any = None, at_once: Any = None) -> Any:
     """Make a function a step of flows.
 
     Args:
         version: raise it when the code changes what the step returns; cached results are then not used.
         name: default the function's name.
         verify: a quick look whether a cached record still holds for the arguments, beyond the existence of its URIs.
+        at_once: see `Step`.
     """
 
     def decorate(fn: Callable[Concatenate[StepContext, P], R]) -> Step[P, R]:
-        return Step(fn, name or fn.__name__, version, verify)
+        return Step(fn, name or fn.__name__, version, verify, at_once=at_once)
 
     return decorate
 

@@ -20,6 +20,7 @@ from segvit.output import SegmentationOutput, at_least_float32, full_precision, 
 # B batch, N classes, H W pixels
 
 NO_OBJECT_WEIGHT = 0.1
+LEAST_SCORE = 1e-6
 PUBLISHED_WEIGHTS: Mapping[str, float] = {
     name: LOSS_TERMS.get(name).default_weight for name in ("class", "focal", "dice")
 }
@@ -174,10 +175,10 @@ class SegmentationLoss(nn.Module):
     def _pixel_sums(
         self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, labels: Tensor, present: Tensor
     ) -> list[Tensor]:
-        scores = pixel_scores(prediction)
+        logits = pixel_logits(prediction)
         ignored = labels == self.ignore_index
         known = labels.long().masked_fill(ignored, 0)
-        return [term.function(scores, known).masked_fill(ignored, 0.0).sum() for term in terms]
+        return [term.function(logits, known).masked_fill(ignored, 0.0).sum() for term in terms]
 
 
 WITHOUT_MASKS = "which a structure without masks has none of; use terms that compare pixels, such as cross_entropy"
@@ -201,11 +202,15 @@ def loss_problems(weights: Mapping[str, float], structure: str | None = None) ->
     return problems
 
 
-def pixel_scores(output: SegmentationOutput) -> Tensor:
-    """(B, N, H, W): a linear head's class logits, or ATM's semantic scores, at the image's size."""
+def pixel_logits(output: SegmentationOutput) -> Tensor:
+    """(B, N, H, W): class logits at the image's size, a linear head's, or the logarithm of ATM's semantic scores.
+
+    Their softmax is the scores' share of their sum. Scores that were logits themselves could not tell classes apart,
+    for they lie between 0 and 1.
+    """
     if output.class_logits is None:
         return resize_to_image(at_least_float32(output.mask_logits), output)
-    return semantic_scores(output, output.image_size)
+    return (semantic_scores(output, output.image_size) + LEAST_SCORE).log()
 
 
 def query_weights(present: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,8 +26,8 @@ class LossTerm:
     - ``masks``: mask logits (P, H, W) of the classes that images show, the truth (P, H, W) as zeros and ones, and
       the pixels that count (P, H, W) as booleans, or None for all; the loss of every mask, (P,). The mean over masks
       is the term. The function sees some masks at a time and must not change what it is given.
-    - ``pixels``: class scores (B, N, H, W), a linear head's logits or semantic scores, and labels (B, H, W); the
-      loss of every pixel, (B, H, W). The mean over labelled pixels is the term; ignored ones are labelled 0.
+    - ``pixels``: class logits (B, N, H, W), a linear head's or the logarithm of semantic scores, and labels (B, H, W);
+      the loss of every pixel, (B, H, W). The mean over labelled pixels is the term; ignored ones are labelled 0.
     """
 
     name: str

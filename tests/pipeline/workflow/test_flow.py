@@ -234,6 +234,30 @@ def test_flow__branches_overlap(lab: Lab) -> None:
     assert lab.ended() == {"a": "done", "b": "done"}
 
 
+def test_flow__uses_of_a_step_wait_for_one_another_and_others_go_on(lab: Lab) -> None:
+    @step(version=1, at_once=lambda _runtime: 1)
+    def alone(context: StepContext, own: str) -> Report:
+        folder = Path(context.runtime["folder"])
+        (folder / "busy").mkdir()  # raises where another use holds it
+        deadline = time.monotonic() + 60
+        while not (folder / "quick").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        (folder / "busy").rmdir()
+        return Report(uri=str(folder), digest=own)
+
+    @step(version=1)
+    def quick(context: StepContext) -> Report:
+        (Path(context.runtime["folder"]) / "quick").touch()
+        return Report(uri=context.runtime["folder"], digest="quick")
+
+    with lab.flow() as flow:
+        for own in "abc":
+            flow.step(alone, own, label=own)
+        flow.step(quick)
+    assert lab.ended() == dict.fromkeys(("a", "b", "c", "quick"), "done")
+
+
 def test_flow__step_goes_on_after_its_process_was_killed(lab: Lab) -> None:
     @step(version=1)
     def fragile(context: StepContext) -> Report:

@@ -57,3 +57,19 @@ def test_start__mistaken_options_are_not_taken_for_a_failed_start(monkeypatch: p
 
 def test_cancel__nothing_to_cancel_needs_no_ray() -> None:
     ray_session.cancel([None, None])
+
+
+@pytest.mark.parametrize(
+    ("resources", "use_gpu", "cpus", "fit"),
+    [
+        ({"CPU": 8.0}, None, 3, 2),
+        ({"CPU": 2.0}, False, 4, 1),
+        ({"CPU": 64.0, "GPU": 4.0}, None, 3, 4),
+        ({"CPU": 8.0, "GPU": 4.0}, False, 2, 4),
+    ],
+)
+def test_workers_that_fit__by_gpus_or_else_by_cpus(
+    monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], use_gpu: bool | None, cpus: int, fit: int
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    assert ray_session.workers_that_fit(use_gpu, cpus) == fit

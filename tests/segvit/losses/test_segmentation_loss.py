@@ -12,7 +12,7 @@ from torch import Tensor
 
 from segvit.inference.scores import semantic_scores
 from segvit.losses import LOSS_TERMS
-from segvit.losses.segmentation_loss import LossNormalizer, SegmentationLoss, loss_problems
+from segvit.losses.segmentation_loss import LEAST_SCORE, LossNormalizer, SegmentationLoss, loss_problems
 from segvit.losses.term import LossTerm
 from segvit.output import SegmentationOutput
 
@@ -273,7 +273,7 @@ def test_loss__terms_of_ones_own_beside_the_published(keep_ignored: bool) -> Non
     LOSS_TERMS.register("smooth_l1", LossTerm(name="smooth_l1", compares="masks", function=smooth_l1))
     entropy = LOSS_TERMS.get("class").function
     LOSS_TERMS.register("certain", LossTerm(name="certain", compares="classes", function=lambda *x: entropy(*x) ** 2))
-    own = LossTerm(name="far", compares="pixels", function=lambda scores, labels: scores.sum(1) * (labels == 1))
+    own = LossTerm(name="far", compares="pixels", function=lambda logits, labels: logits.sum(1) * (labels == 1))
     LOSS_TERMS.register("far", own)
     weights = {"smooth_l1": 3.0, "dice": 1.0, "certain": 0.5, "far": 0.1}
     output, labels = make_output(2, (11, 14)), some_labels("ignore", (11, 14), batch=2)
@@ -288,8 +288,8 @@ def test_loss__terms_of_ones_own_beside_the_published(keep_ignored: bool) -> Non
     torch.testing.assert_close(terms["smooth_l1"], expected, rtol=1e-9, atol=0)
     gradient = torch.autograd.grad(terms["smooth_l1"], output.mask_logits, retain_graph=True)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, output.mask_logits), rtol=1e-8, atol=1e-12)
-    scores = semantic_scores(output, (11, 14)).sum(1) * (labels == 1)
-    torch.testing.assert_close(terms["far"], 0.1 * scores.sum() / (labels != 255).sum())
+    logits = (semantic_scores(output, (11, 14)) + LEAST_SCORE).log().sum(1) * (labels == 1)
+    torch.testing.assert_close(terms["far"], 0.1 * logits.sum() / (labels != 255).sum())
     assert terms["total"].item() == pytest.approx(sum(terms[name].item() for name in terms if name != "total"))
 
 
