@@ -213,7 +213,7 @@ class Flow(Graph):
             self._settled(node, execution.record_reused(request, str(node.fingerprint), node.found))
         else:
             self._start_ray()
-            at_once = node.step.at_once(self.runtime) if node.step.at_once else None
+            node.at_once = node.step.at_once(self.runtime) if node.step.at_once else None
             # A task without its reference could not be cancelled.
             with self._watch.uninterrupted():
                 node.object_ref = ray_session.submit(
@@ -222,7 +222,7 @@ class Flow(Graph):
                     *(one.object_ref or one.outcome for one in node.inputs),
                     name=node.ref.label,
                     max_retries=RETRIES_AFTER_CRASH,
-                    at_once=at_once,
+                    at_once=node.at_once,
                 )
             self._announce_ready()
 
@@ -276,8 +276,11 @@ class Flow(Graph):
         self._emit(node, outcome.state, message, outcome.seconds, outcome.run_id, outcome.traceback)
 
     def _announce_ready(self) -> None:
-        for node in self._nodes.values():
-            if node.outcome is None and node.inputs_known and not node.announced:
+        pending = [node for node in self._nodes.values() if node.outcome is None]
+        for node in pending:
+            running = sum(one.announced and one.step is node.step for one in pending)
+            waits = node.at_once is not None and running >= node.at_once
+            if node.inputs_known and not node.announced and not waits:
                 node.announced = True
                 self._emit(node, RunState.RUNNING, node.found.note)
 

@@ -31,6 +31,7 @@ class Node:
     outcome: Outcome | None = None
     object_ref: Any = None
     announced: bool = False
+    at_once: int | None = None
     found: CacheLookup = field(default=CacheLookup(None))
 
     @property

@@ -255,7 +255,10 @@ def test_flow__uses_of_a_step_wait_for_one_another_and_others_go_on(lab: Lab) ->
         for own in "abc":
             flow.step(alone, own, label=own)
         flow.step(quick)
+    # Told to be running when it was its turn.
+    told = [(event.label, event.state) for event in lab.events if event.label != "quick"]
     assert lab.ended() == dict.fromkeys(("a", "b", "c", "quick"), "done")
+    assert told == [(label, state) for label in "abc" for state in (RunState.RUNNING, RunState.DONE)]
 
 
 def test_flow__step_goes_on_after_its_process_was_killed(lab: Lab) -> None:
