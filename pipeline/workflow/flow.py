@@ -205,26 +205,38 @@ class Flow(Graph):
         return {label: self._record_of(node.ref) for label, node in self._nodes.items()}
 
     def _added(self, node: Node) -> None:
-        request = self._request(node)
-        failed = node.failed_input
-        if failed is not None:
-            self._settled(node, execution.record_skipped(request, failed))
+        if node.failed_input is not None:
+            self._settled(node, execution.record_skipped(self._request(node), node.failed_input))
         elif node.found.record is not None:
-            self._settled(node, execution.record_reused(request, str(node.fingerprint), node.found))
+            self._settled(node, execution.record_reused(self._request(node), str(node.fingerprint), node.found))
         else:
             self._start_ray()
             node.at_once = node.step.at_once(self.runtime) if node.step.at_once else None
+            self._submit_ready()
+
+    def _submit_ready(self) -> None:
+        """Submit steps in their order: none before its inputs, nor before its turn among the uses of its step."""
+        for node in self._nodes.values():
+            if not node.is_waiting or any(one.is_waiting for one in node.inputs):
+                continue
+            if node.failed_input is not None:
+                self._settled(node, execution.record_skipped(self._request(node), node.failed_input))
+                continue
+            if node.at_once is not None:
+                # What waits for its inputs takes no turn.
+                under_way = sum(one.step is node.step and one.is_under_way for one in self._nodes.values())
+                if not node.inputs_known or under_way >= node.at_once:
+                    continue
             # A task without its reference could not be cancelled.
             with self._watch.uninterrupted():
                 node.object_ref = ray_session.submit(
                     execution.execute_step,
-                    request,
+                    self._request(node),
                     *(one.object_ref or one.outcome for one in node.inputs),
                     name=node.ref.label,
                     max_retries=RETRIES_AFTER_CRASH,
-                    at_once=node.at_once,
                 )
-            self._announce_ready()
+        self._announce_ready()
 
     def _start_ray(self) -> None:
         try:
@@ -241,10 +253,11 @@ class Flow(Graph):
             if until is not None and until.outcome is not None:
                 return
             self._watch.check()
-            ready = ray_session.wait([node.object_ref for node in pending], POLL_S)
+            ready = ray_session.wait([node.object_ref for node in pending if node.is_under_way], POLL_S)
             for node in pending:
-                if node.object_ref in ready:
+                if node.is_under_way and node.object_ref in ready:
                     self._collect(node)
+            self._submit_ready()
 
     def _collect(self, node: Node) -> None:
         if node.outcome is not None:
@@ -276,11 +289,8 @@ class Flow(Graph):
         self._emit(node, outcome.state, message, outcome.seconds, outcome.run_id, outcome.traceback)
 
     def _announce_ready(self) -> None:
-        pending = [node for node in self._nodes.values() if node.outcome is None]
-        for node in pending:
-            running = sum(one.announced and one.step is node.step for one in pending)
-            waits = node.at_once is not None and running >= node.at_once
-            if node.inputs_known and not node.announced and not waits:
+        for node in self._nodes.values():
+            if node.is_under_way and node.inputs_known and not node.announced:
                 node.announced = True
                 self._emit(node, RunState.RUNNING, node.found.note)
 

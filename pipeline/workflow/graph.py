@@ -46,6 +46,16 @@ class Node:
         return next((outcome for outcome in ended if outcome.record is None), None)
 
     @property
+    def is_under_way(self) -> bool:
+        """Whether its task was submitted and has not been collected."""
+        return self.object_ref is not None and self.outcome is None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether its task has still to be submitted."""
+        return self.object_ref is None and self.outcome is None
+
+    @property
     def inputs_known(self) -> bool:
         """Whether every input has its record."""
         return all(node.outcome is not None and node.outcome.record is not None for node in self.inputs)

@@ -13,8 +13,6 @@ import psutil
 from pipeline.errors import UserError
 
 STEPS_PER_CORE = 4
-# What steps that wait for one another may take of a node; the rest is for quick ones between them.
-QUEUED_SHARE = 0.75
 CANCEL_TIMEOUT_S = 3.0
 # A local control service that died does not come back; Ray would wait a minute for it, and its agents one more.
 CONTROL_TIMEOUT_S = 15
@@ -104,11 +102,11 @@ def workers_that_fit(use_gpu: bool | None, cpus: int) -> int:
     return max(1, int(rooms))
 
 
-def submit(fn: Callable[..., Any], *args: Any, name: str, max_retries: int, at_once: int | None = None) -> Any:
+def submit(fn: Callable[..., Any], *args: Any, name: str, max_retries: int) -> Any:
     """Start a task on the driver's own node, where the tracking store is within reach; returns its reference.
 
     It takes no CPU, for the heavy work is in the tasks it starts; its share of the node bounds how many run
-    at once, and `at_once` how many of those that give this number.
+    at once.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -117,12 +115,11 @@ def submit(fn: Callable[..., Any], *args: Any, name: str, max_retries: int, at_o
     node_id = context.get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     address = next(node["NodeManagerAddress"] for node in nodes if node["NodeID"] == node_id)
-    share = max(1 / (STEPS_PER_CORE * (os.cpu_count() or 1)), QUEUED_SHARE / at_once if at_once else 0.0)
     task = ray.remote(fn).options(
         name=name,
         num_cpus=0,
         max_retries=max_retries,
-        resources={f"node:{address}": share},
+        resources={f"node:{address}": 1 / (STEPS_PER_CORE * (os.cpu_count() or 1))},
         scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         # What frees the workers of killed training runs looks for a cluster by itself, and gives up where it finds
         # two on one machine.

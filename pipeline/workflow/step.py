@@ -98,8 +98,8 @@ class Step(Generic[P, R]):
         version: part of the fingerprint; raise it when the code changes what the step returns.
         verify: why a cached record no longer holds for the arguments, or None; it runs before every reuse, so be quick.
         returns: the record class; None means the return annotation's.
-        at_once: of the flow's runtime, how many uses of the step run at the same time, the others waiting; None: as
-            many as a driver's node bears (ray_session.submit). Asked where Ray runs.
+        at_once: of the runtime, how many uses of the step a flow runs at the same time, the others waiting; None:
+            as many as a driver's node bears (ray_session.submit). Asked where Ray runs.
     """
 
     fn: Callable[Concatenate[StepContext, P], R]
