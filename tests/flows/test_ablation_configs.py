@@ -104,3 +104,11 @@ def test_ablation_configs__parts_of_shrunk_cost_what_they_should(monkeypatch: py
     assert gflops["qd"] < gflops["qd_one_qu"] < gflops["qd_two_qu"]
     assert gflops["qd"] < 0.75 * gflops["single"]
     assert gflops["anchored"] <= 0.62 * gflops["cascade"]
+
+
+def test_loss_weights_search__is_not_scored_on_val(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGVIT_DATA", "/data")
+    found = load_experiment(CONFIGS.parent / "loss_weights" / "search.yaml")
+    assert found.config.recipe == "search"
+    assert found.config.tune.hold_out == 0.2
+    assert found.config.variant_settings("full").model == study("layers", monkeypatch).variant_settings("cascade").model

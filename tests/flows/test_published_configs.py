@@ -130,7 +130,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_files__the_published_models_and_one_more_a_data_set() -> None:
-    found = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.glob("*/*.yaml")}
+    paths = (path for data in MAKERS for path in (CONFIGS / data).glob("*.yaml"))
+    found = {path.relative_to(CONFIGS).with_suffix("").as_posix() for path in paths}
     assert found == set(FILES)
     presets = [read(file).model.preset for file in PUBLISHED]
     assert presets == [file.replace("/", "_") for file in PUBLISHED]
