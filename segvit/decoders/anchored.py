@@ -148,7 +148,7 @@ class Anchored(ATMOnFeatures, ShrinkingDecoder):
                 "patches; leave it out, or use nearest"
             )
         if self.shrink_keys:
-            problems.append("shrink_keys does not go with structure anchored, whose tokens read all others first")
+            problems.append("shrink_keys does not go with structure anchored; leave it out")
         return problems
 
     def downsampling(self, depth: int) -> Downsampling:

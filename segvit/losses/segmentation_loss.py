@@ -20,6 +20,7 @@ from segvit.output import SegmentationOutput, at_least_float32, full_precision, 
 # B batch, N classes, H W pixels
 
 NO_OBJECT_WEIGHT = 0.1
+# Added to semantic scores before their logarithm, which zero has not.
 LEAST_SCORE = 1e-6
 PUBLISHED_WEIGHTS: Mapping[str, float] = {
     name: LOSS_TERMS.get(name).default_weight for name in ("class", "focal", "dice")

@@ -103,7 +103,7 @@ def test_ablation_configs__parts_of_shrunk_cost_what_they_should(monkeypatch: py
     }
     assert gflops["qd"] < gflops["qd_one_qu"] < gflops["qd_two_qu"]
     assert gflops["qd"] < 0.75 * gflops["single"]
-    assert gflops["anchored"] <= 0.62 * gflops["cascade"]
+    assert gflops["anchored"] <= 0.60 * gflops["cascade"]
 
 
 def test_loss_weights_search__is_not_scored_on_val(monkeypatch: pytest.MonkeyPatch) -> None:
