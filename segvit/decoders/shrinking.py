@@ -17,12 +17,13 @@ class ShrinkingDecoder(Decoder):
 
     shrink_at: int | None = None
     """0-based block inside which tokens are left out: its queries are those that stay (half the grid, or the patches
-    that `anchored` chooses), its keys and values all tokens. None: one third of the depth, as in the paper."""
+    that `anchored` chooses), its keys and values all tokens (see `shrink_keys`). None: a third of the depth, as in
+    the paper."""
     shrink_queries: ShrinkQueries = "nearest"
     """Queries of that block: every second row and column, the average of each 2 x 2 tokens, or a learned 2 x 2
     convolution of stride 2."""
     shrink_keys: bool = False
-    """Whether keys and values of that block are of the tokens that stay alone, which loses what the others hold."""
+    """Whether keys and values of that block are those of the queries, too, which loses what the others hold."""
 
     def problems(self) -> list[str]:
         """See `Decoder`."""

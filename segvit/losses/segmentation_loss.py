@@ -188,6 +188,7 @@ WITHOUT_MASKS = "which a structure without masks has none of; use terms that com
 def loss_problems(weights: Mapping[str, float], structure: str | None = None) -> list[str]:
     """Everything that keeps the weights by term from being a loss, of the structure where one is named."""
     problems, has_masks = [], structure is None or DECODERS.get(structure).has_masks
+    compared = set()
     for name, weight in weights.items():
         try:
             term = LOSS_TERMS.get(name)
@@ -198,6 +199,14 @@ def loss_problems(weights: Mapping[str, float], structure: str | None = None) ->
             problems.append(f"weight of loss term {name} must be a number >= 0, got {weight!r}; 0 leaves it out")
         elif weight and term.compares != "pixels" and not has_masks:
             problems.append(f"structure {structure}: loss term {name} compares {term.compares}, {WITHOUT_MASKS}")
+        elif weight:
+            compared.add(term.compares)
+    if structure is not None and has_masks and compared in ({"masks"}, {"classes"}):
+        [trained] = compared
+        problems.append(
+            f"structure {structure}: the loss has terms of {trained} alone, {dict(weights)}; name terms of classes and "
+            "of masks, as class, focal and dice, for both are learned (a variant's loss has no others than it names)"
+        )
     if not any(isinstance(weight, int | float) and weight > 0 for weight in weights.values()):
         problems.append(f"the loss has no term of weight > 0, got {dict(weights)}; name one")
     return problems

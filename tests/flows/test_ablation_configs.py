@@ -12,6 +12,7 @@ from flows.experiment import load_experiment
 from flows.recipes.ablation import AblationConfig
 from segvit.config import ModelConfig
 from segvit.flops import model_gflops
+from segvit.losses.segmentation_loss import PUBLISHED_WEIGHTS
 from segvit.model_check import model_problems
 
 CONFIGS = Path(__file__).parents[2] / "flows" / "configs" / "ablations"
@@ -112,3 +113,16 @@ def test_loss_weights_search__is_not_scored_on_val(monkeypatch: pytest.MonkeyPat
     assert found.config.recipe == "search"
     assert found.config.tune.hold_out == 0.2
     assert found.config.variant_settings("full").model == study("layers", monkeypatch).variant_settings("cascade").model
+
+
+def test_loss_weights_compare__the_searched_model_with_other_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = study("../loss_weights/compare", monkeypatch)
+    searched = load_experiment(CONFIGS.parent / "loss_weights" / "search.yaml").config.variant_settings("full")
+    ratios = {}
+    for variant in config.variants:
+        settings = config.variant_settings(variant)
+        assert (settings.model, settings.train) == (searched.model, searched.train)
+        ratios[variant] = {name: weight for name, weight in settings.loss.resolved().items() if weight}
+    assert ratios["published"] == dict(PUBLISHED_WEIGHTS)
+    assert ratios["dice_5"] == LOSSES["single"]
+    assert ratios["found"].keys() == ratios["published"].keys()

@@ -197,7 +197,11 @@ def test_loss__labels_of_another_size_are_refused() -> None:
 @pytest.mark.parametrize(
     ("weights", "structure", "problems"),
     [
-        ({"dice": 1.0, "focal": 0.0}, "cascade", []),
+        ({"dice": 1.0, "focal": 0.0, "class": 1.0}, "cascade", []),
+        ({"cross_entropy": 1.0}, "cascade", []),
+        ({"dice": 5.0, "class": 0.0}, "cascade", ["structure cascade: the loss has terms of masks alone"]),
+        ({"class": 1.0}, "single", ["structure single: the loss has terms of classes alone"]),
+        ({"dice": 5.0}, None, []),
         ({"cross_entropy": 1, "dice": 0}, "linear", []),
         (
             {"dcie": 1.0, "focal": -1.0, "class": 0},
