@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +21,12 @@ from PIL import Image, UnidentifiedImageError
 IGNORE_INDEX = 255
 # MPO is what many cameras write: a JPEG file with further pictures after the first.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
-# Lossless formats with one channel. JPEG would change ids, so it is none of them.
-LABEL_FORMATS = ("PNG", "TIFF", "BMP", "GIF")
+# Lossless formats.
+LABEL_FORMATS = ("PNG", "TIFF", "BMP")
+_NO_LABEL_FORMATS = {
+    "JPEG": "is JPEG, which changes ids where they meet; export it as PNG",
+    "GIF": "is GIF, whose writers sort the palette anew for every file; export it as PNG",
+}
 # A picture of more is taken for damage: Pillow needs a quarter of a gigabyte for it, several times over to convert.
 MAX_PIXELS = 1 << 26
 # No format packs more into a byte: one-bit palettes at deflate's best ratio.
@@ -102,15 +108,41 @@ def decode_image(data: bytes) -> NDArray[np.uint8]:
     return np.array(open_image(data)[0])
 
 
+class LabelPicture(NamedTuple):
+    """A label map as its file holds it.
+
+    Attributes:
+        kind: what `values` are.
+        values: (H, W) integers: grey values, indices into the file's palette, or colours, see `colour_code`.
+        index_colours: the RGB colour of each index that is used; empty unless `kind` is ``indices``.
+    """
+
+    kind: Literal["grey", "indices", "colours"]
+    values: NDArray[np.integer]
+    index_colours: Mapping[int, tuple[int, int, int]] = {}
+
+
 def decode_label(data: bytes) -> NDArray[np.integer]:
     """The label map in `data` as (H, W) integers: grey values, or indices where the file has a palette.
 
     Raises DecodeError, also for colour pictures, whose ids would be guesses.
     """
+    picture = read_label_picture(data)
+    if picture.kind == "colours":
+        raise DecodeError("is a colour picture, not a map of class ids with one channel")
+    return picture.values
+
+
+def read_label_picture(data: bytes) -> LabelPicture:
+    """The label map in `data`, a colour picture too; raises DecodeError."""
     image = _open(data)
     if image.format not in LABEL_FORMATS:
-        raise DecodeError(f"is {image.format}, which cannot hold class ids; save it as PNG")
-    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+        why = _NO_LABEL_FORMATS.get(
+            image.format or "", f"is {image.format}, which cannot hold class ids; save it as PNG"
+        )
+        raise DecodeError(why)
+    colour = image.mode in ("RGB", "RGBA")
+    if image.mode not in ("1", "L", "P") and not image.mode.startswith("I") and not colour:
         raise DecodeError(f"is a {image.mode} picture, not a map of class ids with one channel")
     if image.format == "PNG" and data[_PNG_COLOUR] == 0 and data[_PNG_DEPTH] < 8:
         # The format scales such values to the full range, most writers do not: 1 may mean id 1 or id 255.
@@ -118,9 +150,25 @@ def decode_label(data: bytes) -> NDArray[np.integer]:
         raise DecodeError(f"is greyscale of {depth} bits, which may mean two ids; save it with 8 bits or a palette")
     try:
         image.load()
-        return np.asarray(image, dtype=np.uint8) if image.mode == "1" else np.asarray(image)
+        if colour:
+            return LabelPicture("colours", colour_code(np.asarray(image)[..., :3]))
+        values = np.asarray(image, dtype=np.uint8) if image.mode == "1" else np.asarray(image)
+        if image.mode != "P":
+            return LabelPicture("grey", values)
+        table = np.frombuffer(image.palette.getdata()[1] if image.palette else b"", np.uint8)
+        size = 4 if image.palette is not None and image.palette.mode == "RGBA" else 3
+        rows = table[: len(table) // size * size].reshape(-1, size)[:, :3]
+        used = [index for index in np.unique(values).tolist() if index < len(rows)]
+        colours = {index: (int(rows[index][0]), int(rows[index][1]), int(rows[index][2])) for index in used}
+        return LabelPicture("indices", values, colours)
     except Exception as error:
         raise _damage(error) from error
+
+
+def colour_code(colours: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """One number, 0xRRGGBB, a colour: (...) of (..., 3)."""
+    wide = colours.astype(np.int32)
+    return np.asarray(wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2], np.int32)
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

@@ -9,57 +9,23 @@ each name, so that adding images moves none of the others.
 from __future__ import annotations
 
 import hashlib
-import json
 import unicodedata
 from collections.abc import Iterator
-from typing import Any
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+import numpy as np
+from numpy.typing import NDArray
 
 from pipeline import storage
-from pipeline.config import FolderConfig, Section
-from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, decode_text, pair_by_stem, split_lines
-from pipeline.datasets.raw import LabelIds, Palette, digest_of
+from pipeline.config import FolderConfig
+from pipeline.datasets.class_list import read_class_list
+from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, pair_by_stem, read_label
+from pipeline.datasets.raw import LabelIds, Palette, RawSample, RejectedSampleError, digest_of
 from pipeline.datasets.tree import FileTree
 from pipeline.errors import UserError
-from segvit.image_files import IGNORE_INDEX
+from segvit.image_files import LabelPicture, read_label_picture
 
-LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif")
-
-
-class ClassList(Section):
-    """The content of a classes file; `ids` are those in the label maps, by default 0, 1, 2, ..."""
-
-    names: tuple[str, ...] = Field(min_length=1, max_length=IGNORE_INDEX)
-    palette: tuple[tuple[int, int, int], ...] | None = None
-    ids: tuple[int, ...] | None = None
-    ignore_ids: tuple[int, ...] = (IGNORE_INDEX,)
-
-    @model_validator(mode="after")
-    def _fits(self) -> ClassList:
-        if len(set(self.names)) < len(self.names):
-            twice = sorted({name for name in self.names if self.names.count(name) > 1})
-            raise ValueError(f"names holds {', '.join(twice)} more than once; rename one")
-        for name in ("palette", "ids"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.names):
-                raise ValueError(f"{name} has {len(values)} entries for {len(self.names)} names; give one a name")
-        if any(not 0 <= level <= 255 for colour in self.palette or () for level in colour):
-            raise ValueError("palette levels are 0 to 255")
-        raw = self.raw_ids()
-        if any(not 0 <= number <= 65535 for number in (*raw, *self.ignore_ids)):
-            raise ValueError("ids and ignore_ids are 0 to 65535")
-        if len(set(raw)) < len(raw):
-            raise ValueError("ids holds an id twice; give each class its own")
-        both = sorted(set(raw) & set(self.ignore_ids))
-        if both:
-            raise ValueError(f"ignore_ids holds {both[0]}, the id of class {self.names[raw.index(both[0])]!r}")
-        return self
-
-    def raw_ids(self) -> tuple[int, ...]:
-        """The id of each class in the label maps."""
-        return self.ids if self.ids is not None else tuple(range(len(self.names)))
+# All but PNG, TIFF and BMP are listed to be rejected with the reason, not to be missed.
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg", ".webp")
 
 
 class Folder(PairedDataset):
@@ -70,11 +36,16 @@ class Folder(PairedDataset):
         self.seed = seed
         self.required = (config.images, config.labels)
         self.layout = f"{config.images}/NAME.jpg with {config.labels}/NAME.png and {config.classes}"
-        classes = read_classes(FileTree(root), config.classes)
+        classes = read_class_list(FileTree(root), config.classes)
         raw_ids = classes.raw_ids()
         ignored = ", ".join(map(str, classes.ignore_ids)) or "none"
         listed = f"0-{len(raw_ids) - 1}" if classes.ids is None else "the ids of"
         self.settings = digest_of([classes.model_dump(mode="json")])[:16]
+        self.ignored = classes.ignore_ids
+        self.colour_of = dict(zip(raw_ids, classes.palette or (), strict=False))
+        # Pixels without a class get the first id that means so.
+        nothing = dict.fromkeys(classes.ignore_colours, classes.ignore_ids[0] if classes.ignore_ids else -1)
+        self.id_of = {colour: raw for raw, colour in self.colour_of.items()} | nothing
         super().__init__(
             "folder",
             root,
@@ -120,6 +91,63 @@ class Folder(PairedDataset):
         for name in self._listed(split) or ():
             yield by_name.get(name) or Pair(name, uris[0].format(name), uris[1].format(f"{name}.png"))
 
+    def read_ids(self, sample: RawSample) -> LabelPicture:
+        """Ids as they are, or by colour where the classes file has colours and the label map does, too."""
+        picture = read_label_picture(read_label(sample)[0])
+        if picture.kind == "colours":
+            return LabelPicture("grey", self._by_colour(picture.values, sample.label))
+        if picture.kind == "grey" or not self.colour_of:
+            return picture
+        wrong = {
+            index: colour
+            for index, colour in picture.index_colours.items()
+            if index not in self.ignored and colour != self.colour_of.get(index)
+        }
+        if not wrong or all(colour == (index,) * 3 for index, colour in wrong.items()):
+            # The indices are the ids; a ramp of greys is what writers put there that have no colours.
+            return LabelPicture("grey", picture.values)
+        if self.id_of.keys() >= set(picture.index_colours.values()):
+            ids = np.zeros(max(picture.index_colours) + 1, np.int32)
+            for index, colour in picture.index_colours.items():
+                ids[index] = self.id_of[colour]
+            return LabelPicture("grey", ids[picture.values])
+        index, colour = next(iter(wrong.items()))
+        says = (
+            f"{self.config.classes} says {list(self.colour_of[index])}"
+            if index in self.colour_of
+            else "no class has it"
+        )
+        raise RejectedSampleError(
+            sample.label,
+            f"has the colour {list(colour)} at index {index} of its palette, where {says}",
+            f"correct the colours in {self.config.classes}, or take them out to read indices as ids",
+        )
+
+    def _by_colour(self, codes: NDArray[np.integer], file: str) -> NDArray[np.int32]:
+        """(H, W) ids of colours, see `colour_code`; raises RejectedSampleError for those that no class has."""
+        if not self.colour_of:
+            raise RejectedSampleError(
+                file,
+                f"is a colour picture, and {self.config.classes} gives its classes no colours",
+                "name a classes file with a palette in data.folder.classes, or export ids",
+            )
+        found, places, counts = np.unique(codes, return_inverse=True, return_counts=True)
+        colours = [(int(code) >> 16, int(code) >> 8 & 255, int(code) & 255) for code in found]
+        unknown = [
+            (int(count), list(colour))
+            for colour, count in zip(colours, counts, strict=True)
+            if colour not in self.id_of
+        ]
+        if unknown:
+            listed = ", ".join(f"{colour} ({count} pixels)" for count, colour in sorted(unknown, reverse=True)[:3])
+            raise RejectedSampleError(
+                file,
+                f"has {len(unknown)} colour(s) that no class has: {listed}",
+                f"add them to {self.config.classes}, as ignore_colours where they mean no class; blended colours at "
+                "edges come from smoothing: export without it",
+            )
+        return np.array([self.id_of[colour] for colour in colours], np.int32)[places].reshape(codes.shape)
+
     def _listed(self, split: str) -> list[str] | None:
         """The names in the split's list without the suffixes of files that are there."""
         lines = self.read_list(f"{self.config.splits}/{split}.txt")
@@ -138,34 +166,6 @@ class Folder(PairedDataset):
         number = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode(errors="surrogateescape")).digest()[:8])
         assert self.config.val_fraction is not None
         return "val" if number < self.config.val_fraction * 2**64 else "train"
-
-
-def read_classes(tree: FileTree, path: str) -> ClassList:
-    """The classes file at `path`: names a line, or JSON or YAML by its suffix; raises UserError."""
-    if not tree.exists():
-        raise UserError(f"data root {tree.root} does not exist; set data.root to the folder with {path}")
-    entry = tree.file(path)
-    if entry is None:
-        raise UserError(
-            f"data root {tree.root} has no {path}; write one class name a line into it, in the order of their ids, "
-            "or set data.folder.classes"
-        )
-    text = decode_text(tree.read(entry), entry.uri)
-    try:
-        if not path.lower().endswith((".json", ".yaml", ".yml")):
-            content: Any = {"names": split_lines(text, entry.uri)}
-        else:
-            # JSON is YAML but for tabs; json.loads also says better where the mistake is.
-            content = json.loads(text) if path.lower().endswith(".json") else yaml.safe_load(text)
-        return ClassList.model_validate({"names": content} if isinstance(content, list) else content)
-    except ValidationError as error:
-        problems = "; ".join(
-            ": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, "))))
-            for item in error.errors()[:5]
-        )
-        raise UserError(f"{entry.uri}: {problems}; it holds names and, if wanted, palette, ids, ignore_ids") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{entry.uri} cannot be read ({' '.join(str(error).split())}); correct it") from error
 
 
 def default_palette(num_classes: int) -> Palette:

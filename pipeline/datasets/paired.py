@@ -23,7 +23,7 @@ from pipeline.datasets.raw import (
 )
 from pipeline.datasets.tree import Entry, FileTree
 from pipeline.errors import UserError
-from segvit.image_files import DecodeError, decode_label, orient_label
+from segvit.image_files import DecodeError, LabelPicture, decode_label, orient_label
 
 # Of files that are meant to be images. All but JPEG and PNG are listed to be rejected, not passed over in silence.
 IMAGE_SUFFIXES = (
@@ -69,10 +69,14 @@ class PairedDataset(ABC):
         """The image file's bytes and the label map as class ids; raises RejectedSampleError."""
         image = _read(sample.image, "image", sample.image_extent)
         try:
-            raw = self.decode_label(sample)
+            raw = self.read_ids(sample)
         except DecodeError as error:
             raise RejectedSampleError(sample.label, str(error), "replace the file or remove the sample") from error
-        return RawPair(image, orient_label(image, self.to_classes(raw, sample.label)))
+        return RawPair(image, orient_label(image, self.to_classes(raw.values, sample.label)), raw.index_colours)
+
+    def read_ids(self, sample: RawSample) -> LabelPicture:
+        """The label map's ids; `index_colours` are kept where only other files can tell whether they are right."""
+        return LabelPicture("grey", self.decode_label(sample))
 
     def decode_label(self, sample: RawSample) -> NDArray[np.integer]:
         """(H, W) ids as the publisher writes them; raises DecodeError and RejectedSampleError."""

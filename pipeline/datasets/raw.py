@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -51,11 +52,22 @@ class RawSample:
     image_bytes: int = 0
 
 
-class RawPair(NamedTuple):
-    """A sample's content."""
+Colour = tuple[int, int, int]
 
-    image: bytes  # the original file: JPEG or PNG
-    label: NDArray[np.uint8]  # (H, W) class ids, 255 = ignored
+
+class RawPair(NamedTuple):
+    """A sample's content.
+
+    Attributes:
+        image: the original file, JPEG or PNG.
+        label: (H, W) class ids, 255 where ignored.
+        index_colours: where ids are indices into the label file's palette and nothing says which colours they should
+            have, those that they have; all files must agree.
+    """
+
+    image: bytes
+    label: NDArray[np.uint8]
+    index_colours: Mapping[int, Colour] = MappingProxyType({})
 
 
 class RawDataset(Protocol):

@@ -28,6 +28,7 @@ from pipeline.shards.shard_task import (
     ROWS,
     Duplicate,
     ShardResult,
+    clashing_colours,
     explain_duplicate,
     explain_rejection,
     prepare_shard,
@@ -146,11 +147,17 @@ def _check_all(run: _Run, report: Report) -> Results:
     meter = _Meter(run.dataset.name, run.listing, report)
     results: Results = {}
     first: dict[str, str] | None = None
+    colours: dict[str, tuple[list[int], str]] = {}
     jobs = ((run.listing.load(shard),) for shard in run.listing.shards)
     with contextlib.closing(run.run_tasks(prepare_shard, jobs)) as finished:
         for result in finished:
             results[result.name] = result
             meter.advance(result)
+            clash = clashing_colours(colours, result.index_colours)
+            if clash is not None:
+                # Which of the two is right, and so which samples would be quarantined, cannot be told.
+                raise UserError(str(clash))
+            colours |= result.index_colours
             first = first or result.first_rejected
             if first is not None:
                 _apply_policy(run.config, meter.num_rejected, run.listing.num_samples, first)

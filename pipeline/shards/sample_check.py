@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
+from pipeline.datasets.raw import Colour
 from pipeline.fast_decode import encode_ids
 from segvit.image_files import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, open_image
 
@@ -19,11 +22,15 @@ _PNG_START = b"\x89PNG"
 
 
 class CheckedSample(NamedTuple):
-    """A sample as it goes into a shard; `row` is its row of the index but for its offsets in the tar."""
+    """A sample as it goes into a shard; `row` is its row of the index but for its offsets in the tar.
+
+    `index_colours`: as in RawPair.
+    """
 
     row: dict[str, Any]
     image: bytes
     label_png: bytes
+    index_colours: Mapping[int, Colour] = MappingProxyType({})
 
     @property
     def suffix(self) -> str:
@@ -37,7 +44,7 @@ def check_sample(dataset: RawDataset, sample: RawSample, max_long_side: int | No
     Where the image is longer than `max_long_side` pixels, it and its label map are scaled down to that; otherwise
     the image's original bytes stay.
     """
-    content, label = dataset.read(sample)
+    content, label, index_colours = dataset.read(sample)
     image_sha256 = hashlib.sha256(content).digest()
     try:
         image, suffix = open_image(content)
@@ -70,7 +77,7 @@ def check_sample(dataset: RawDataset, sample: RawSample, max_long_side: int | No
         "class_pixels": class_pixels.tolist(),
         "image_sha256": image_sha256,
     }
-    return CheckedSample(row, content, label_png)
+    return CheckedSample(row, content, label_png, index_colours)
 
 
 def _shrink(

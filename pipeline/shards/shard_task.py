@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, ShardWriter
 
 ROWS = "rows"
 # Raise it when rows change: they are made anew then, the shards with them.
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 ROWS_SCHEMA = INDEX_SCHEMA.append(pa.field("image_sha256", pa.binary(32)))  # of the source's file
 DIGEST_BYTES = 8
 _MARK = b"shard_result"
@@ -57,6 +57,8 @@ class ShardResult:
         num_rejected: samples that did not pass the checks; duplicates did.
         first_rejected: a row of QUARANTINE_SCHEMA.
         image_digests: the first 8 bytes of each checked image's sha256, in order, duplicates too.
+        index_colours: by index into the label maps' palettes, the colour and the first file that has it there; of
+            data whose indices no list of colours explains, see `clashing_colours`.
     """
 
     plan_digest: str
@@ -69,6 +71,7 @@ class ShardResult:
     first_rejected: dict[str, str] | None
     duplicates: tuple[Duplicate, ...]
     image_digests: bytes
+    index_colours: Mapping[str, tuple[list[int], str]] = field(default_factory=dict)
 
     @property
     def num_quarantined(self) -> int:
@@ -86,8 +89,8 @@ def prepare_shard(dataset: RawDataset, plan: ShardPlan, target: str, config: Dat
         return kept
     # Rows of another plan must not vouch for the tar that is about to replace theirs.
     storage.remove_files(target, [rows_name(plan.name)])
-    rejected: list[dict[str, str]] = []
-    return _publish_shard(plan, target, _check_samples(dataset, plan, config, rejected), rejected, ())
+    found = _Found([], {})
+    return _publish_shard(plan, target, _check_samples(dataset, plan, config, found), found, ())
 
 
 def replace_duplicates(
@@ -100,13 +103,13 @@ def replace_duplicates(
     """
     table, mark = _read_table(target, plan.name)
     left_out = {duplicate.row for duplicate in duplicates}
-    rejected: list[dict[str, str]] = mark["rejected"]
+    found = _Found(mark["rejected"], mark["index_colours"])
     if all(row in left_out for row, *_ in mark["duplicates"]):
         samples = _stored_samples(target, plan, table, left_out)
     else:
-        rejected = []
-        samples = _check_samples(dataset, plan, config, rejected)
-    return _publish_shard(plan, target, samples, rejected, duplicates)
+        found = _Found([], {})
+        samples = _check_samples(dataset, plan, config, found)
+    return _publish_shard(plan, target, samples, found, duplicates)
 
 
 def rows_name(shard: str) -> str:
@@ -160,13 +163,44 @@ def explain_rejection(row: Mapping[str, str]) -> str:
     return f"{row['file']} {row['reason']}; {row['remedy']}"
 
 
-def _check_samples(
-    dataset: RawDataset, plan: ShardPlan, config: DataConfig, rejected: list[dict[str, str]]
-) -> Iterator[CheckedSample]:
-    """The samples that pass; quarantine rows of the others go to `rejected`."""
+class _Found(NamedTuple):
+    """What the checks of a shard's samples fill: quarantine rows, and `ShardResult.index_colours`."""
+
+    rejected: list[dict[str, str]]
+    index_colours: dict[str, tuple[list[int], str]]
+
+
+def clashing_colours(
+    known: Mapping[str, tuple[list[int], str]], others: Mapping[str, tuple[list[int], str]]
+) -> RejectedSampleError | None:
+    """The error where an index has another colour in `others` than in `known`: one of the two has its own palette.
+
+    Quantised and re-indexed pictures have one each, so that an index is another class from file to file.
+    """
+    for index, (colour, file) in others.items():
+        before, first = known.get(index, (colour, file))
+        if list(before) != list(colour):
+            return RejectedSampleError(
+                file,
+                f"has the colour {list(colour)} at index {index} of its palette, where {first} has {list(before)}: "
+                "each file has its own palette, and indices are no class ids",
+                "give the classes file a palette, and label maps are read by colour, or export ids",
+            )
+    return None
+
+
+def _check_samples(dataset: RawDataset, plan: ShardPlan, config: DataConfig, found: _Found) -> Iterator[CheckedSample]:
+    """The samples that pass; what is found of them goes to `found`."""
+    rejected = found.rejected
     for sample in plan.samples:
         try:
             checked = check_sample(dataset, sample, config.max_long_side)
+            colours = {str(index): (list(one), sample.label) for index, one in checked.index_colours.items()}
+            clash = clashing_colours(found.index_colours, colours)
+            if clash is not None:
+                raise clash
+            for index, one in colours.items():
+                found.index_colours.setdefault(index, one)
         except RejectedSampleError as error:
             row = {"split": plan.split, "key": sample.key, "file": error.file}
             row |= {"reason": error.reason, "remedy": error.remedy}
@@ -186,17 +220,17 @@ def _stored_samples(target: str, plan: ShardPlan, table: pa.Table, left_out: Con
                 for position, kind in enumerate(("image", "label")):
                     file.seek(row[f"{kind}_offset"])
                     members[position] = file.read(row[f"{kind}_size"])
-            yield CheckedSample(row, *members)
+            yield CheckedSample(row, members[0], members[1])
 
 
 def _publish_shard(
     plan: ShardPlan,
     target: str,
     samples: Iterable[CheckedSample],
-    rejected: list[dict[str, str]],
+    found: _Found,
     duplicates: Sequence[Duplicate],
 ) -> ShardResult:
-    """The tar of `samples` without the duplicates, then its rows; `rejected` is read after the last sample."""
+    """The tar of `samples` without the duplicates, then its rows; `found` is read after the last sample."""
     left_out = {duplicate.row for duplicate in duplicates}
     rows: list[dict[str, Any]] = []
     with storage.publishing(storage.join(target, plan.name)) as file:
@@ -208,6 +242,7 @@ def _publish_shard(
             location = {"split": plan.split, "shard": plan.name, "image_offset": offsets[0], "label_offset": offsets[1]}
             rows.append(sample.row | location)
         sha256 = writer.finish()
+    rejected = found.rejected
     result = ShardResult(
         plan_digest=plan.digest,
         name=plan.name,
@@ -219,6 +254,7 @@ def _publish_shard(
         first_rejected=rejected[0] if rejected else None,
         duplicates=tuple(duplicates),
         image_digests=_shorten(row["image_sha256"] for row in rows),
+        index_colours=found.index_colours,
     )
     mark = {name: value for name, value in asdict(result).items() if name != "image_digests"}
     text = json.dumps(mark | {"rejected": rejected}, sort_keys=True)

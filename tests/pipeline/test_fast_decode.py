@@ -117,7 +117,7 @@ def test_decode_ids__every_label_kind() -> None:
     np.testing.assert_array_equal(decode_ids(encoded(Image.fromarray(wide), "PNG")), ids)
     with pytest.raises(DecodeError, match="holds class id 300, above 255"):
         decode_ids(encoded(Image.fromarray(np.full((4, 4), 300, np.uint16)), "PNG"))
-    with pytest.raises(DecodeError, match="is a RGB picture"):
+    with pytest.raises(DecodeError, match="is a colour picture"):
         decode_ids(encoded(scene(4, 4), "PNG"))
     with pytest.raises(DecodeError, match="cannot be decoded"):
         decode_ids(encode_png(ids)[:60])

@@ -10,7 +10,15 @@ import pytest
 from PIL import Image, ImageOps
 
 from segvit import image_files
-from segvit.image_files import DecodeError, decode_image, decode_label, encode_png, open_image, orient_label
+from segvit.image_files import (
+    DecodeError,
+    decode_image,
+    decode_label,
+    encode_png,
+    open_image,
+    orient_label,
+    read_label_picture,
+)
 
 
 def encoded(image: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
@@ -126,7 +134,7 @@ def test_max_pixels__a_head_that_says_more_than_the_file_can_hold() -> None:
 
 def test_decode_label__other_lossless_formats_and_low_bit_palettes() -> None:
     ids = np.array([[0, 1, 2], [3, 2, 1]], dtype=np.uint8)
-    for image_format in ("TIFF", "BMP", "GIF"):
+    for image_format in ("TIFF", "BMP"):
         np.testing.assert_array_equal(decode_label(encoded(Image.fromarray(ids), image_format)), ids)
     palette = Image.frombytes("P", (3, 2), ids.tobytes())
     palette.putpalette([9, 9, 9, 200, 3, 9, 1, 1, 1, 250, 0, 0])
@@ -136,8 +144,10 @@ def test_decode_label__other_lossless_formats_and_low_bit_palettes() -> None:
 
 
 def test_decode_label__ambiguous_or_lossy_files_are_refused() -> None:
-    with pytest.raises(DecodeError, match="is JPEG, which cannot hold class ids; save it as PNG"):
+    with pytest.raises(DecodeError, match="is JPEG, which changes ids where they meet; export it as PNG"):
         decode_label(encoded(Image.new("L", (8, 8)), "JPEG"))
+    with pytest.raises(DecodeError, match="is GIF, whose writers sort the palette anew for every file"):
+        decode_label(encoded(Image.new("L", (8, 8)), "GIF"))
     with pytest.raises(DecodeError, match="is greyscale of 1 bits, which may mean two ids; save it with 8 bits"):
         decode_label(encoded(Image.new("1", (8, 8))))
 
@@ -157,6 +167,20 @@ def test_open_image__damage(data: bytes, message: str) -> None:
         open_image(data)
 
 
+def test_read_label_picture__indices_with_their_colours_and_colours_as_numbers() -> None:
+    ids = np.array([[0, 1, 2], [3, 2, 1]], dtype=np.uint8)
+    palette = Image.frombytes("P", (3, 2), ids.tobytes())
+    palette.putpalette([9, 9, 9, 200, 3, 9, 1, 1, 1, 250, 0, 0, 7, 7, 7])
+    kind, values, colours = read_label_picture(encoded(palette))
+    assert kind == "indices"
+    np.testing.assert_array_equal(values, ids)
+    assert colours == {0: (9, 9, 9), 1: (200, 3, 9), 2: (1, 1, 1), 3: (250, 0, 0)}
+    for mode in ("RGB", "RGBA"):
+        kind, values, colours = read_label_picture(encoded(Image.new(mode, (2, 1), (1, 2, 255))))
+        assert (kind, values.tolist(), dict(colours)) == ("colours", [[0x0102FF, 0x0102FF]], {})
+    assert read_label_picture(encoded(Image.fromarray(ids))).kind == "grey"
+
+
 def test_decode_label__colour_is_refused() -> None:
-    with pytest.raises(DecodeError, match="is a RGB picture, not a map of class ids with one channel"):
+    with pytest.raises(DecodeError, match="is a colour picture, not a map of class ids with one channel"):
         decode_label(encoded(Image.new("RGB", (2, 2))))

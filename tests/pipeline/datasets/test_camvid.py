@@ -57,7 +57,7 @@ def test_read__palette_label_gives_indices(tmp_path: Path) -> None:
             "trainannot/frame_0.png",
             r"holds label ids 12, 200, outside the class list \(0-10, 11 =",
         ),
-        ("colour label", "trainannot/frame_0.png", "is a RGB picture, not a map of class ids"),
+        ("colour label", "trainannot/frame_0.png", "is a colour picture, not a map of class ids"),
         ("no label", "trainannot/frame_0.png", "is missing: there is no such label map"),
         ("no image", "train/frame_0.png", "is missing: there is no such image"),
         ("cut label", "trainannot/frame_0.png", "cannot be decoded"),

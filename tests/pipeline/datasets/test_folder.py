@@ -368,7 +368,7 @@ def test_end_to_end__unreadable_kinds_are_quarantined_with_a_remedy(tmp_path: Pa
     reasons = {row["key"]: row["reason"] for row in rows}
     assert shard_set.num_quarantined == 3
     assert reasons["tiff"] == "is TIFF, neither JPEG nor PNG"
-    assert reasons["colour"] == "is a RGB picture, not a map of class ids with one channel"
+    assert reasons["colour"] == "is a colour picture, and classes.txt gives its classes no colours"
     assert reasons["two_bits"].startswith("is greyscale of 1 bits, which may mean two ids; save it with 8 bits")
     assert all(row["remedy"] for row in rows)
     image, _ = open_image((root / "images/good0.jpg").read_bytes())

@@ -92,25 +92,21 @@ def test_listing__equal_names_far_apart_are_found() -> None:
         Listing(Long(300, twice=299), CONFIG)
 
 
-def test_listing__memory_is_a_few_bytes_a_sample() -> None:
-    count = 8_000
+def listing_bytes(count: int) -> tuple[int, int]:
+    """Bytes that the listing of so many samples holds, and the most it took meanwhile."""
     tracemalloc.start()
     try:
-        listing = Listing(Long(count), CONFIG)
-        held, peak = tracemalloc.get_traced_memory()
+        with Listing(Long(count), CONFIG) as listing:
+            assert len(listing.shards) == -(-count // CONFIG.samples_per_shard)
+            return tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(listing.shards) == 64
+
+
+def test_listing__memory_is_a_few_bytes_a_sample() -> None:
+    # What one shard's samples take, and what is imported on first use, does not grow with their number.
+    listing_bytes(8)
+    (held, peak), (held_twice, peak_twice) = listing_bytes(8_000), listing_bytes(16_000)
     # As objects the samples would take about 500 bytes each.
-    assert held < 8 * count
-    assert peak < 60 * count
-    listing.__exit__()
-
-
-def test_prepare__listing_that_fails_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> object:
-        raise PermissionError(13, "Permission denied", "/data/train")
-
-    monkeypatch.setattr("pipeline.datasets.digits.Digits.samples", fail)
-    with pytest.raises(UserError, match=r"^data root .* cannot be listed \(.*Permission denied: '/data/train'\); mend"):
-        prepare_shards(DataConfig(dataset="digits"), str(tmp_path / "out"), progress=lambda line: None)
+    assert held_twice - held < 8 * 8_000
+    assert peak_twice - peak < 60 * 8_000

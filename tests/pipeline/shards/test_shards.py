@@ -101,7 +101,7 @@ def test_webdataset__reads_the_same_samples(shard_folder: Path) -> None:
         reader = open_shard_set(str(shard_folder))
         index = reader.index(split)
         for number, sample in enumerate(samples):
-            content, label = dataset.read(sample)
+            content, label, _ = dataset.read(sample)
             np.testing.assert_array_equal(read[sample.key]["png"], np.asarray(Image.open(io.BytesIO(content))))
             ours = reader.read(index, number)
             assert (ours.key, ours.image) == (sample.key, content)
