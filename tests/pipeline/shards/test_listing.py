@@ -97,7 +97,7 @@ def listing_bytes(count: int) -> tuple[int, int]:
     tracemalloc.start()
     try:
         with Listing(Long(count), CONFIG) as listing:
-            assert len(listing.shards) == -(-count // CONFIG.samples_per_shard)
+            assert listing.num_samples == count + 5
             return tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -110,3 +110,12 @@ def test_listing__memory_is_a_few_bytes_a_sample() -> None:
     # As objects the samples would take about 500 bytes each.
     assert held_twice - held < 8 * 8_000
     assert peak_twice - peak < 60 * 8_000
+
+
+def test_prepare__listing_that_fails_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> object:
+        raise PermissionError(13, "Permission denied", "/data/train")
+
+    monkeypatch.setattr("pipeline.datasets.digits.Digits.samples", fail)
+    with pytest.raises(UserError, match=r"^data root .* cannot be listed \(.*Permission denied: '/data/train'\); mend"):
+        prepare_shards(DataConfig(dataset="digits"), str(tmp_path / "out"), progress=lambda line: None)
