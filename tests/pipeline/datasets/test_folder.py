@@ -351,6 +351,91 @@ def test_end_to_end__remote_root_gives_the_same_shards(tmp_path: Path, packed: b
     assert digests[0] == digests[1]
 
 
+CVAT = "# label:color_rgb:parts:actions\nsky:0,0,0::\nroad:128,0,0::\ncar:0,128,0::\n"
+COLOURS = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
+
+
+def with_palette(indices: NDArray[np.uint8], colours: list[list[int]]) -> Image.Image:
+    image = Image.frombytes("P", indices.shape[::-1], indices.tobytes())
+    image.putpalette([level for colour in colours for level in colour])
+    return image
+
+
+def ids_without_ignored(seed: int) -> NDArray[np.uint8]:
+    return np.where(label_map(seed) == 255, 0, label_map(seed)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["colours", "transparent", "same order", "sorted anew", "greys", "no palette"])
+def test_colours__read_by_the_classes_file_whatever_the_indices(tmp_path: Path, kind: str) -> None:
+    root, ids = make_folder(tmp_path, classes=CVAT), ids_without_ignored(3)
+    order = COLOURS.tolist()
+    written = {
+        "colours": lambda: Image.fromarray(COLOURS[ids]),
+        "transparent": lambda: Image.fromarray(COLOURS[ids]).convert("RGBA"),
+        "same order": lambda: with_palette(ids, order),
+        "sorted anew": lambda: with_palette((2 - ids).astype(np.uint8), order[::-1]),
+        "greys": lambda: with_palette(ids, [[0] * 3, [1] * 3, [2] * 3]),
+        "no palette": lambda: Image.fromarray(ids),
+    }
+    put(root, "a", written[kind](), 3)
+    dataset = open_folder(root)
+    pair = dataset.read(next(iter(dataset.samples("train"))))
+    np.testing.assert_array_equal(pair.label, ids)
+    assert not pair.index_colours
+    assert dataset.palette == ((0, 0, 0), (128, 0, 0), (0, 128, 0))
+
+
+@pytest.mark.parametrize(
+    ("label", "problem"),
+    [
+        (
+            Image.new("RGB", (WIDTH, HEIGHT), (1, 0, 0)),
+            r"has 1 colour\(s\) that no class has: \[1, 0, 0\] \(768 pixels\)",
+        ),
+        (
+            with_palette(np.ones((HEIGHT, WIDTH), np.uint8), [[0, 0, 0], [7, 7, 8]]),
+            r"has the colour \[7, 7, 8\] at index 1 of its palette, where classes.txt says \[128, 0, 0\]",
+        ),
+    ],
+)
+def test_colours__that_contradict_the_classes_file_are_rejected(
+    tmp_path: Path, label: Image.Image, problem: str
+) -> None:
+    root = make_folder(tmp_path, classes=CVAT)
+    put(root, "a", label, 0)
+    dataset = open_folder(root)
+    with pytest.raises(RejectedSampleError, match=problem):
+        dataset.read(next(iter(dataset.samples("train"))))
+
+
+def test_colours__without_a_class(tmp_path: Path) -> None:
+    root, ids = make_folder(tmp_path), label_map(3)
+    content = {"names": ["sky", "road", "car"], "palette": COLOURS.tolist(), "ignore_colours": [[224, 224, 192]]}
+    (root / "classes.json").write_text(json.dumps(content))
+    table = np.full((256, 3), (224, 224, 192), np.uint8)
+    table[:3] = COLOURS
+    for label in (Image.fromarray(table[ids]), with_palette(ids, table.tolist())):
+        put(root, "a", label, 3)
+        dataset = open_folder(root, classes="classes.json")
+        np.testing.assert_array_equal(dataset.read(next(iter(dataset.samples("train")))).label, ids)
+
+
+@pytest.mark.parametrize("samples_per_shard", [1, 128])
+def test_colours__each_file_with_a_palette_of_its_own_is_refused(tmp_path: Path, samples_per_shard: int) -> None:
+    root, colours = make_folder(tmp_path / "data", ("a", "b", "c")), COLOURS.tolist()
+    for seed, name in enumerate("abc"):
+        put(root, name, with_palette(ids_without_ignored(seed), colours), seed)
+    config = config_of(root).model_copy(update={"samples_per_shard": samples_per_shard})
+    # All alike: indices are ids, as before.
+    prepare_shards(config, str(tmp_path / "alike"), progress=lambda _: None)
+    put(root, "b", with_palette(ids_without_ignored(1), colours[::-1]), 1)
+    with pytest.raises(
+        UserError, match=r"b\.png has the colour .* of its palette, where .*a\.png has .*: each file has"
+    ):
+        prepare_shards(config, str(tmp_path / "shards"), progress=lambda _: None)
+    assert not (tmp_path / "shards/manifest.json").exists()
+
+
 def test_end_to_end__unreadable_kinds_are_quarantined_with_a_remedy(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "data", tuple(f"good{number}" for number in range(3)))
     put(root, "tiff", label_map(10), 10)
