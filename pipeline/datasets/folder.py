@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.config import FolderConfig
 from pipeline.datasets.class_list import read_class_list
-from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, pair_by_stem, read_label
+from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, pair_by_stem, put_stem, read_label
 from pipeline.datasets.raw import LabelIds, Palette, RawSample, RejectedSampleError, digest_of
 from pipeline.datasets.tree import FileTree
 from pipeline.errors import UserError
@@ -89,7 +89,7 @@ class Folder(PairedDataset):
             return
         by_name = {pair.name: pair for pair in pairs}
         for name in self._listed(split) or ():
-            yield by_name.get(name) or Pair(name, uris[0].format(name), uris[1].format(f"{name}.png"))
+            yield by_name.get(name) or Pair(name, put_stem(uris[0], name), put_stem(uris[1], f"{name}.png"))
 
     def read_ids(self, sample: RawSample) -> LabelPicture:
         """Ids as they are, or by colour where the classes file has colours and the label map does, too."""

@@ -143,8 +143,13 @@ def pair_by_stem(
 ) -> Iterator[Pair]:
     """Pairs of equal stem, sorted; what has no partner is paired with a uri (`{}` is the stem)."""
     for stem in sorted(images.keys() | labels.keys()):
-        image = images.get(stem) or image_uri.format(stem)
-        yield Pair(stem, image, labels.get(stem) or label_uri.format(stem))
+        yield Pair(stem, images.get(stem) or put_stem(image_uri, stem), labels.get(stem) or put_stem(label_uri, stem))
+
+
+def put_stem(uri: str, stem: str) -> str:
+    """`uri` with `stem` at its last `{}`; a path may hold braces of its own."""
+    before, _, after = uri.rpartition("{}")
+    return f"{before}{stem}{after}"
 
 
 def read_label(sample: RawSample) -> list[bytes]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.datasets.archive import Extent
 from pipeline.datasets.detail_masks import DetailImage, draw_label, index_detail
-from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, read_label
+from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, put_stem, read_label
 from pipeline.datasets.raw import LabelIds, RawSample, load_metadata
 from pipeline.datasets.tree import Entry
 from pipeline.errors import UserError
@@ -82,7 +82,7 @@ class PascalContext(PairedDataset):
             label_uri = f"{self._open_detail()[0].uri}#{{}}"
         for name in self._listed(split):
             image = images.get(name) or storage.join(self.root, IMAGES, f"{name}.jpg")
-            yield Pair(name, image, labels.get(name) or label_uri.format(name))
+            yield Pair(name, image, labels.get(name) or put_stem(label_uri, name))
 
     def decode_label(self, sample: RawSample) -> NDArray[np.integer]:
         """(H, W) ids of a converted PNG file, or category ids drawn from the annotations."""

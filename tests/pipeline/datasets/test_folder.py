@@ -99,6 +99,18 @@ def test_lists__what_is_listed_and_not_there_is_rejected(tmp_path: Path) -> None
     ]
 
 
+@pytest.mark.parametrize("folder", ["set {v1}", "{}", "a {0} 100% b", "Bilder ä"])
+def test_lists__odd_signs_in_the_root(tmp_path: Path, folder: str) -> None:
+    root = make_folder(tmp_path / folder)
+    (root / "labels/a.png").unlink()
+    dataset = open_folder(root)
+    with pytest.raises(RejectedSampleError) as caught:
+        dataset.read(next(iter(dataset.samples("train"))))
+    assert caught.value.file == f"{root}/labels/a.png"
+    (root / "splits/train.txt").write_text("b\n")
+    np.testing.assert_array_equal(open_folder(root).read(open_folder(root).samples("train")[0]).label, label_map(1))
+
+
 def test_fraction__seeded_by_name_so_that_new_images_move_none(tmp_path: Path) -> None:
     names = tuple(f"image_{number}" for number in range(40))
     root = make_folder(tmp_path, names)
