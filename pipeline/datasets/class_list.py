@@ -33,7 +33,8 @@ _ID_COLUMNS = ("id", "ids", "index", "value", "pixelvalue", "pixel_value", "clas
 _NAME_COLUMNS = ("name", "names", "class", "classes", "label", "labels", "category", "class_name", "classname")
 _COLOUR_COLUMNS = (("r", "red"), ("g", "green"), ("b", "blue"))
 _LABELME_IGNORED = "__ignore__"
-_CVAT_LINE = re.compile(r"(?P<name>[^:]+):(?P<colour>\d+,\d+,\d+)?:(?P<rest>[^:]*(:.*)?)")
+_IGNORED_NAMES = ("ignore", "ignored", "void", "unlabeled", "unlabelled")
+_CVAT_LINE = re.compile(r"(?P<name>[^:]+):(?P<colour>\d+,\d+,\d+)?:[^:]*(:.*)?")
 _ID_LINE = re.compile(r"(\d+)\s*[,;:\t]\s*(\S.*)")
 _NUMBERED_LINE = re.compile(r"\d+\s+\S")
 
@@ -158,7 +159,16 @@ def _by_id(mapping: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _numbered(names: Mapping[int, str]) -> dict[str, Any]:
-    """Names by id, with ids only where they are not 0, 1, 2, ...; 255 stays the id of ignored pixels."""
+    """Names by id, with ids only where they are not 0, 1, 2, ...; 255 may only be named as what is ignored.
+
+    Raises ValueError for a class with that id: to leave it out in silence would lose it.
+    """
+    ignored = names.get(IGNORE_INDEX, "ignore").strip().lower().strip("_")
+    if ignored not in _IGNORED_NAMES:
+        raise ValueError(
+            f"{IGNORE_INDEX} is the id of ignored pixels, and of {ignored!r} here; where it is a class, write "
+            "names, ids and ignore_ids: [] as JSON or YAML"
+        )
     known = {number: name for number, name in names.items() if number != IGNORE_INDEX}
     ids = sorted(known)
     found: dict[str, Any] = {"names": [known[number].strip() for number in ids]}

@@ -86,6 +86,12 @@ def test_read_class_list__as_tools_write_it(tmp_path: Path, name: str, text: str
         ("classes.txt", "# my classes\nsky\n", "'# my classes' looks like a comment, and would be a class; remove it"),
         ("classes.txt", "0 sky\n1 road\n", "'0 sky' may be an id and a name, or a name; write `id, name`"),
         ("classes.txt", "0: sky\n0: road\n", "id 0 is there twice; give each class its own"),
+        (
+            "_classes.csv",
+            "Pixel Value, Class\n0, background\n255, object\n",
+            "255 is .*, and of 'object' here; where it",
+        ),
+        ("data.yaml", "names: {0: background, 255: object}\n", "255 is .*, and of 'object' here; where it is a class"),
         ("classes.csv", "id,name\n0,sky,blue\n", "the line '0, sky, blue' has 3 columns, the head 2"),
         ("labelmap.txt", "# label:color_rgb:parts:actions\nroad\n", "'road' is not name:r,g,b:parts:actions"),
         ("labelmap.txt", "a:1,2,3::\nb:::\n", "some labels have a colour and some have none"),
