@@ -112,11 +112,12 @@ def test_run_training__three_workers_with_unequal_shares(make_job: MakeJob, tmp_
             assert common[name] == pytest.approx(lone[name], rel=1e-5), name
     assert told["plain"][-1]["val_miou"] == pytest.approx(one.rows[-1]["val_miou"], abs=1e-3)
     assert_same_weights(one.folders[0], tmp_path / "plain-0" / "step-00000002", tolerance=1e-4)
-    # Resumed, with all ranks' random generators; three gradients may be added in another order.
+    # Resumed, with all ranks' random generators. Three gradients may be added in another order, and Adam enlarges
+    # what that changes in gradients that are zero but for rounding (attention's key biases).
     for row, other in zip(told["resumed"], told["whole"][2:], strict=True):
         assert row == pytest.approx(other, abs=1e-6)
     whole, resumed = (tmp_path / f"{name}-0" / "step-00000004" for name in ("whole", "resumed"))
-    assert_same_weights(whole, resumed, tolerance=1e-6)
+    assert_same_weights(whole, resumed, tolerance=1e-5)
     # Fitted to a teacher on the images of all.
     lone_fit = Trainer(fitted, ALONE)
     assert told["fitted"] == pytest.approx(lone_fit.fitted, rel=1e-4)
