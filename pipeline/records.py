@@ -146,6 +146,12 @@ class Evaluation(Record):
     uri: str
     counts_digest: str = ""
 
+    @property
+    def unmeasured_classes(self) -> tuple[str, ...]:
+        """Those of which the split shows no labelled pixel: the mIoU says nothing of them."""
+        known = zip(self.class_names, self.per_class_accuracy, strict=False)
+        return tuple(name for name, accuracy in known if accuracy is None)
+
 
 def latency_text(milliseconds: float, reliable: bool) -> str:
     """For people, an unreliable one marked: "~12.3 ms"."""

@@ -21,6 +21,12 @@ def print_results(console: Console, records: Mapping[str, Record]) -> None:
     decision = next((one for one in records.values() if isinstance(one, PromotionDecision)), None)
     if evaluations and not any(isinstance(record, Study) for record in records.values()):
         console.print(variants_table(list(evaluations.values()), _versions(records), decision))
+    for name, one in evaluations.items():
+        if one.unmeasured_classes:
+            left = f"{len(one.class_names) - len(one.unmeasured_classes)} of {len(one.class_names)} classes"
+            missing = ", ".join(one.unmeasured_classes)
+            text = f"warning   {name}: the mIoU is of {left}; split {one.split} has no labelled pixel of {missing}"
+            console.print(text, style="yellow", markup=False, soft_wrap=True)
     for name, one in also.items():
         console.print(f"also      {name}: mIoU {one.miou:.4f}{inference_text(one)}", markup=False, soft_wrap=True)
     for record in records.values():

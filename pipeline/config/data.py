@@ -54,6 +54,8 @@ class DataConfig(Section):
     local path or any fsspec URL.
     `on_bad_sample`: `fail` at the first sample that cannot be read or used, or whose image is there twice; or
     `quarantine` them, at most `max_quarantined_fraction` of all.
+    `classes_without_pixels`: `refuse` data whose train or val shows no labelled pixel of a class, which nothing could
+    learn or measure; or `allow` it. Left out, it is refused, but for the embedded digits, whose scenes are drawn.
     `max_long_side`: scale larger images and their label maps down to it, pixels; left out, images stay as they are.
     """
 
@@ -64,6 +66,7 @@ class DataConfig(Section):
     max_samples_per_split: Positive | None = None
     on_bad_sample: Literal["fail", "quarantine"] = "fail"
     max_quarantined_fraction: Annotated[Fraction, NotFingerprinted] = 0.01
+    classes_without_pixels: Literal["refuse", "allow"] | None = None
     max_long_side: Positive | None = None
     digits: DigitsConfig = DigitsConfig()
     folder: FolderConfig = FolderConfig()

@@ -39,6 +39,14 @@ def decide(candidate: Evaluation, champion: Evaluation | None, policy: Promotion
             detail=f"mIoU {candidate.miou:.4f}, minimum {policy.min_miou:.4f}",
         )
     ]
+    if candidate.unmeasured_classes:
+        names = ", ".join(candidate.unmeasured_classes)
+        allowed = policy.unmeasured_classes == "allow"
+        how = (
+            "which the policy allows" if allowed else "and the mIoU says nothing of it; score it on data that shows all"
+        )
+        detail = f"split {candidate.split} has no labelled pixel of {names}, {how}"
+        checks.append(Check(name="all classes measured", passed=allowed, detail=detail))
     if champion is not None:
         checks += _comparison(candidate, champion, policy)
     checks += [

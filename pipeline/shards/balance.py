@@ -38,10 +38,14 @@ class ClassCounts(NamedTuple):
 
 def count_classes(reader: ShardReader, split: str) -> ClassCounts:
     """Pixels and images of each class in `split`; raises ShardSetError for an index that does not fit."""
-    num_classes = len(reader.manifest.classes)
+    return count_in_index(reader.uri, len(reader.manifest.classes), split)
+
+
+def count_in_index(uri: str, num_classes: int, split: str) -> ClassCounts:
+    """`count_classes` of the shard set at `uri`, whose manifest is not needed."""
     pixels, images = np.zeros(num_classes, dtype=np.int64), np.zeros(num_classes, dtype=np.int64)
     num_images = num_pixels = 0
-    for class_pixels, size in _class_pixels(reader, split):
+    for class_pixels, size in _class_pixels(uri, num_classes, split):
         pixels += class_pixels.sum(axis=0)
         images += (class_pixels > 0).sum(axis=0)
         num_images += len(class_pixels)
@@ -58,14 +62,16 @@ def repeat_factors(reader: ShardReader, split: str, threshold: float) -> NDArray
     counts = count_classes(reader, split)
     frequency = np.maximum(counts.images, 1) / max(counts.num_images, 1)
     of_class = np.maximum(1.0, np.sqrt(threshold / frequency))
-    parts = [np.where(present > 0, of_class, 1.0).max(axis=1) for present, _ in _class_pixels(reader, split)]
+    rows = _class_pixels(reader.uri, len(reader.manifest.classes), split)
+    parts = [np.where(present > 0, of_class, 1.0).max(axis=1) for present, _ in rows]
     return np.concatenate(parts) if parts else np.empty(0)
 
 
-def _class_pixels(reader: ShardReader, split: str) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+def _class_pixels(
+    shard_set: str, num_classes: int, split: str
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Pixels by class (rows, K) and pixels in all (rows,), part by part."""
-    uri = storage.join(reader.uri, INDEX)
-    num_classes = len(reader.manifest.classes)
+    uri = storage.join(shard_set, INDEX)
     with storage.open_uri(uri) as file:
         batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=["split", "height", "width", "class_pixels"])
         for batch in batches:

@@ -21,6 +21,7 @@ from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, open_dataset
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
+from pipeline.shards.balance import count_in_index
 from pipeline.shards.duplicates import Position, find_duplicates
 from pipeline.shards.listing import Listing
 from pipeline.shards.shard_check import check_shard_set
@@ -63,9 +64,9 @@ def prepare_shards(
 
     Runs as Ray tasks, `max_tasks` at a time, where Ray is initialised, and in this process where it is not.
     `progress` gets a line every few seconds and one with the sums at the end; None prints them. Raises UserError
-    for a missing data root, for a bad sample under the policy `fail`, and for more of them than the policy
-    `quarantine` allows. A duplicate image is a bad sample, too. Where others may write to `target`, `lease` is the
-    right to do so; raises LeaseLost where it went to another.
+    for a missing data root, for a bad sample under the policy `fail`, for more of them than the policy `quarantine`
+    allows, and for classes without a pixel unless these are allowed. A duplicate image is a bad sample, too. Where
+    others may write to `target`, `lease` is the right to do so; raises LeaseLost where it went to another.
     """
     report = progress or (lambda line: print(line, flush=True))
     if storage.is_local(target):
@@ -73,7 +74,7 @@ def prepare_shards(
         target = str(storage.local_path(target))
     dataset = open_dataset(config)
     with Listing(dataset, config) as listing:
-        current = _find_current(target, listing, config)
+        current = _find_current(target, dataset, listing, config, report)
         if current is not None:
             report(f"prepare {dataset.name}: the shard set at {target} is up to date")
             return current
@@ -83,7 +84,7 @@ def prepare_shards(
         results = _check_all(run, report)
         _leave_out_duplicates(run, results, report)
         run.check_lease()
-        shard_set = _publish_set(run, results)
+        shard_set = _publish_set(run, results, report)
     num_good = sum(result.num_samples for result in results.values())
     report(
         f"prepare {dataset.name}: {listing.num_samples} images = {num_good} in {len(results)} shards "
@@ -205,7 +206,7 @@ def _name_duplicates(run: _Run, found: dict[Position, Position]) -> dict[str, li
     return {name: duplicates for name, duplicates in named.items() if duplicates}
 
 
-def _publish_set(run: _Run, results: Results) -> ShardSet:
+def _publish_set(run: _Run, results: Results, report: Report) -> ShardSet:
     """Index, quarantine and, last, the manifest."""
     splits = {
         split: [results[shard.name] for shard in run.listing.shards if shard.split == split]
@@ -223,6 +224,7 @@ def _publish_set(run: _Run, results: Results) -> ShardSet:
     assert num_good + num_bad == run.listing.num_samples, (
         f"{run.listing.num_samples} samples went in, {num_good} + {num_bad} came out"
     )
+    _check_classes(run.target, run.dataset, run.config, report)
     manifest = Manifest(
         name=run.dataset.name,
         classes=run.dataset.class_names,
@@ -262,6 +264,31 @@ def _row_groups(run: _Run, shards: Sequence[ShardResult], quarantined: list[pa.T
             yield pa.concat_tables([rows for rows, _ in parts])
 
 
+def _check_classes(target: str, dataset: RawDataset, config: DataConfig, report: Report) -> None:
+    """Raise UserError, or say it where it is allowed, for classes that train or val shows no pixel of."""
+    missing, num_ignored, num_pixels = [], 0, 0
+    for split in ("train", "val"):
+        counts = count_in_index(target, len(dataset.class_names), split)
+        num_ignored, num_pixels = num_ignored + counts.ignored_pixels, num_pixels + counts.num_pixels
+        names = [name for name, pixels in zip(dataset.class_names, counts.pixels, strict=True) if not pixels]
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            missing.append(f"{split} shows no pixel of {', '.join(map(repr, names[:5]))}{more}")
+    if not missing:
+        return
+    found = f"{dataset.name}: {'; '.join(missing)}"
+    if (config.classes_without_pixels or ("allow" if config.dataset == "digits" else "refuse")) == "allow":
+        report(f"prepare {found}: nothing can learn, or measure, these classes")
+        return
+    hint = "correct the label maps or the list of classes"
+    if num_ignored and config.dataset == "folder":
+        hint += (
+            f" ({num_ignored / num_pixels:.1%} of the pixels are ignored: where 255 is the id of a class, as in masks "
+            "of 0 and 255, the classes file says so: {names: [background, object], ids: [0, 255], ignore_ids: []})"
+        )
+    raise UserError(f"{found}; {hint}, or set data.classes_without_pixels: allow")
+
+
 def _apply_policy(config: DataConfig, num_bad: int, num_samples: int, first: dict[str, str]) -> None:
     """Raise UserError where the policy does not let `num_bad` of `num_samples` samples pass."""
     if config.on_bad_sample == "fail":
@@ -274,7 +301,9 @@ def _apply_policy(config: DataConfig, num_bad: int, num_samples: int, first: dic
         )
 
 
-def _find_current(target: str, listing: Listing, config: DataConfig) -> ShardSet | None:
+def _find_current(
+    target: str, dataset: RawDataset, listing: Listing, config: DataConfig, report: Report
+) -> ShardSet | None:
     """The shard set at `target` where it is whole and was made by the same plan."""
     try:
         manifest = read_manifest(target)
@@ -287,6 +316,7 @@ def _find_current(target: str, listing: Listing, config: DataConfig) -> ShardSet
         with storage.open_uri(storage.join(target, QUARANTINE)) as file:
             first = next(pq.ParquetFile(file).iter_batches(1)).to_pylist()[0]
         _apply_policy(config, manifest.num_quarantined, listing.num_samples, first)
+    _check_classes(target, dataset, config, report)
     # A store without renaming may have kept the manifest's temporary copy when the last run was killed.
     _sweep(target, {name for shard in listing.shards for name in (shard.name, rows_name(shard.name))})
     return shard_set

@@ -53,7 +53,7 @@ def test_evaluate__a_champion_has_the_figures_of_its_flow(flow_run: FlowRun, cap
 
 
 def test_evaluate__windows_scales_and_flip_are_those_of_predict_and_register(
-    flow_run: FlowRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    flow_run: FlowRun, few_scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint folder and a shard set from elsewhere, in a new workspace."""
     records = records_of(flow_run, capfd)
@@ -81,7 +81,7 @@ def test_evaluate__windows_scales_and_flip_are_those_of_predict_and_register(
     version = facts(capfd, "register", folder, "--name", "other", *workspace)["version"]
     assert (version["name"], version["version"], version["variant"]) == ("other", 1, "full")
     assert version["evaluation"] == found["evaluation"]
-    decision = facts(capfd, "promote", "other", "1", *workspace)
+    decision = facts(capfd, "promote", "other", "1", "--policy", str(few_scenes), *workspace)
     assert decision["promoted"] is True
     # Of the registered one: as it was registered, without an option.
     again = facts(capfd, "evaluate", "models:/other@champion", shards, *workspace)
@@ -89,6 +89,13 @@ def test_evaluate__windows_scales_and_flip_are_those_of_predict_and_register(
         name: version["evaluation"][name] for name in FIGURES
     }
     assert again["evaluation"]["inference"] == inference
+
+
+@pytest.fixture
+def few_scenes(tmp_path: Path) -> Path:
+    """The policy for a val split that is too small to show all digits."""
+    (tmp_path / "policy.yaml").write_text("unmeasured_classes: allow\n")
+    return tmp_path / "policy.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -126,14 +133,17 @@ def published_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
         },
         "tune": {"num_trials": 0},
         "evaluate": {"num_examples": 1, "latency_repeats": 1},
-        "promote": {"min_miou": 0.0},
+        "promote": {"unmeasured_classes": "allow"},
     }
     (folder / "published.yaml").write_text(yaml.safe_dump(experiment))
     return folder / "shrunk.pth", folder / "published.yaml", own
 
 
 def test_evaluate__a_file_of_the_published_format_is_scored_registered_promoted_and_served(
-    published_file: tuple[Path, Path, segvit.SegViT], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    published_file: tuple[Path, Path, segvit.SegViT],
+    few_scenes: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     import mlflow
 
@@ -143,7 +153,8 @@ def test_evaluate__a_file_of_the_published_format_is_scored_registered_promoted_
     assert found["evaluation"]["variant"] == "published"
     assert found["evaluation"]["num_images"] == 3
     version = facts(capfd, "register", str(file), "--name", "paper", "--evaluation", found["run_id"], *workspace)
-    assert facts(capfd, "promote", "paper", "1", *workspace)["champion_after"] == version["version"]["version"]
+    decision = facts(capfd, "promote", "paper", "1", "--policy", str(few_scenes), *workspace)
+    assert decision["champion_after"] == version["version"]["version"]
     image = np.random.default_rng(0).integers(0, 255, (1, 64, 80, 3), dtype=np.uint8)
     tracking = Tracking.for_workspace(str(tmp_path / "own"))
     folder = model_folder(tracking, resolve_model(tracking, "models:/paper@champion"), tmp_path / "served")

@@ -21,6 +21,7 @@ from pipeline.config import AugmentationConfig, DataConfig
 from pipeline.datasets import RawDataset, RejectedSampleError, open_dataset
 from pipeline.datasets.folder import default_palette
 from pipeline.errors import UserError
+from pipeline.shards.balance import count_classes
 from pipeline.shards.loader import EvalLoader, TrainLoader
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.shard_reader import open_shard_set
@@ -446,6 +447,47 @@ def test_colours__each_file_with_a_palette_of_its_own_is_refused(tmp_path: Path,
     ):
         prepare_shards(config, str(tmp_path / "shards"), progress=lambda _: None)
     assert not (tmp_path / "shards/manifest.json").exists()
+
+
+def binary_folder(root: Path, classes: str, name: str = "classes.txt") -> Path:
+    """Masks of 0 and 255, as many label tools export them."""
+    make_folder(root, classes="background\nobject\n")
+    for seed, stem in enumerate("abc"):
+        put(root, stem, np.where(label_map(seed) == 1, 255, 0).astype(np.uint8), seed)
+    (root / name).write_text(classes)
+    return root
+
+
+def test_classes_without_pixels__are_refused_and_0_255_is_named(tmp_path: Path) -> None:
+    root = binary_folder(tmp_path / "data", "background\nobject\n")
+    target = str(tmp_path / "shards")
+    message = (
+        r"folder: train shows no pixel of 'object'; val shows no pixel of 'object'; .* \(\d+\.\d% of the pixels are "
+        r"ignored: where 255 is the id of a class, .* "
+        r"\{names: \[background, object\], ids: \[0, 255\], ignore_ids: \[\]\}\)"
+    )
+    with pytest.raises(UserError, match=message):
+        prepare_shards(config_of(root), target, progress=lambda _: None)
+    assert not (tmp_path / "shards/manifest.json").exists()
+
+    said: list[str] = []
+    allowed = config_of(root).model_copy(update={"classes_without_pixels": "allow"})
+    prepare_shards(allowed, target, progress=said.append)
+    assert any("train shows no pixel of 'object'" in line for line in said)
+    # What is there already is judged, too.
+    with pytest.raises(UserError, match="train shows no pixel of 'object'"):
+        prepare_shards(config_of(root), target, progress=lambda _: None)
+
+
+def test_classes_without_pixels__0_255_with_the_remedy(tmp_path: Path) -> None:
+    content = "{names: [background, object], ids: [0, 255], ignore_ids: []}"
+    root = binary_folder(tmp_path / "data", content, "classes.yaml")
+    shard_set = prepare_shards(config_of(root, classes="classes.yaml"), str(tmp_path / "s"), progress=lambda _: None)
+    reader = open_shard_set(shard_set)
+    for split, seeds in (("train", (0, 1)), ("val", (2,))):
+        wanted = [int((label_map(seed) == 1).sum()) for seed in seeds]
+        counts = count_classes(reader, split)
+        assert counts.pixels.tolist() == [counts.num_pixels - sum(wanted), sum(wanted)]
 
 
 def test_end_to_end__unreadable_kinds_are_quarantined_with_a_remedy(tmp_path: Path) -> None:

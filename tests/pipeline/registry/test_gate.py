@@ -27,6 +27,12 @@ def test_decide__first_champion_has_nothing_to_beat(trained: Any) -> None:
             "pole: IoU 0.0900, the champion's 0.2000, tolerance 0.1000",
         ),
         ({"per_class_iou": (0.9, 0.9, None)}, {"protected_classes": ("pole",)}, "pole: no IoU, the champion's 0.2000"),
+        (
+            {"per_class_accuracy": (0.9, None, None), "miou": 1.0},
+            {},
+            "split val has no labelled pixel of road, pole, and the mIoU says nothing of it; score it on data that "
+            "shows all",
+        ),
         ({}, {"max_gflops": 1.4}, "GFLOPs 1.5, at most 1.4"),
         ({}, {"max_parameters": 4_999_999}, "parameters 5,000,000, at most 4,999,999"),
         ({}, {"max_latency_ms": 11.5}, "latency ms 12, at most 11.5"),
@@ -39,6 +45,14 @@ def test_decide__refuses_for_each_reason_alone(
     assert not gate.promoted
     assert gate.reason == f"refused: {reason}"
     assert [check.detail for check in gate.checks if not check.passed] == [reason]
+
+
+def test_decide__unmeasured_classes_that_the_policy_allows_are_on_the_record(trained: Any) -> None:
+    candidate = trained.evaluation.model_copy(update={"per_class_accuracy": (0.9, 0.6, None)})
+    gate = decide(candidate, None, PromotionPolicy(unmeasured_classes="allow"))
+    assert gate.promoted
+    assert gate.checks[1].detail == "split val has no labelled pixel of pole, which the policy allows"
+    assert not decide(candidate, None, PromotionPolicy()).promoted
 
 
 @pytest.mark.parametrize(

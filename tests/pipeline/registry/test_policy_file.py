@@ -22,6 +22,7 @@ FIELDS = {
     "max_regression": 0.01,
     "protected_classes": ["pole"],
     "max_class_regression": 0.02,
+    "unmeasured_classes": "allow",
     "max_gflops": 50.0,
     "max_parameters": 7_000_000,
     "max_latency_ms": 80.0,
