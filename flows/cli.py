@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from flows.commands.data import data, flops
+from flows.commands.data import check, data, flops, init
 from flows.commands.experiment import plan, run, submit
 from flows.commands.model import compare, models, predict, promote, rollback
 from flows.commands.runs import cancel, runs, show
@@ -18,6 +18,8 @@ from pipeline.errors import UserError
 
 INTERRUPTED = 130
 COMMANDS: tuple[Callable[..., None], ...] = (
+    check,
+    init,
     run,
     plan,
     submit,

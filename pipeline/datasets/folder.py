@@ -145,6 +145,7 @@ class Folder(PairedDataset):
                 f"has {len(unknown)} colour(s) that no class has: {listed}",
                 f"add them to {self.config.classes}, as ignore_colours where they mean no class; blended colours at "
                 "edges come from smoothing: export without it",
+                {str(colour): count for count, colour in unknown},
             )
         return np.array([self.id_of[colour] for colour in colours], np.int32)[places].reshape(codes.shape)
 

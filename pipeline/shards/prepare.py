@@ -21,7 +21,7 @@ from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, open_dataset
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
-from pipeline.shards.balance import count_in_index
+from pipeline.shards.balance import allows_missing_classes, count_in_index, missing_classes
 from pipeline.shards.duplicates import Position, find_duplicates
 from pipeline.shards.listing import Listing
 from pipeline.shards.shard_check import check_shard_set
@@ -266,27 +266,13 @@ def _row_groups(run: _Run, shards: Sequence[ShardResult], quarantined: list[pa.T
 
 def _check_classes(target: str, dataset: RawDataset, config: DataConfig, report: Report) -> None:
     """Raise UserError, or say it where it is allowed, for classes that train or val shows no pixel of."""
-    missing, num_ignored, num_pixels = [], 0, 0
-    for split in ("train", "val"):
-        counts = count_in_index(target, len(dataset.class_names), split)
-        num_ignored, num_pixels = num_ignored + counts.ignored_pixels, num_pixels + counts.num_pixels
-        names = [name for name, pixels in zip(dataset.class_names, counts.pixels, strict=True) if not pixels]
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            missing.append(f"{split} shows no pixel of {', '.join(map(repr, names[:5]))}{more}")
-    if not missing:
+    counts = {split: count_in_index(target, len(dataset.class_names), split) for split in ("train", "val")}
+    found = missing_classes(dataset.name, dataset.class_names, config, counts)
+    if found is None:
         return
-    found = f"{dataset.name}: {'; '.join(missing)}"
-    if (config.classes_without_pixels or ("allow" if config.dataset == "digits" else "refuse")) == "allow":
-        report(f"prepare {found}: nothing can learn, or measure, these classes")
-        return
-    hint = "correct the label maps or the list of classes"
-    if num_ignored and config.dataset == "folder":
-        hint += (
-            f" ({num_ignored / num_pixels:.1%} of the pixels are ignored: where 255 is the id of a class, as in masks "
-            "of 0 and 255, the classes file says so: {names: [background, object], ids: [0, 255], ignore_ids: []})"
-        )
-    raise UserError(f"{found}; {hint}, or set data.classes_without_pixels: allow")
+    if not allows_missing_classes(config):
+        raise UserError(found)
+    report(f"prepare {found}")
 
 
 def _apply_policy(config: DataConfig, num_bad: int, num_samples: int, first: dict[str, str]) -> None:

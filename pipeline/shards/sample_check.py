@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
+from pipeline.datasets import RawDataset, RawPair, RawSample, RejectedSampleError
 from pipeline.datasets.raw import Colour
 from pipeline.fast_decode import encode_ids
 from segvit.image_files import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, open_image
@@ -44,7 +44,14 @@ def check_sample(dataset: RawDataset, sample: RawSample, max_long_side: int | No
     Where the image is longer than `max_long_side` pixels, it and its label map are scaled down to that; otherwise
     the image's original bytes stay.
     """
-    content, label, index_colours = dataset.read(sample)
+    return check_pair(dataset, sample, dataset.read(sample), max_long_side)
+
+
+def check_pair(
+    dataset: RawDataset, sample: RawSample, pair: RawPair, max_long_side: int | None = None
+) -> CheckedSample:
+    """`check_sample` of a sample whose content was read."""
+    content, label, index_colours = pair
     image_sha256 = hashlib.sha256(content).digest()
     try:
         image, suffix = open_image(content)

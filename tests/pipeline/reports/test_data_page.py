@@ -12,7 +12,7 @@ import segvit
 from pipeline.config import DataConfig, DigitsConfig
 from pipeline.datasets.digits import Digits
 from pipeline.errors import UserError
-from pipeline.reports.data_page import CAPTION, CELL, GAP, contact_sheet, write_data_report
+from pipeline.reports.data_page import CAPTION, CELL, GAP, contact_sheet, reader_samples, write_data_report
 from pipeline.reports.data_summary import summarize_shard_set
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.shard_reader import ShardReader
@@ -44,8 +44,14 @@ def test_summary__counts_and_shares(uri: str) -> None:
     assert train.num_bytes == sum(file.stat().st_size for file in Path(uri).glob("train-*.tar"))
 
 
+def sheet_of(uri: str, split: str, num_samples: int) -> Image.Image:
+    reader = ShardReader(uri)
+    samples = reader_samples(reader, split, num_samples)
+    return contact_sheet(samples, reader.manifest.classes, reader.manifest.palette)
+
+
 def test_sheet__shows_images_and_overlays(uri: str) -> None:
-    sheet = np.asarray(contact_sheet(ShardReader(uri), "val", num_samples=2))
+    sheet = np.asarray(sheet_of(uri, "val", 2))
     for position, number in enumerate((0, 1)):
         image, label = Digits(SCENES, seed=0).scene("val", number)
         left, top = position * (2 * CELL[0] + 3 * GAP) + GAP, CAPTION
@@ -57,7 +63,7 @@ def test_sheet__shows_images_and_overlays(uri: str) -> None:
 
 def test_sheet__large_images_shrink_into_their_cells(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.reports.data_page.CELL", (60, 28))
-    sheet = contact_sheet(ShardReader(uri), "train", num_samples=1)
+    sheet = sheet_of(uri, "train", 1)
     assert sheet.width >= 2 * 60 + GAP
     pixels = np.asarray(sheet)[CAPTION : CAPTION + 28]
     assert (pixels[:, GAP : GAP + 28] != 255).any()
