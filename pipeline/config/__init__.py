@@ -1,6 +1,6 @@
 """The experiment file: strict models for every section, read and checked as a whole."""
 
-from pipeline.config.data import DataConfig, DigitsConfig, FolderConfig
+from pipeline.config.data import DataConfig, DigitsConfig, DrawnSplit, FolderConfig
 from pipeline.config.evaluate import EvaluateConfig, InferenceConfig
 from pipeline.config.experiment import ExperimentConfig
 from pipeline.config.policy import PromotionPolicy
@@ -15,6 +15,7 @@ __all__ = [
     "DataConfig",
     "DigitsConfig",
     "DistillConfig",
+    "DrawnSplit",
     "EvaluateConfig",
     "ExperimentConfig",
     "FolderConfig",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Fraction, Positive, Section
 from pipeline.workflow.step import NotFingerprinted
@@ -31,20 +32,59 @@ class DigitsConfig(Section):
         return self
 
 
-class FolderConfig(Section):
-    """A data set of one's own; all paths are below data.root.
+class DrawnSplit(Section):
+    """How a val split is drawn where the data has none.
 
+    `val_fraction`: share of the images that a hash of data.seed and their name draws for val, never none or all of
+    them; None: the data says what is val.
+    `group`: a regular expression whose first group, found in an image's name, is what is drawn instead of the image,
+    so that the frames of one video stay on one side: `^(.*)_frame` or `^([^/]+)/`.
+    """
+
+    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    group: str | None = None
+
+    @field_validator("group")
+    @classmethod
+    def _has_a_group(cls, group: str | None) -> str | None:
+        try:
+            if group is not None and not re.compile(group).groups:
+                raise ValueError(f"group {group!r} has no group; put what frames of one video share into ( )")
+        except re.error as error:
+            raise ValueError(f"group {group!r} is no regular expression ({error}); correct it") from error
+        return group
+
+    @model_validator(mode="after")
+    def _groups_what_is_drawn(self) -> Self:
+        if self.group is not None and self.val_fraction is None:
+            raise ValueError("group says what val_fraction draws; set val_fraction or remove group")
+        return self
+
+
+class FolderConfig(DrawnSplit):
+    """A data set of one's own; all paths are below data.root, and `.` is the root itself.
+
+    `images`, `labels`: the folders. Below them, or around them (train/images), there may be one for each split: train,
+    val or valid or validation, test. One folder for both is told apart by `label_suffix`.
+    `label_suffix`: what label maps have at the end of their name and images do not: `_mask` for a_mask.png with a.jpg.
     `classes`: names a line in the order of their ids, or JSON or YAML with names and, if wanted, palette, ids and
     ignore_ids (255 by default).
-    `val_fraction`: share of the images that a hash of data.seed and their name draws for val; None: the lists
-    `splits`/train.txt and `splits`/val.txt say.
+    `splits`: the folder of the lists train.txt, val.txt and, if wanted, test.txt. With `val_fraction` images of
+    trainval.txt, default.txt or a train.txt without val.txt are drawn from, where there is one, otherwise all.
+    `val_fraction`: where there are folders for splits, it draws from train, and a folder for val is refused.
     """
 
     images: str = "images"
     labels: str = "labels"
+    label_suffix: str = ""
     classes: str = "classes.txt"
     splits: str = "splits"
-    val_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+
+    @model_validator(mode="after")
+    def _tells_labels_from_images(self) -> Self:
+        if self.images.strip("/") == self.labels.strip("/") and not self.label_suffix:
+            raise ValueError(f"images and labels are both {self.images!r}; set label_suffix, such as _mask, or labels")
+        return self
 
 
 class DataConfig(Section):
