@@ -1,6 +1,7 @@
 """Images and label maps from their files' bytes.
 
-An image is taken upright, as its EXIF orientation says, and its label map likewise (see `orient_label`).
+An image is taken upright, as its EXIF orientation says, and its label map likewise (see `orient_label`). One of more
+than 8 bits a channel is scaled to 8 by a range that must be known (see `segvit.grey_range`), and never guessed.
 
 Pillow decodes: on 480x360 PNG and 683x512 JPEG files it measured as fast as torchvision's decoders up to
 pixels in an array, it resizes a window on its own, and it reads every colour mode.
@@ -9,13 +10,17 @@ pixels in an array, it resizes a window on its own, and it reads every colour mo
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile as PillowFile
+
+from segvit.grey_range import GreyRange, scale_values
 
 # In every label map of class ids, on disk and in memory: the pixel belongs to no class.
 IGNORE_INDEX = 255
@@ -34,6 +39,8 @@ _MAX_PIXELS_PER_BYTE = 8 * 1032
 _SMALL_PIXELS = 1 << 22
 _EXIF_ORIENTATION = 0x0112
 _PNG_DEPTH, _PNG_COLOUR = 24, 25  # bytes of the header
+_TIFF_DEPTHS, _TIFF_PLANES = 258, 284  # tags: bits of each channel; 1: the channels of a pixel lie together
+_OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # of bytes: big, little, native
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,7 +50,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
 _SIDEWAYS = (5, 6, 7, 8)
 
 
@@ -51,19 +57,90 @@ class DecodeError(ValueError):
     """Bytes that are no picture we can use; the message says why in a few words."""
 
 
-def open_image(data: bytes) -> tuple[Image.Image, str]:
-    """The RGB image in `data`, upright, and the suffix of its format (`jpg` or `png`).
+class ImageFile(NamedTuple):
+    """An image as its file holds it.
 
-    Palette, greyscale, RGBA and CMYK images become RGB. Raises DecodeError.
+    Attributes:
+        suffix: of the format that keeps its pixels as they are, `jpg` or `png`.
+        image: upright, RGB or grey of 8 bits; None where the channels have more.
+        values: upright (H, W) or (H, W, 3) values of channels of more than 8 bits; None where they have 8.
     """
+
+    suffix: str
+    image: Image.Image | None
+    values: NDArray[Any] | None
+
+
+def open_image(data: bytes, grey_range: GreyRange | None = None) -> tuple[Image.Image, str]:
+    """The RGB image in `data`, upright and of 8 bits, and the suffix of its format (`jpg` or `png`).
+
+    Palette, greyscale, RGBA and CMYK images become RGB; more than 8 bits a channel are scaled by `grey_range`. Raises
+    DecodeError, also where such a range is needed and None.
+    """
+    image, suffix = open_grey_or_rgb(data, grey_range)
+    return image if image.mode == "RGB" else image.convert("RGB"), suffix
+
+
+def open_grey_or_rgb(data: bytes, grey_range: GreyRange | None = None) -> tuple[Image.Image, str]:
+    """As `open_image`, but what is grey stays so (mode L), of a third of the memory."""
+    file = read_image_file(data)
+    if file.values is None:
+        assert file.image is not None
+        return file.image, file.suffix
+    if grey_range is None:
+        raise DecodeError(
+            "has more than 8 bits a channel, and no grey range says which values are black and white: none was "
+            "measured, as the training images have 8; convert it to 8 bits as they were"
+        )
+    return Image.fromarray(scale_values(file.values, grey_range)), file.suffix
+
+
+def read_image_file(data: bytes) -> ImageFile:
+    """The image in `data` with all bits of its channels; raises DecodeError."""
     image = _open(data)
     if image.format not in SUFFIXES:
         raise DecodeError(f"is {image.format}, neither JPEG nor PNG")
     suffix = SUFFIXES[image.format]
     try:
-        return _to_rgb(stand_upright(image)), suffix
+        values = _deep_values(image, data)
+        if values is not None:
+            return ImageFile(suffix, None, values)
+        image = stand_upright(image)
+        return ImageFile(suffix, image if image.mode in ("RGB", "L") else image.convert("RGB"), None)
     except Exception as error:
         raise _damage(error) from error
+
+
+def _deep_values(image: Image.Image, data: bytes) -> NDArray[Any] | None:
+    """The values of an image of more than 8 bits a channel, upright; None for others, which are not decoded."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(stand_upright(image))
+        # Files may be of the other byte order.
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+    depths = image.tag_v2.get(_TIFF_DEPTHS, (1,)) if image.format == "TIFF" else (1,)  # type: ignore[attr-defined]
+    if max(depths) > 8 or (image.format == "PNG" and data[_PNG_DEPTH] > 8):
+        return _sixteen_bit_colours(image, data)
+    return None
+
+
+def _sixteen_bit_colours(image: Image.Image, data: bytes) -> NDArray[np.uint16]:
+    """(H, W, 3) values of the colour picture `image` in `data`, upright.
+
+    Pillow keeps one byte of two, the upper one; told the other byte order, it takes the lower one for that.
+    """
+    # Only files have tiles, and a file is what _open gives.
+    swapped = cast(PillowFile, _open(data))
+    planes = image.tag_v2.get(_TIFF_PLANES, 1) if image.format == "TIFF" else 1  # type: ignore[attr-defined]
+    tiles = []
+    for tile in swapped.tile:
+        first, *others = (tile.args,) if isinstance(tile.args, str) else tile.args or ("",)
+        layout, _, order = str(first).partition(";16")
+        if layout not in ("RGB", "RGBA", "RGBX") or order not in _OTHER_ORDER or planes != 1:
+            raise DecodeError("has 16 bits a channel, but is neither grey nor RGB; save it as RGB or with 8 bits")
+        tiles.append(tile._replace(args=(f"{layout};16{_OTHER_ORDER[order]}", *others)))
+    swapped.tile = tiles
+    upper, lower = (np.asarray(stand_upright(half))[..., :3] for half in (image, swapped))
+    return np.asarray(upper.astype(np.uint16) << 8 | lower, np.uint16)
 
 
 def stand_upright(image: Image.Image) -> Image.Image:
@@ -103,9 +180,9 @@ def orient_label(image: bytes, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.array(Image.fromarray(label).transpose(_UPRIGHT[orientation]))
 
 
-def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """The image in `data` as (H, W, 3) RGB; raises DecodeError."""
-    return np.array(open_image(data)[0])
+def decode_image(data: bytes, grey_range: GreyRange | None = None) -> NDArray[np.uint8]:
+    """The image in `data` as (H, W, 3) RGB of 8 bits, see `open_image`; raises DecodeError."""
+    return np.array(open_image(data, grey_range)[0])
 
 
 class LabelPicture(NamedTuple):
@@ -193,15 +270,6 @@ def _open(data: bytes) -> Image.Image:
     if num_pixels > max(_SMALL_PIXELS, _MAX_PIXELS_PER_BYTE * len(data)):
         raise DecodeError(f"says {image.width}x{image.height} pixels, which {len(data)} bytes cannot hold")
     return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise DecodeError("holds floating-point pixels")
-    if image.mode.startswith("I"):
-        # Pillow's own conversion cuts 16-bit values off at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _damage(error: Exception) -> DecodeError:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from segvit import image_files
+from segvit.grey_range import scale_values
 from segvit.image_files import (
     DecodeError,
     decode_image,
@@ -37,10 +40,45 @@ def test_decode_image__every_mode_becomes_rgb() -> None:
         assert (decoded == (10, 200, 30)).all()
     assert (decode_image(encoded(Image.new("L", (3, 2), 77))) == 77).all()
     assert (decode_image(encoded(Image.new("1", (3, 2), 1))) == 255).all()
-    deep = Image.fromarray(np.full((2, 3), 0x80FF, dtype=np.uint16))
-    assert (decode_image(encoded(deep)) == 0x80).all()
     cmyk = decode_image(encoded(colour.convert("CMYK"), "JPEG", quality=95))
     np.testing.assert_allclose(cmyk[0, 0], (10, 200, 30), atol=6)
+
+
+def deep_colours(orientation: int | None = None, channels: int = 3) -> tuple[bytes, np.ndarray]:
+    """A PNG of 16 bits a channel, and its values (3, 5, channels) as stored."""
+    values = np.random.default_rng(0).integers(0, 65_536, (3, 5, channels)).astype(np.uint16)
+    data = cv2.imencode(".png", values[..., [2, 1, 0, 3][:channels]] if channels > 1 else values)[1].tobytes()
+    if orientation is not None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = b"eXIf" + exif.tobytes()[6:]
+        chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+        data = data[:33] + chunk + data[33:]
+    return data, values
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_decode_image__sixteen_bits_are_scaled_by_the_range(channels: int) -> None:
+    data, values = deep_colours(channels=channels)
+    expected = np.clip(np.floor((values[..., :3].astype(float) - 1000) * 255 / 50_000 + 0.5), 0, 255)
+    np.testing.assert_array_equal(decode_image(data, (1000, 51_000)), np.broadcast_to(expected, (3, 5, 3)))
+    with pytest.raises(DecodeError, match="more than 8 bits a channel, and no grey range says which values are black"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decode_image__sixteen_bits_stand_upright(orientation: int, channels: int) -> None:
+    data, values = deep_colours(orientation, channels)
+    scaled = scale_values(values, (0, 65_535))
+    marked = Image.fromarray(scaled if channels == 3 else scaled[..., 0]).convert("RGB")
+    marked.getexif()[0x0112] = orientation
+    np.testing.assert_array_equal(decode_image(data, (0, 65_535)), np.asarray(ImageOps.exif_transpose(marked)))
+
+
+def test_decode_image__eight_bits_are_not_scaled() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    np.testing.assert_array_equal(decode_image(encode_png(pixels), (0, 4095)), pixels)
 
 
 def test_open_image__suffix_is_the_formats_and_exif_turns_upright() -> None:

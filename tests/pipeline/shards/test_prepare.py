@@ -361,7 +361,7 @@ def test_prepare__duplicates_come_out_the_same_by_any_way(
     lenient = camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.5)
     run(lenient, tmp_path / "whole")
     # Interrupted after the first pass, and after the tar of the second without its rows.
-    for name, last in (("_leave_out_duplicates", None), ("_publish_set", "rows/train-00001.parquet")):
+    for name, last in (("_revise_shards", None), ("_publish_set", "rows/train-00001.parquet")):
         with monkeypatch.context() as patch:
             patch.setattr(f"pipeline.shards.prepare.{name}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
