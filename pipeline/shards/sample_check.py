@@ -16,7 +16,7 @@ from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
 from pipeline.datasets.raw import Colour
 from pipeline.fast_decode import encode_ids
 from segvit.grey_range import GreyRange, measure_range, scale_values
-from segvit.image_files import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, read_image_file
+from segvit.image_files import IGNORE_INDEX, SUFFIXES, DecodeError, ImageFile, encode_png, read_image_file
 
 JPEG_QUALITY = 95
 _PNG_START = b"\x89PNG"
@@ -48,13 +48,14 @@ def check_sample(
     """Read and decode `sample` once; raises RejectedSampleError.
 
     Where the image is longer than `max_long_side` pixels, it and its label map are scaled down to that. More than 8
-    bits a channel are scaled by `grey_range` to 8, and measured where that is None. Otherwise the image's original
-    bytes stay.
+    bits a channel are scaled by `grey_range` to 8, and measured where that is None. Otherwise the original bytes of
+    JPEG and PNG stay, and other formats become PNG.
     """
     content, label, index_colours = dataset.read(sample)
     image_sha256 = hashlib.sha256(content).digest()
     try:
-        image, suffix, greys = _decode(content, grey_range)
+        file = read_image_file(content)
+        image, greys = _to_eight_bits(file, grey_range)
     except DecodeError as error:
         remedy = "replace the file or remove the sample"
         raise RejectedSampleError(sample.image, str(error), remedy) from error
@@ -66,9 +67,9 @@ def check_sample(
             "give both the same size or remove the sample",
         )
     if max_long_side is not None and max(height, width) > max_long_side:
-        content, label = _shrink(image, suffix, label, max_long_side)
+        content, label = _shrink(image, file.suffix, label, max_long_side)
         height, width = label.shape
-    elif greys is not None:
+    elif not file.as_is:
         content = encode_png(np.asarray(image))
     if greys is not None and grey_range is None:
         content = b""
@@ -91,19 +92,17 @@ def check_sample(
     return CheckedSample(row, content, label_png, index_colours, greys)
 
 
-def _decode(content: bytes, grey_range: GreyRange | None) -> tuple[Image.Image, str, GreyRange | None]:
-    """The image of 8 bits, its suffix, and the range by which more bits were scaled: its own where none is given."""
-    file = read_image_file(content)
-    if file.values is None:
-        assert file.image is not None
-        return file.image, file.suffix, None
+def _to_eight_bits(file: ImageFile, grey_range: GreyRange | None) -> tuple[Image.Image, GreyRange | None]:
+    """The image, and the range by which more than 8 bits were scaled: its own where none is given."""
+    if file.image is not None:
+        return file.image, None
+    assert file.values is not None
     grey_range = grey_range or measure_range(file.values)
     if grey_range is None:
         raise DecodeError("holds no finite value")
     low, high = grey_range
     # An image of one value is scaled once others have been measured.
-    image = Image.fromarray(scale_values(file.values, (low, high if high > low else low + 1)))
-    return image, SUFFIXES["PNG"], grey_range
+    return Image.fromarray(scale_values(file.values, (low, high if high > low else low + 1))), grey_range
 
 
 def _shrink(

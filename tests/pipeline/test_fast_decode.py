@@ -100,7 +100,7 @@ def test_decode_reduced__damage_is_an_error() -> None:
         for reduction in (1, 4):
             with pytest.raises(DecodeError, match="cannot be decoded"):
                 decode_reduced(damaged, reduction)
-    with pytest.raises(DecodeError, match="is GIF, neither JPEG nor PNG"):
+    with pytest.raises(DecodeError, match="is GIF, none of JPEG, PNG"):
         decode_reduced(encoded(scene(9, 9), "GIF"))
 
 

@@ -48,3 +48,12 @@ def test_predict__sixteen_bits_are_scaled_as_in_training(trained: Trained, deep:
 def test_predict__sixteen_bits_to_a_model_of_eight_are_refused(trained: Trained, deep: np.ndarray) -> None:
     with pytest.raises(UnusableInputError, match="image 0 has more than 8 bits a channel, and no grey range says"):
         answer_of(Path(trained.checkpoint.uri), file_of(deep))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "BMP"])
+def test_predict__other_formats_give_what_png_gives(trained: Trained, kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    folder = Path(trained.checkpoint.uri)
+    assert answer_of(folder, file_of(pixels, kind)) == answer_of(folder, file_of(pixels))
+    with pytest.raises(UnusableInputError, match="image 0 is GIF, none of JPEG, PNG, TIFF, WebP and BMP; convert it"):
+        answer_of(folder, file_of(pixels, "GIF"))

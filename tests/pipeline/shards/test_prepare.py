@@ -207,7 +207,7 @@ def test_prepare__a_changed_source_file_changes_its_shard_only(camvid: Path, tmp
             r"/train/3\.png is 8x10 \(height x width\) but its label map .*/3\.png is 4x10; give both the",
         ),
         ("image", r"/train/3\.png cannot be decoded \(unknown format\); replace the file"),
-        ("format", r"/train/3\.png is BMP, neither JPEG nor PNG; replace the file"),
+        ("format", r"/train/3\.png is GIF, none of JPEG, PNG, TIFF, WebP and BMP; convert it to PNG; replace"),
         ("label", r"/trainannot/3\.png is missing: there is no such label map; add it"),
     ],
 )
@@ -220,7 +220,7 @@ def test_prepare__bad_sample_is_one_clear_error(camvid: Path, tmp_path: Path, da
     elif damage == "image":
         image.write_bytes(b"not an image")
     elif damage == "format":
-        Image.new("RGB", (10, 8)).save(image, "BMP")
+        Image.new("RGB", (10, 8)).save(image, "GIF")
     else:
         label.unlink()
     with pytest.raises(UserError, match=message) as caught:
