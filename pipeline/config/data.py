@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Literal, Self
 
@@ -96,6 +97,10 @@ class DataConfig(Section):
     `quarantine` them, at most `max_quarantined_fraction` of all.
     `classes_without_pixels`: `refuse` data whose train or val shows no labelled pixel of a class, which nothing could
     learn or measure; or `allow` it. Left out, it is refused, but for the embedded digits, whose scenes are drawn.
+    `grey_range`: of images with more than 8 bits a channel, the two values of the files that become 0 and 255; what is
+    between them in proportion, what is outside as the nearer end. Left out, it is measured: from the lowest 0.1 to the
+    highest 99.9 percentile of an image in train (0 and 65535 of 16 bits aside, which mark what was not measured).
+    Shards hold 8 bits; the range is kept with the shards and with the model, which scales images to predict by it.
     `max_long_side`: scale larger images and their label maps down to it, pixels; left out, images stay as they are.
     """
 
@@ -107,6 +112,15 @@ class DataConfig(Section):
     on_bad_sample: Literal["fail", "quarantine"] = "fail"
     max_quarantined_fraction: Annotated[Fraction, NotFingerprinted] = 0.01
     classes_without_pixels: Literal["refuse", "allow"] | None = None
+    grey_range: tuple[float, float] | None = None
     max_long_side: Positive | None = None
     digits: DigitsConfig = DigitsConfig()
     folder: FolderConfig = FolderConfig()
+
+    @model_validator(mode="after")
+    def _range_rises(self) -> Self:
+        if self.grey_range is not None and not -math.inf < self.grey_range[0] < self.grey_range[1] < math.inf:
+            raise ValueError(
+                f"grey_range {list(self.grey_range)} must be two values that rise, the one that becomes black first"
+            )
+        return self

@@ -25,7 +25,7 @@ from pipeline.datasets.tree import Entry, FileTree
 from pipeline.errors import UserError
 from segvit.image_files import DecodeError, LabelPicture, decode_label, orient_label
 
-# Of files that are meant to be images. All but JPEG and PNG are listed to be rejected, not passed over in silence.
+# Of files that are meant to be images. Those of formats that are not read are listed to be rejected, not passed over.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".mpo"),
     *(".tif", ".tiff", ".bmp", ".gif", ".webp", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm"),

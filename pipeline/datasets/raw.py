@@ -63,7 +63,7 @@ class RawPair(NamedTuple):
     """A sample's content.
 
     Attributes:
-        image: the original file, JPEG or PNG.
+        image: the original file, of a format that `segvit.image_files` reads.
         label: (H, W) class ids, 255 where ignored.
         index_colours: where ids are indices into the label file's palette and nothing says which colours they should
             have, those that they have; all files must agree.

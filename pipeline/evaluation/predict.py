@@ -12,6 +12,7 @@ import segvit
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Record
+from segvit.grey_range import GreyRange
 from segvit.image_files import DecodeError, decode_image
 from segvit.visualize import draw_legend, overlay, palette_image
 
@@ -47,7 +48,7 @@ def predict_images(
     names: list[str] = metadata["class_names"]
     palette: list[list[int]] = metadata["palette"]
     for image, (labels_file, overlay_file) in targets.items():
-        pixels = _read_image(image)
+        pixels = _read_image(image, metadata.get("grey_range"))
         labels = segvit.predict(model, pixels, **metadata.get("inference", {})).numpy()
         present = np.unique(labels).tolist()
         picture = draw_legend(
@@ -65,9 +66,9 @@ def predict_images(
         )
 
 
-def _read_image(path: Path) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _read_image(path: Path, grey_range: GreyRange | None) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(path.read_bytes(), grey_range)
     except FileNotFoundError as error:
         raise UserError(f"no image at {path}; check the path") from error
     except (DecodeError, OSError) as error:

@@ -202,6 +202,8 @@ class Trainer:
             "class_names": manifest["classes"],
             "palette": manifest["palette"],
         }
+        if manifest.get("grey_range") is not None:
+            metadata["grey_range"] = manifest["grey_range"]
         save_training(folder, self.model, self.optimizer, self.state, rng, metadata)
 
 

@@ -69,6 +69,18 @@ def test_run_training__loss_falls_and_the_checkpoint_holds_the_model(make_job: M
     assert len(config["metadata"]["class_names"]) == 11
 
 
+def test_save__the_grey_range_of_the_shards_goes_with_the_model(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job()
+    for grey_range in (None, [1000.0, 3000.0]):
+        folder = tmp_path / str(grey_range)
+        folder.mkdir()
+        manifest = json.loads((Path(job.shard_set.uri) / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"grey_range": grey_range}))
+        moved = job.shard_set.model_copy(update={"uri": str(folder)})
+        Trainer(job.model_copy(update={"shard_set": moved}), ALONE).save(folder / "checkpoint")
+        assert load_checkpoint(folder / "checkpoint")[1].get("grey_range") == grey_range
+
+
 def test_run_training__resumed_run_equals_the_undisturbed_one(make_job: MakeJob, tmp_path: Path) -> None:
     job = make_job(steps=6, validate_every_steps=6, checkpoint_every_steps=3)
     job = with_settings(job, model={"dropout": 0.2, "drop_path_rate": 0.2})
