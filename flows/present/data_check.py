@@ -18,6 +18,9 @@ def check_view(found: SourceCheck) -> Group:
     parts: list[Table | Text] = [Text(f"{found.dataset} at {found.root}" if found.root else found.dataset)]
     parts += [Text(f"  {line}") for line in found.layout]
     parts += [_splits_table(found), _classes_table(found)]
+    if found.grey_range is not None:
+        low, high = found.grey_range
+        parts.append(Text(f"images of more than 8 bits: {low:g} becomes black, {high:g} white (data.grey_range)"))
     parts += [Text(line) for line in _unknown_lines(found)]
     parts += [Text(f"warning: {line}", style="yellow") for line in found.warnings]
     parts += [_problem_text(problem) for problem in found.problems]

@@ -6,6 +6,7 @@ bad one does not end it.
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections import Counter, defaultdict
@@ -24,6 +25,7 @@ from pipeline.records import Record
 from pipeline.shards.balance import ClassCounts, missing_classes
 from pipeline.shards.shard_task import clashing_colours
 from pipeline.shards.shards import evenly_spaced
+from segvit.grey_range import GreyRange, join_ranges
 
 NUM_EXAMPLES = 3
 PROGRESS_INTERVAL_S = 2.0
@@ -62,13 +64,17 @@ class SplitFacts(Record):
 
 
 class SourceCheck(Record):
-    """What `check_source` found; data with a problem cannot be prepared as they are."""
+    """What `check_source` found; data with a problem cannot be prepared as they are.
+
+    `grey_range`: of images with more than 8 bits a channel, the values that become black and white.
+    """
 
     dataset: str
     root: str | None
     layout: tuple[str, ...]
     class_names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
+    grey_range: tuple[float, float] | None
     splits: tuple[SplitFacts, ...]
     problems: tuple[Problem, ...]
     warnings: tuple[str, ...]
@@ -110,6 +116,7 @@ def check_source(
         layout=tuple(layout),
         class_names=dataset.class_names,
         palette=dataset.palette,
+        grey_range=_grey_range(config, seen),
         splits=tuple(facts.values()),
         problems=tuple(problems),
         warnings=tuple(warnings),
@@ -128,7 +135,7 @@ def _look_at_all(
     done = num_bad = 0
     for first in range(0, len(samples), _BATCH):
         batch = samples[first : first + _BATCH]
-        for look in pool.map(lambda sample: look_at(dataset, sample, config.max_long_side), batch):
+        for look in pool.map(lambda sample: look_at(dataset, sample, config), batch):
             num_bad += look.rejected is not None
             yield look
         done += len(batch)
@@ -240,6 +247,12 @@ def _look_alike(seen: dict[str, _Seen]) -> Iterator[str]:
 
 def _hashes(looks: Sequence[Look]) -> NDArray[np.float32]:
     return stack([look.frequencies for look in looks if look.frequencies is not None])
+
+
+def _grey_range(config: DataConfig, seen: dict[str, _Seen]) -> GreyRange | None:
+    """As `prepare` will have it, where all samples of train were looked at."""
+    train = [look.grey_range for look in seen["train"].looks if look.grey_range] if "train" in seen else []
+    return config.grey_range or functools.reduce(join_ranges, train, None) if train else None
 
 
 def _missing_classes(dataset: RawDataset, config: DataConfig, facts: dict[str, SplitFacts]) -> str | None:

@@ -11,12 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.config import DataConfig
 from pipeline.data_check.near_duplicates import perceptual_hash
-from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
+from pipeline.datasets import RawDataset, RawPair, RawSample, RejectedSampleError
 from pipeline.datasets.raw import Colour
-from pipeline.shards.sample_check import check_pair
+from pipeline.shards.sample_check import CheckedSample, check_pair
+from segvit.grey_range import GreyRange
 
-_DEEP = ("I;16", "I;16B", "I;16L", "I")
+_PNG_DEPTH = 24  # byte of the header
+_BITS = {"1": 1, "I;16": 16, "I;16B": 16, "I;16L": 16, "I": 32, "F": 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Look:
         class_pixels: by class id; empty for a rejected one.
         unknown: ids or colours of the label map that no class has, with their pixels.
         frequencies: (8, 8), see `perceptual_hash`.
+        grey_range: of an image of more than 8 bits a channel, the values that it holds or is scaled by.
     """
 
     sample: RawSample
@@ -43,9 +47,10 @@ class Look:
     index_colours: Mapping[int, Colour] = field(default_factory=dict)
     image_sha256: bytes = b""
     frequencies: NDArray[np.float32] | None = None
+    grey_range: GreyRange | None = None
 
 
-def look_at(dataset: RawDataset, sample: RawSample, max_long_side: int | None = None) -> Look:
+def look_at(dataset: RawDataset, sample: RawSample, config: DataConfig) -> Look:
     """Read and judge `sample`; whatever is wrong with it is in the result."""
     try:
         pair = dataset.read(sample)
@@ -54,7 +59,7 @@ def look_at(dataset: RawDataset, sample: RawSample, max_long_side: int | None = 
     image_sha256 = hashlib.sha256(pair.image).digest()
     kind, size = _describe(pair.image)
     try:
-        checked = check_pair(dataset, sample, pair, max_long_side)
+        checked = check_visibly(dataset, sample, pair, config)
     except RejectedSampleError as error:
         return Look(sample, error, kind, size, image_sha256=image_sha256)
     with Image.open(io.BytesIO(checked.image)) as image:
@@ -68,15 +73,28 @@ def look_at(dataset: RawDataset, sample: RawSample, max_long_side: int | None = 
         index_colours=pair.index_colours,
         image_sha256=image_sha256,
         frequencies=frequencies,
+        grey_range=checked.grey_range,
     )
+
+
+def check_visibly(dataset: RawDataset, sample: RawSample, pair: RawPair, config: DataConfig) -> CheckedSample:
+    """`check_pair`, and an image of more than 8 bits a channel by its own range where no other is stated."""
+    checked = check_pair(dataset, sample, pair, config.max_long_side, config.grey_range)
+    if checked.image:
+        return checked
+    assert checked.grey_range is not None
+    low, high = checked.grey_range
+    return check_pair(dataset, sample, pair, config.max_long_side, (low, max(high, low + 1)))
 
 
 def _describe(data: bytes) -> tuple[str, tuple[int, int]]:
     """Format, mode and bits, and (height, width); nothing for what is no picture."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            bits = 16 if image.mode in _DEEP else 32 if image.mode == "F" else 1 if image.mode == "1" else 8
-            mode = "L" if image.mode in _DEEP else image.mode
+            # Pillow gives 16-bit colours of PNG as RGB.
+            is_deep = image.format == "PNG" and data[_PNG_DEPTH] == 16
+            bits = 16 if is_deep else _BITS.get(image.mode, 8)
+            mode = "L" if image.mode in _BITS else image.mode
             return f"{image.format} {mode} {bits} bit", (image.height, image.width)
     # Damaged files raise nearly anything; the sample's own check says what is wrong.
     except Exception:

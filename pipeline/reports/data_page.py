@@ -16,11 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 import segvit
 from pipeline.config import DataConfig
+from pipeline.data_check.look import check_visibly
 from pipeline.datasets import RejectedSampleError, list_splits, open_dataset
 from pipeline.datasets.raw import Palette
 from pipeline.reports.data_summary import DataSummary
 from pipeline.reports.pages import data_uri, image_png, refuse_existing, render_page, write_files
-from pipeline.shards.sample_check import check_sample
 from pipeline.shards.shard_reader import ShardReader, open_shard_set
 from pipeline.shards.shards import ShardSetError, evenly_spaced
 from segvit.image_files import IGNORE_INDEX, DecodeError, decode_label, open_image
@@ -73,7 +73,7 @@ def write_source_sheets(config: DataConfig, folder: Path, overwrite: bool = Fals
         chosen = []
         for number in evenly_spaced(len(samples), SHEET_SAMPLES).tolist():
             with contextlib.suppress(RejectedSampleError):
-                checked = check_sample(dataset, samples[number], config.max_long_side)
+                checked = check_visibly(dataset, samples[number], dataset.read(samples[number]), config)
                 chosen.append(SheetSample(samples[number].key, checked.image, checked.label_png))
         if chosen:
             contents[names[split]] = image_png(contact_sheet(chosen, dataset.class_names, dataset.palette))

@@ -51,11 +51,15 @@ def check_sample(
     bits a channel are scaled by `grey_range` to 8, and measured where that is None. Otherwise the original bytes of
     JPEG and PNG stay, and other formats become PNG.
     """
-    return check_pair(dataset, sample, dataset.read(sample), max_long_side)
+    return check_pair(dataset, sample, dataset.read(sample), max_long_side, grey_range)
 
 
 def check_pair(
-    dataset: RawDataset, sample: RawSample, pair: RawPair, max_long_side: int | None = None
+    dataset: RawDataset,
+    sample: RawSample,
+    pair: RawPair,
+    max_long_side: int | None = None,
+    grey_range: GreyRange | None = None,
 ) -> CheckedSample:
     """`check_sample` of a sample whose content was read."""
     content, label, index_colours = pair

@@ -129,6 +129,20 @@ def test_check__copies_and_images_that_look_alike_across_splits(root: Path) -> N
     )
 
 
+def test_check__more_than_8_bits(root: Path) -> None:
+    for seed, name in enumerate(NAMES):
+        grey = np.asarray(scene(seed).convert("L"), np.uint16) * 8 + 29000
+        grey[0, 0], grey[0, 1] = 29000, 31040
+        Image.fromarray(np.repeat(grey, 1, axis=0)).save(root / f"images/{name}.png")
+    found = look(root)
+    assert (found.problems, found.warnings) == ((), ())
+    assert found.splits[0].kinds == {"PNG L 16 bit": 8}
+    low, high = found.grey_range or (0, 0)
+    assert 29000 <= low < 29300
+    assert 30600 < high <= 31040
+    assert look(root, grey_range=[29000, 31040]).grey_range == (29000, 31040)
+
+
 def test_check__palettes_that_contradict_each_other(root: Path) -> None:
     for name, colours in (("f00", (9, 9, 9, 200, 0, 0)), ("f01", (200, 0, 0, 9, 9, 9))):
         picture = Image.fromarray(halves()).convert("P")
