@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
-from pipeline.config import DistillConfig, RuntimeConfig
+from pipeline.config import DistillConfig, InferenceConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import Checkpoint
@@ -390,6 +390,22 @@ def test_trainer__compiled_forward_gives_the_same_loss(make_job: MakeJob, monkey
     plain, compiled = Trainer(job, ALONE), Trainer(fast, ALONE)
     assert compiled_calls == [compiled.model]
     assert compiled.train_step([batch])["total"] == plain.train_step([batch])["total"]
+
+
+def test_validate__predicts_as_evaluation_does(make_job: MakeJob) -> None:
+    windows = InferenceConfig(mode="slide", crop=(32, 32), stride=(16, 16), resize=(64, 64), flip=True)
+    job = make_job().model_copy(update={"inference": windows})
+    trainer = Trainer(job, ALONE)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))  # tells more than one class
+    loader = EvalLoader(job.shard_set, "val")
+    expected = confusion_of_split(trainer.model, loader, ALONE.device, inference=windows.options())
+    whole = confusion_of_split(trainer.model, loader, ALONE.device)
+    assert not (expected.matrix == whole.matrix).all()
+    assert trainer.validate() == segmentation_metrics(expected.matrix).miou
+    # Workers get the job as JSON.
+    assert TrainJob.model_validate(job.model_dump(mode="json")).inference == windows
 
 
 def test_validate__on_what_is_held_apart_of_train(make_job: MakeJob) -> None:
