@@ -1,6 +1,6 @@
 """The experiment file: strict models for every section, read and checked as a whole."""
 
-from pipeline.config.data import DataConfig, DigitsConfig, DrawnSplit, FolderConfig
+from pipeline.config.data import CocoConfig, DataConfig, DigitsConfig, DrawnSplit, FolderConfig, SplitFoldersConfig
 from pipeline.config.evaluate import EvaluateConfig, InferenceConfig
 from pipeline.config.experiment import ExperimentConfig
 from pipeline.config.policy import PromotionPolicy
@@ -12,6 +12,7 @@ from pipeline.config.variant import DistillConfig, LossConfig, ModelSection, Var
 
 __all__ = [
     "AugmentationConfig",
+    "CocoConfig",
     "DataConfig",
     "DigitsConfig",
     "DistillConfig",
@@ -27,6 +28,7 @@ __all__ = [
     "ScheduleConfig",
     "SearchRange",
     "Section",
+    "SplitFoldersConfig",
     "TrainConfig",
     "TuneConfig",
     "VariantConfig",

@@ -62,29 +62,71 @@ class DrawnSplit(Section):
         return self
 
 
-class FolderConfig(DrawnSplit):
-    """A data set of one's own; all paths are below data.root, and `.` is the root itself.
+class SplitFoldersConfig(DrawnSplit):
+    """Images and a label file each in folders; all paths are below data.root, and `.` is the root itself.
 
     `images`, `labels`: the folders. Below them, or around them (train/images), there may be one for each split: train,
-    val or valid or validation, test. One folder for both is told apart by `label_suffix`.
-    `label_suffix`: what label maps have at the end of their name and images do not: `_mask` for a_mask.png with a.jpg.
-    `classes`: names a line in the order of their ids, or JSON or YAML with names and, if wanted, palette, ids and
-    ignore_ids (255 by default).
+    val or valid or validation, test.
+    `label_suffix`: what label files have at the end of their name and images do not: `_mask` for a_mask.png with a.jpg.
     `splits`: the folder of the lists train.txt, val.txt and, if wanted, test.txt. With `val_fraction` images of
     trainval.txt, default.txt or a train.txt without val.txt are drawn from, where there is one, otherwise all.
     `val_fraction`: where there are folders for splits, it draws from train, and a folder for val is refused.
     """
 
+    images: str
+    labels: str
+    label_suffix: str = ""
+    splits: str = "splits"
+
+
+class FolderConfig(SplitFoldersConfig):
+    """Label maps as pictures. One folder for images and labels is told apart by `label_suffix`.
+
+    `classes`: names a line in the order of their ids, or JSON or YAML with names and, if wanted, palette, ids and
+    ignore_ids (255 by default); or a class file that a label tool wrote.
+    """
+
     images: str = "images"
     labels: str = "labels"
-    label_suffix: str = ""
     classes: str = "classes.txt"
-    splits: str = "splits"
 
     @model_validator(mode="after")
     def _tells_labels_from_images(self) -> Self:
         if self.images.strip("/") == self.labels.strip("/") and not self.label_suffix:
             raise ValueError(f"images and labels are both {self.images!r}; set label_suffix, such as _mask, or labels")
+        return self
+
+
+PerSplit = dict[Literal["train", "val", "test"], str]
+Unlabelled = Literal["background", "ignore"]
+
+
+class CocoConfig(DrawnSplit):
+    """Objects in COCO's JSON; all paths are below data.root, and `.` is the root itself.
+
+    `images`: the folder that file names are looked for in, or one a split: {train: train2017, val: val2017}.
+    `annotations`: the JSON file, or one a split. One alone needs `val_fraction`, which also draws from train where
+    none is for val.
+    `unlabelled`: pixels without an object are class `background`, the first, or `ignore`d.
+    `on_top`: where objects overlap, the `later` in the file is seen, or the `smaller`.
+    """
+
+    images: str | PerSplit = "images"
+    annotations: str | PerSplit = "annotations.json"
+    unlabelled: Unlabelled = "background"
+    on_top: Literal["later", "smaller"] = "later"
+
+    @model_validator(mode="after")
+    def _holds_train(self) -> Self:
+        if isinstance(self.annotations, dict):
+            for name, given in (("annotations", self.annotations), ("images", self.images)):
+                missing = {"train", *self.annotations} - given.keys() if isinstance(given, dict) else set()
+                if missing:
+                    raise ValueError(f"{name} has no path for {', '.join(sorted(missing))}; add it")
+            if "val" in self.annotations and self.val_fraction is not None:
+                raise ValueError("annotations has a path for val, and val_fraction would draw another; remove one")
+        elif isinstance(self.images, dict):
+            raise ValueError("images has a folder a split and annotations has not; give a path a split to both")
         return self
 
 
@@ -116,6 +158,7 @@ class DataConfig(Section):
     max_long_side: Positive | None = None
     digits: DigitsConfig = DigitsConfig()
     folder: FolderConfig = FolderConfig()
+    coco: CocoConfig = CocoConfig()
 
     @model_validator(mode="after")
     def _range_rises(self) -> Self:

@@ -64,7 +64,7 @@ class PairedDataset(ABC):
 
     def samples(self, split: str) -> Sequence[RawSample]:
         """All images and label maps of `split` by name; one without the other too, to be rejected."""
-        return [_to_sample(pair, self.settings) for pair in self.find_pairs(split)]
+        return [to_sample(pair, self.settings) for pair in self.find_pairs(split)]
 
     def read(self, sample: RawSample) -> RawPair:
         """The image file's bytes and the label map as class ids; raises RejectedSampleError."""
@@ -196,7 +196,8 @@ def classes_and_palette(name: str) -> tuple[tuple[str, ...], Palette]:
     return tuple(metadata["classes"]), tuple((red, green, blue) for red, green, blue in metadata["palette"])
 
 
-def _to_sample(pair: Pair, settings: str) -> RawSample:
+def to_sample(pair: Pair, settings: str) -> RawSample:
+    """`pair` as a sample whose stamp holds `settings`, too."""
     image, label = (Entry(file, "None") if isinstance(file, str) else file for file in pair[1:])
     return RawSample(
         key=sample_key(pair.name),
