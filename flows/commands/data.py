@@ -92,7 +92,8 @@ def init(
 
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another file with --out, or use --overwrite")
-    config, layout = recognise(source)
+    # Absolute, because the experiment may be run from any folder.
+    config, layout = recognise(str(storage.local_path(source)) if storage.is_local(source) else source)
     name, why = (backbone, "as asked") if backbone else choose_backbone()
     found = check_source(config, layout, SAMPLES_FOR_DRAFT)
     if not any(split.num_good for split in found.splits):
