@@ -1,6 +1,14 @@
 """The experiment file: strict models for every section, read and checked as a whole."""
 
-from pipeline.config.data import CocoConfig, DataConfig, DigitsConfig, DrawnSplit, FolderConfig, SplitFoldersConfig
+from pipeline.config.data import (
+    CocoConfig,
+    DataConfig,
+    DigitsConfig,
+    DrawnSplit,
+    FolderConfig,
+    LabelmeConfig,
+    SplitFoldersConfig,
+)
 from pipeline.config.evaluate import EvaluateConfig, InferenceConfig
 from pipeline.config.experiment import ExperimentConfig
 from pipeline.config.policy import PromotionPolicy
@@ -21,6 +29,7 @@ __all__ = [
     "ExperimentConfig",
     "FolderConfig",
     "InferenceConfig",
+    "LabelmeConfig",
     "LossConfig",
     "ModelSection",
     "PromotionPolicy",

@@ -130,6 +130,19 @@ class CocoConfig(DrawnSplit):
         return self
 
 
+class LabelmeConfig(SplitFoldersConfig):
+    """Objects in a JSON file of labelme's beside each image, or in a folder of their own.
+
+    `classes`: a file with their names, such as labels.txt of labelme; left out, the names in all files, sorted.
+    `unlabelled`: pixels without an object are class `background`, the first, or `ignore`d.
+    """
+
+    images: str = "."
+    labels: str = "."
+    classes: str | None = None
+    unlabelled: Unlabelled = "background"
+
+
 class DataConfig(Section):
     """Which raw data set, and how it becomes shards.
 
@@ -159,6 +172,7 @@ class DataConfig(Section):
     digits: DigitsConfig = DigitsConfig()
     folder: FolderConfig = FolderConfig()
     coco: CocoConfig = CocoConfig()
+    labelme: LabelmeConfig = LabelmeConfig()
 
     @model_validator(mode="after")
     def _range_rises(self) -> Self:

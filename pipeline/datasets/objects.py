@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,8 +56,3 @@ def object_classes(labels: Sequence[str], unlabelled: Unlabelled, where: str) ->
     id_of = {name: number for number, name in enumerate(names)}
     id_of |= dict.fromkeys(ground, 0) | dict.fromkeys(ignored, IGNORE_INDEX)
     return ObjectClasses(names, id_of, 0 if unlabelled == "background" else IGNORE_INDEX)
-
-
-def distinct(labels: Iterable[str]) -> list[str]:
-    """Each once, in the order of their first appearance."""
-    return list(dict.fromkeys(labels))

@@ -95,3 +95,11 @@ def draw_polygon(points: Sequence[float], height: int, width: int) -> NDArray[np
         x = np.sort(x0[crosses] + (y - y0[crosses]) * (x1[crosses] - x0[crosses]) / (y1[crosses] - y0[crosses]))
         mask[row] = np.searchsorted(x, columns, side="right") % 2 == 1
     return mask
+
+
+def draw_circle(x: float, y: float, radius: float, height: int, width: int) -> NDArray[np.bool_]:
+    """(H, W): the pixels whose centres are at most `radius` from (x, y)."""
+    if not all(abs(value) < MAX_POSITION for value in (x, y, radius)):
+        raise DecodeError("holds a circle that is not a point and a radius")
+    columns, rows = np.arange(width) + 0.5 - x, np.arange(height) + 0.5 - y
+    return np.asarray(columns**2 + rows[:, None] ** 2 <= radius**2)

@@ -16,6 +16,7 @@ from pipeline.datasets.ade20k import ADE20K
 from pipeline.datasets.camvid import CamVid
 from pipeline.datasets.cityscapes import Cityscapes
 from pipeline.datasets.class_list import read_class_list
+from pipeline.datasets.coco import read_index
 from pipeline.datasets.coco_stuff import CocoStuff10K
 from pipeline.datasets.paired import IMAGE_SUFFIXES, PairedDataset
 from pipeline.datasets.pascal_context import CONVERTED, DETAIL, PascalContext
@@ -39,6 +40,8 @@ _CLASS_FILES = (
     *("labelmap.txt", "classes.txt", "labels.txt", "class_names.txt", "_classes.csv", "class_dict.csv", "classes.csv"),
     *("classes.json", "classes.yaml", "classes.yml", "id2label.json", "labels.json", "data.yaml", "dataset.yaml"),
 )
+_COCO_HEAD = re.compile(r'\s*\{\s*"(info|licenses|images|annotations|categories|type)"\s*:')
+_LABELME_HEAD = re.compile(r'"(shapes|imagePath)"\s*:')
 
 
 class Recognised(NamedTuple):
@@ -307,10 +310,81 @@ def _find_classes(place: _Place) -> tuple[dict[str, Any], list[str]]:
     return {}, ["nothing names the classes: write classes.txt, a name a line in the order of their ids"]
 
 
-_FINDERS: tuple[Callable[[_Place], Recognised | None], ...] = (_find_published, _find_folder)
+def _find_coco(place: _Place) -> Recognised | None:
+    """JSON files of COCO's, one a split or one alone."""
+    files = [path for path in place.files if path.lower().endswith(".json") and _COCO_HEAD.match(place.read_head(path))]
+    # COCO has captions and key points beside the objects.
+    files = [path for path in files if "instances" in path.lower()] or files
+    found: dict[str, str] = {}
+    for path in files:
+        split = _split_in(path)
+        if split is not None:
+            found.setdefault(split, path)
+    if "train" in found:
+        images = {split: _image_folder(place, split) for split in found}
+        one = images["train"] if len(set(images.values())) == 1 else None
+        settings: dict[str, Any] = {"annotations": found, "images": one or images}
+    elif len(files) == 1:
+        found = {"train": files[0]}
+        settings = {"annotations": files[0], "images": _image_folder(place, None)}
+    else:
+        return None
+    why = list(place.why)
+    for path in found.values():
+        index = read_index(place.files[path])
+        num_classes = len(index.categories) - len(index.groups)
+        num_objects = int(index.starts[-1])
+        why.append(f"{path} lists {len(index.images)} images, {num_objects} objects and {num_classes} categories")
+    if "val" not in found:
+        settings["val_fraction"] = VAL_FRACTION
+        why.append(_say_drawn("coco"))
+    return Recognised(place.to_config("coco", coco=settings), tuple(why))
+
+
+def _split_in(path: str) -> str | None:
+    """The split that a part of `path` is called by: instances_train2017.json, valid/_annotations.coco.json."""
+    return next(filter(None, map(split_of, re.split("[^A-Za-z]+", path))), None)
+
+
+def _image_folder(place: _Place, split: str | None) -> str:
+    """The folder of the images of `split`, or of all: images, or else the root."""
+    folders = {path.rpartition("/")[0] for path in place.images}
+    own = sorted(folder for folder in folders if split is not None and _split_in(folder) == split)
+    if own:
+        return min(own, key=len)
+    return "images" if any(f"{folder}/".startswith("images/") for folder in folders) else "."
+
+
+def _find_labelme(place: _Place) -> Recognised | None:
+    """JSON files of labelme's beside images."""
+    stems = {path.rpartition(".")[0] for path in place.images}
+    beside = [path for path in place.files if path.lower().endswith(".json") and path.rpartition(".")[0] in stems]
+    if not beside or not any(_LABELME_HEAD.search(place.read_head(path)) for path in beside[:5]):
+        return None
+    settings: dict[str, Any] = {}
+    why = [*place.why, f"{len(beside)} of {len(stems)} images have a JSON file of labelme's beside them"]
+    if any(name in place.files for name in _CLASS_FILES):
+        classes, named = _find_classes(place)
+        settings |= classes
+        why += named
+    names = {split for path in beside if "/" in path and (split := split_of(path.partition("/")[0]))}
+    if {"train", "val"} <= names:
+        why.append(f"folders part them into {', '.join(split for split in SPLITS if split in names)}")
+    else:
+        settings["val_fraction"] = VAL_FRACTION
+        why.append(_say_drawn("labelme"))
+    return Recognised(place.to_config("labelme", labelme=settings), tuple(why))
+
+
+_FINDERS: tuple[Callable[[_Place], Recognised | None], ...] = (
+    _find_published,
+    _find_folder,
+    _find_coco,
+    _find_labelme,
+)
 KNOWN = (
     "images and label maps as PNG (folders, split folders, one folder with _mask, VOC, CVAT, Roboflow); "
-    "ade20k, camvid, cityscapes, coco_stuff10k, pascal_context"
+    "COCO's JSON, labelme's JSON; ade20k, camvid, cityscapes, coco_stuff10k, pascal_context"
 )
 
 

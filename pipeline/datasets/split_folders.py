@@ -26,7 +26,7 @@ from pipeline.errors import UserError
 _POOLS = ("trainval", "default")
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """Where the samples of one split are found.
 
     Attributes:
@@ -63,7 +63,7 @@ class SplitFolders(PairedDataset):
     def splits(self) -> tuple[str, ...]:
         """Train and val, and test where it is there; raises UserError where folders or lists are missing."""
         super().splits()
-        sources = self._sources()
+        sources = self.sources()
         first_seen: dict[str, str] = {}
         for split, source in sources.items():
             for name in self._listed(source) or () if not source.is_drawn else ():
@@ -73,18 +73,18 @@ class SplitFolders(PairedDataset):
 
     def find_pairs(self, split: str) -> Iterator[Pair]:
         """The pairs of the split's list, in its order, or those of its folders or that are drawn for it, by name."""
-        source = self._sources()[split]
-        pairs = [pair for pair in self._pairs(source, split) if pair.name not in source.without]
+        source = self.sources()[split]
+        pairs = [pair for pair in self.all_pairs(source, split) if pair.name not in source.without]
         if not source.is_drawn:
             yield from pairs
             return
         drawn = draw_val([pair.name for pair in pairs], self.arrangement, self.seed, self.section)
         yield from (pair for pair in pairs if (pair.name in drawn) == (split == "val"))
 
-    def _sources(self) -> dict[str, _Source]:
+    def sources(self) -> dict[str, Source]:
         """Of each split, train first; raises UserError where train or val has none."""
         config, lists = self.arrangement, self._lists()
-        whole = _Source(config.images, config.labels)
+        whole = Source(config.images, config.labels)
         if config.val_fraction is None and {"train", "val"} <= lists.keys():
             return {split: whole._replace(path=lists[split]) for split in SPLITS if split in lists}
         folders = self._folders()
@@ -104,7 +104,7 @@ class SplitFolders(PairedDataset):
         drawn = whole._replace(path=pool, is_drawn=True, without=of_test)
         return {"train": drawn, "val": drawn, **test}
 
-    def _sources_in(self, folders: dict[str, _Source]) -> dict[str, _Source]:
+    def _sources_in(self, folders: dict[str, Source]) -> dict[str, Source]:
         """`folders`, with val drawn from train where that is wanted and there is none; raises UserError."""
         fraction = self.arrangement.val_fraction
         there = ", ".join(source.images for source in folders.values())
@@ -132,30 +132,30 @@ class SplitFolders(PairedDataset):
         found |= {name.lower(): path for name, path in names.items() if name.lower() in _POOLS}
         return {name: below(self.arrangement.splits, path) for name, path in found.items()}
 
-    def _folders(self) -> dict[str, _Source]:
+    def _folders(self) -> dict[str, Source]:
         """The folders by split, train first, where there are such; test only where it holds label maps."""
         images, labels = self.arrangement.images, self.arrangement.labels
         if self.required != (images, labels):
             around = folders_by_split(
                 (name for name in SPLIT_FOLDERS if self.tree.has_folder(below(name, images))), self.root
             )
-            found = {split: _Source(below(name, images), below(name, labels)) for split, name in around.items()}
+            found = {split: Source(below(name, images), below(name, labels)) for split, name in around.items()}
         else:
             inside = [folders_by_split(self._first_folders(folder), folder) for folder in (images, labels)]
             found = {
-                split: _Source(below(images, name), below(labels, inside[1].get(split, name)))
+                split: Source(below(images, name), below(labels, inside[1].get(split, name)))
                 for split, name in inside[0].items()
             }
-        if "test" in found and not self._find_labels(found["test"], "test"):
+        if "test" in found and not self.find_labels(found["test"], "test"):
             del found["test"]
         return found
 
     def _first_folders(self, folder: str) -> list[str]:
         return sorted({path.partition("/")[0] for path in self.tree.files(folder) if "/" in path})
 
-    def _pairs(self, source: _Source, split: str) -> Iterator[Pair]:
+    def all_pairs(self, source: Source, split: str) -> Iterator[Pair]:
         """All pairs of `source`, drawn or not."""
-        images, labels = self._find_images(source, split), self._find_labels(source, split)
+        images, labels = self._find_images(source, split), self.find_labels(source, split)
         ending = self.arrangement.label_suffix + self.label_suffixes[0]
         uris = [storage.join(self.root, below(folder, "{}")) for folder in (source.images, source.labels)]
         pairs = pair_by_stem(images, labels, f"{uris[0]}.*", f"{uris[1]}{ending}")
@@ -168,7 +168,7 @@ class SplitFolders(PairedDataset):
             missing = Pair(name, put_stem(uris[0], name), put_stem(uris[1], f"{name}{ending}"))
             yield by_name.get(name) or missing
 
-    def _find_images(self, source: _Source, split: str) -> dict[str, Entry]:
+    def _find_images(self, source: Source, split: str) -> dict[str, Entry]:
         found = self.find_files(source.images, IMAGE_SUFFIXES, "image", split)
         suffix = self.arrangement.label_suffix.lower()
         if source.images == source.labels:
@@ -180,11 +180,12 @@ class SplitFolders(PairedDataset):
             return {stem: entry for stem, entry in found.items() if not stem.startswith(f"{below}/")}
         return found
 
-    def _find_labels(self, source: _Source, split: str) -> dict[str, Entry]:
+    def find_labels(self, source: Source, split: str) -> dict[str, Entry]:
+        """The label files of `source` by the name of their image."""
         suffixes = tuple(f"{self.arrangement.label_suffix}{suffix}" for suffix in self.label_suffixes)
         return self.find_files(source.labels, suffixes, "label map", split)
 
-    def _listed(self, source: _Source) -> list[str] | None:
+    def _listed(self, source: Source) -> list[str] | None:
         """The names in the list of `source` without the suffixes of files that are there; None without a list."""
         if source.path is None:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,20 @@ def make_voc(root: Path, lists: dict[str, str]) -> Path:
     for name, numbers in lists.items():
         (root / f"ImageSets/Segmentation/{name}.txt").write_text("".join(f'"f {number}"\n' for number in numbers))
     return root
+
+
+def write_labelme(file: Path, shapes: list[tuple[str, str, list[list[float]]]], **fields: Any) -> None:
+    """A file of labelme's for an image of `VOID`'s size, each shape with the further `fields`."""
+    content = {
+        "version": "5.5.0",
+        "flags": {},
+        "shapes": [
+            {"label": label, "points": points, "group_id": None, "shape_type": kind, "flags": {}, **fields}
+            for label, kind, points in shapes
+        ],
+        "imagePath": "..\\somewhere\\else.png",
+        "imageData": "bm8gcGljdHVyZQ==",
+        "imageHeight": VOID.shape[0],
+        "imageWidth": VOID.shape[1],
+    }
+    file.write_text(json.dumps(content))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from pipeline import storage
 from pipeline.datasets import open_dataset
 from pipeline.datasets.recognise import Recognised, recognise
 from pipeline.errors import UserError
-from tests.pipeline.datasets.layouts import LAYOUTS, VOC, label_of, make_splits, make_voc, pack, put
+from tests.pipeline.datasets.layouts import LAYOUTS, VOC, label_of, make_splits, make_voc, pack, put, write_labelme
 
 
 def opened(found: Recognised) -> dict[str, list[str]]:
@@ -149,3 +150,62 @@ def test_nothing_known__says_what_is_there(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="nowhere does not exist; give the folder or archive"):
         recognise(str(tmp_path / "nowhere"))
+
+
+def write_coco(file: Path, names: list[str]) -> None:
+    """A box of class 1 in each image."""
+    box = [[1, 1, 5, 1, 5, 4, 1, 4]]
+    content = {
+        "info": {},
+        "images": [{"id": number, "file_name": name, "height": 8, "width": 12} for number, name in enumerate(names)],
+        "categories": [{"id": 5, "name": "thing"}],
+        "annotations": [{"image_id": number, "category_id": 5, "segmentation": box} for number in range(len(names))],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content))
+
+
+def put_images(folder: Path, count: int) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (12, 8), (number, len(folder.name), 0)).save(folder / f"f{number}.png")
+    return [f"f{number}.png" for number in range(count)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_coco__a_file_a_split_beside_or_inside_the_folders(tmp_path: Path, packed: bool) -> None:
+    for root, image_folder, file in (
+        (tmp_path / "coco", "{}2017", "annotations/instances_{}2017.json"),
+        (tmp_path / "roboflow", "{}", "{}/_annotations.coco.json"),
+    ):
+        for split, count in (("train", 3), ("val", 2)):
+            write_coco(root / file.format(split), put_images(root / image_folder.format(split), count))
+        found = recognise(str(pack(root) if packed else root))
+        assert found.config.dataset == "coco"
+        assert {split: len(keys) for split, keys in opened(found).items()} == {"train": 3, "val": 2}
+        assert found.why[-2:] == tuple(
+            f"{file.format(split)} lists {count} images, {count} objects and 1 categories"
+            for split, count in (("train", 3), ("val", 2))
+        )
+
+
+def test_coco__one_file_as_cvat_exports_it(tmp_path: Path) -> None:
+    write_coco(tmp_path / "annotations/instances_default.json", put_images(tmp_path / "images/default", 5))
+    found = recognise(str(tmp_path))
+    assert found.config.coco.model_dump(exclude_defaults=True) == {
+        "annotations": "annotations/instances_default.json",
+        "val_fraction": 0.2,
+    }
+    assert sum(map(len, opened(found).values())) == 5
+
+
+@pytest.mark.parametrize("folders", [("",), ("train/", "valid/")])
+def test_labelme__beside_the_images(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    for folder in folders:
+        for name in put_images(tmp_path / folder, 4)[:3]:
+            write_labelme(tmp_path / folder / name.replace(".png", ".json"), [("thing", "rectangle", [[0, 0], [2, 2]])])
+    found = recognise(str(tmp_path))
+    assert found.config.dataset == "labelme"
+    assert found.config.labelme.val_fraction == (0.2 if len(folders) == 1 else None)
+    assert found.why[0] == f"{3 * len(folders)} of {4 * len(folders)} images have a JSON file of labelme's beside them"
+    assert sum(map(len, opened(found).values())) == 3 * len(folders)
