@@ -266,8 +266,9 @@ def _names_in(folder: str, paths: Sequence[str]) -> set[str]:
 def _find_splits(place: _Place, pairing: _Pairing) -> tuple[dict[str, Any], list[str]]:
     """The settings that part the pairs, and why."""
     folders = [split for split in SPLITS if any(name.startswith(f"{split}/") for name in pairing.names)]
-    if "train" in folders and "val" in folders:
-        return {}, [f"folders part them into {', '.join(folders)}"]
+    if "val" in folders:
+        lack = "" if "train" in folders else "; none is for train"
+        return {}, [f"folders part them into {', '.join(folders)}{lack}"]
     for folder in _LIST_FOLDERS:
         prefix = "" if folder == "." else f"{folder}/"
         lists = {

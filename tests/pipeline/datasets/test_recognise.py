@@ -136,6 +136,13 @@ def test_images_in_training_and_validation__need_not_be_ade20k(tmp_path: Path) -
     assert opened(found) == {"train": ["a"], "val": ["a"]}
 
 
+def test_folders__for_val_alone_are_never_drawn_from(tmp_path: Path) -> None:
+    put(tmp_path / "images/val/a.jpg", tmp_path / "annotations/val/a.png", 0)
+    found = recognise(str(tmp_path))
+    assert found.config.folder.val_fraction is None
+    assert found.why[1] == "folders part them into val; none is for train"
+
+
 def test_nothing_known__says_what_is_there(tmp_path: Path) -> None:
     for name in ("photos/a.jpg", "photos/b.jpg", "notes/a.xml", "LICENSE"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
