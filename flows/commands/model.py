@@ -32,29 +32,69 @@ def models(
 
 def predict(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="models:/NAME@champion, models:/NAME/3 or a folder.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="Image files, folders, quoted patterns, .zip and .tar archives; also as URLs.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where label maps and overlays go.")],
+    no_overlays: Annotated[bool, typer.Option("--no-overlays", help="Write label maps alone.")] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images of one size, or windows of one image, predicted at once.")
+    ] = 1,
+    coco: Annotated[
+        str | None, typer.Option(metavar="FILE.json", help="Write all label maps as COCO annotations there, too.")
+    ] = None,
+    areas: Annotated[
+        str | None, typer.Option(metavar="FILE.parquet", help="Write pixels and share of each class and image there.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave images whose files exist: goes on where a run ended.")
+    ] = False,
     workspace: Workspace = WORKSPACE,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Segment images: a label PNG and a coloured overlay with legend for each."""
+    """Segment images: a label PNG and a coloured overlay with legend for each; exit code 1 if one of them failed."""
     import tempfile
 
-    from pipeline.evaluation.predict import predict_images
+    from flows.present.predictions import PredictionLog
+    from pipeline import storage
+    from pipeline.errors import UserError
+    from pipeline.evaluation import label_tables
+    from pipeline.evaluation.image_sources import list_images
+    from pipeline.evaluation.predict import Segmenter, plan_predictions, predict_images
     from pipeline.registry.models import checkpoint_folder
     from pipeline.workflow.tracking import Tracking
 
+    if overwrite and skip_existing:
+        raise UserError("--overwrite replaces the files that --skip-existing keeps; give one of the two")
+    if coco is not None and coco == areas:
+        raise UserError(f"--coco and --areas both name {coco}; give each a file of its own")
+    wanted = {coco: label_tables.write_coco, areas: label_tables.write_areas}
+    tables = {uri: write for uri, write in wanted.items() if uri is not None}
+    for uri in tables:
+        if storage.exists(uri) and not (overwrite or skip_existing):
+            raise UserError(f"{uri} exists; give --overwrite or --skip-existing to replace it, or another name")
     tracking = Tracking.for_workspace(workspace, tracking_uri)
     with facts_output(as_json) as (console, give), tempfile.TemporaryDirectory(prefix="segvit-predict-") as cache:
         folder = checkpoint_folder(tracking, model, cache)
-        written = []
-        for one in predict_images(folder, images, out, overwrite=overwrite):
-            written.append(one.model_dump(mode="json"))
-            shares = ", ".join(f"{label} {share:.1%}" for label, share in one.classes.items())
-            console.print(f"{one.overlay}  {shares}", markup=False, soft_wrap=True)
-        give(written)
+        images = list_images(sources)
+        plan = plan_predictions(images, out, overlays=not no_overlays, overwrite=overwrite, skip_existing=skip_existing)
+        segmenter = Segmenter(folder)
+        log = PredictionLog(console, plan)
+        for one in predict_images(segmenter, plan.remaining, batch_size=batch_size):
+            log.add(one)
+        for uri, write in tables.items():
+            label_tables.publish_table(uri, write, plan.tasks, segmenter.class_names)
+            console.print(uri, markup=False, soft_wrap=True)
+        log.end()
+        give({**log.facts(), "coco": coco, "areas": areas})
+    if log.failed:
+        raise typer.Exit(1)
 
 
 def promote(
