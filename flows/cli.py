@@ -9,7 +9,8 @@ import typer
 
 from flows.commands.data import data, flops
 from flows.commands.experiment import plan, run, submit
-from flows.commands.model import compare, models, predict, promote, rollback
+from flows.commands.inference import export, predict
+from flows.commands.model import compare, models, promote, rollback
 from flows.commands.runs import cancel, runs, show
 from flows.commands.score import evaluate, register
 from flows.commands.search import search
@@ -32,6 +33,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     rollback,
     compare,
     predict,
+    export,
     data,
     flops,
 )

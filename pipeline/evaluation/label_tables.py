@@ -43,6 +43,17 @@ class LabelledImage(NamedTuple):
 WriteTable = Callable[[IO[bytes], Iterator[LabelledImage], Sequence[str]], None]
 
 
+def check_targets(uris: Sequence[str], *, replace: bool) -> None:
+    """Raise UserError for a table that exists, unless it is to be replaced, or a location that is none."""
+    for uri in uris:
+        try:
+            exists = storage.exists(uri)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"{uri} cannot be written ({error}); give a path or an fsspec URL") from error
+        if exists and not replace:
+            raise UserError(f"{uri} exists; give --overwrite or --skip-existing to replace it, or another name")
+
+
 def publish_table(uri: str, write: WriteTable, tasks: Sequence[ImageTask], class_names: Sequence[str]) -> None:
     """Write a table of the tasks' label maps to `uri`, whole or not at all; raises UserError."""
     try:

@@ -37,6 +37,9 @@ FROZEN_OPTIONS = {
         *("model", "sources", "--out", "--no-overlays", "--batch-size", "--coco", "--areas", "--overwrite"),
         *("--skip-existing", "--workspace", "--tracking-uri", "--json"),
     },
+    "export": {
+        *("model", "--format", "--out", "--image-size", "--overwrite", "--workspace", "--tracking-uri", "--json"),
+    },
     "data": {"shard_set", "--out", "--overwrite", "--json"},
     "flops": {"presets", "--published", "--size", "--json"},
     "submit": {"config", "--address", "--workspace", "--set", "--tracking-uri"},

@@ -126,6 +126,7 @@ def test_predict__goes_on_where_it_ended_and_tables_hold_all(
         (["none.png"], "error: no image at none.png; check the path"),
         (["x.png", "--overwrite", "--skip-existing"], "error: --overwrite replaces the files that --skip-existing"),
         (["x.png", "--coco", "t", "--areas", "t"], "error: --coco and --areas both name t; give each a file"),
+        (["x.png", "--coco", "no://t"], "error: no://t cannot be written (Protocol not known: no"),
     ],
 )
 def test_predict__mistakes_are_told_before_anything_is_written(
