@@ -9,7 +9,7 @@ import typer
 
 from flows.commands.data import data, flops
 from flows.commands.experiment import plan, run, submit
-from flows.commands.inference import export, predict
+from flows.commands.inference import export, predict, serve
 from flows.commands.model import compare, models, promote, rollback
 from flows.commands.runs import cancel, runs, show
 from flows.commands.score import evaluate, register
@@ -34,6 +34,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     compare,
     predict,
     export,
+    serve,
     data,
     flops,
 )

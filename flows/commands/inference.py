@@ -129,3 +129,38 @@ def export(
             note = f"note      predict and serve use {settings}; the file takes an image whole, as it is"
             console.print(note, markup=False, soft_wrap=True)
         give(exported.model_dump(mode="json"))
+
+
+def serve(
+    model: Model,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where it listens.")] = 5001,
+    host: Annotated[str, typer.Option(help="An address of this machine; others than loopback are open to all.")] = (
+        "127.0.0.1"
+    ),
+    workspace: Workspace = WORKSPACE,
+    tracking_uri: TrackingUri = None,
+) -> None:
+    """Answer images with label maps over HTTP, by `mlflow models serve`, until SIGTERM or Ctrl-C."""
+    import signal
+    import sys
+    import tempfile
+
+    from pipeline.errors import UserError
+    from pipeline.registry.serve import check_address, curl_line, scoring_server, served_folder, server_url
+    from pipeline.workflow.tracking import Tracking
+
+    if not check_address(host, port):
+        print(f"warning: {host} is open to other machines, and the server asks for no password", file=sys.stderr)
+    tracking = Tracking.for_workspace(workspace, tracking_uri)
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with tempfile.TemporaryDirectory(prefix="segvit-serve-") as scratch:
+            folder = served_folder(tracking, model, Path(scratch) / "model")
+            with scoring_server(folder, host, port, Path(scratch)) as server:
+                url = server_url(host, port)
+                print(f"{model} answers at {url}; a grey image, say:\n{curl_line(url)}", flush=True)
+                raise UserError(f"the server ended with code {server.wait()}; see its output above")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, former)

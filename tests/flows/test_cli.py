@@ -40,6 +40,7 @@ FROZEN_OPTIONS = {
     "export": {
         *("model", "--format", "--out", "--image-size", "--overwrite", "--workspace", "--tracking-uri", "--json"),
     },
+    "serve": {"model", "--port", "--host", "--workspace", "--tracking-uri"},
     "data": {"shard_set", "--out", "--overwrite", "--json"},
     "flops": {"presets", "--published", "--size", "--json"},
     "submit": {"config", "--address", "--workspace", "--set", "--tracking-uri"},
