@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from flows.commands.data import data, flops
+from flows.commands.data import check, data, flops, init
 from flows.commands.experiment import plan, run, submit
 from flows.commands.inference import export, predict, serve
 from flows.commands.model import compare, models, promote, rollback
@@ -19,6 +19,8 @@ from pipeline.errors import UserError
 
 INTERRUPTED = 130
 COMMANDS: tuple[Callable[..., None], ...] = (
+    check,
+    init,
     run,
     plan,
     submit,

@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.config import (
     DataConfig,
     EvaluateConfig,
+    InferenceConfig,
     PromotionPolicy,
     RuntimeConfig,
     TuneConfig,
@@ -171,12 +172,16 @@ def tune(
     settings: VariantSettings,
     search: TuneConfig,
     start: Checkpoint | None,
+    inference: InferenceConfig | None = None,
 ) -> SearchResult:
-    """Search the variant's settings with short training runs, from a trained model where one is given."""
+    """Search the variant's settings with short training runs, from a trained model where one is given.
+
+    `inference` says how images are predicted in validation; None: whole.
+    """
     from pipeline.tuning.search import search_settings
 
     return search_settings(
-        _train_job(context, search.variant, shard_set, backbone, settings, start),
+        _train_job(context, search.variant, shard_set, backbone, settings, start, inference),
         search,
         run_name=context.run_name,
         storage_uri=storage.join(context.workspace, "ray"),
@@ -203,14 +208,18 @@ def train(
     search: SearchResult | None,
     settings: VariantSettings,
     start: Checkpoint | None,
+    inference: InferenceConfig | None = None,
 ) -> Checkpoint:
-    """Train one variant, with what a search found where there was one, from a trained model where one is given."""
+    """Train one variant, with what a search found where there was one, from a trained model where one is given.
+
+    `inference` says how images are predicted in validation; None: whole.
+    """
     from pipeline.training.train import train_variant
 
     if search is not None:
         settings = settings.for_search_of(search.variant, variant_name, search.values)
     return train_variant(
-        _train_job(context, variant_name, shard_set, backbone, settings, start),
+        _train_job(context, variant_name, shard_set, backbone, settings, start, inference),
         run_name=context.run_name,
         storage_uri=storage.join(context.workspace, "ray"),
         target_uri=context.output_uri(),
@@ -341,6 +350,7 @@ def _train_job(
     backbone: BackboneRecord,
     settings: VariantSettings,
     start: Checkpoint | None,
+    inference: InferenceConfig | None,
 ) -> TrainJob:
     from pipeline.training.job import TrainJob
 
@@ -351,4 +361,5 @@ def _train_job(
         backbone=backbone,
         runtime=_runtime(context),
         start=start,
+        inference=inference or InferenceConfig(),
     )

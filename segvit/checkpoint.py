@@ -28,11 +28,13 @@ def save_checkpoint(folder: str | Path, model: SegViT, metadata: Mapping[str, An
     Args:
         folder: Made if missing; files of an earlier checkpoint in it are replaced.
         model: The bare model, not a compiled or distributed wrapper.
-        metadata: JSON-able; by convention with ``class_names`` and ``palette`` (RGB), one entry a class.
+        metadata: JSON-able; by convention with ``class_names`` and ``palette`` (RGB), one entry a class, and with
+            ``grey_range``, the two values that were 0 and 255 to the model, where it knows images of more than 8 bits
+            a channel.
 
     Raises:
         TypeError: A wrapper around the model, or metadata that JSON cannot hold.
-        ValueError: As many class names or colours as there are no classes.
+        ValueError: As many class names or colours as there are no classes, or a grey range that does not rise.
     """
     if not isinstance(model, SegViT):
         raise TypeError(f"save_checkpoint takes the SegViT itself, got {type(model).__name__}; pass the wrapped module")
@@ -92,10 +94,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def check_metadata(metadata: Mapping[str, Any], num_classes: int) -> None:
-    """Raise ValueError unless class names and palette, where given, have one entry a class."""
+    """Raise ValueError unless class names, palette and grey range, where given, are what `save_checkpoint` says."""
     for name in ("class_names", "palette"):
         if name in metadata and len(metadata[name]) != num_classes:
             raise ValueError(f"{name} has {len(metadata[name])} entries for {num_classes} classes; give one a class")
+    grey_range = metadata.get("grey_range")
+    if grey_range is not None and not (len(grey_range) == 2 and grey_range[0] < grey_range[1]):
+        raise ValueError(f"grey_range {grey_range} must be two values, the lower one first")
 
 
 def publish(path: Path, write: Callable[[Path], object]) -> None:

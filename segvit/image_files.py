@@ -1,6 +1,7 @@
 """Images and label maps from their files' bytes.
 
-An image is taken upright, as its EXIF orientation says, and its label map likewise (see `orient_label`).
+An image is taken upright, as its EXIF orientation says, and its label map likewise (see `orient_label`). One of more
+than 8 bits a channel is scaled to 8 by a range that must be known (see `segvit.grey_range`), and never guessed.
 
 Pillow decodes: on 480x360 PNG and 683x512 JPEG files it measured as fast as torchvision's decoders up to
 pixels in an array, it resizes a window on its own, and it reads every colour mode.
@@ -9,18 +10,27 @@ pixels in an array, it resizes a window on its own, and it reads every colour mo
 from __future__ import annotations
 
 import io
+import sys
 import warnings
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile as PillowFile
+
+from segvit.grey_range import GreyRange, scale_values
 
 # In every label map of class ids, on disk and in memory: the pixel belongs to no class.
 IGNORE_INDEX = 255
-# MPO is what many cameras write: a JPEG file with further pictures after the first.
+# Of the formats that shards hold. MPO is what many cameras write: a JPEG file with further pictures after the first.
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
+FORMATS = "JPEG, PNG, TIFF, WebP and BMP"
+# Those of them that shards hold as PNG.
+_CONVERTED = ("TIFF", "WEBP", "BMP")
+# By the brand in an ISO media file, for those that Pillow may not know.
+_BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"avif": "AVIF"}
 # Lossless formats.
 LABEL_FORMATS = ("PNG", "TIFF", "BMP")
 _NO_LABEL_FORMATS = {
@@ -29,11 +39,14 @@ _NO_LABEL_FORMATS = {
 }
 # A picture of more is taken for damage: Pillow needs a quarter of a gigabyte for it, several times over to convert.
 MAX_PIXELS = 1 << 26
-# No format packs more into a byte: one-bit palettes at deflate's best ratio.
+# PNG, JPEG and BMP pack no more into a byte: one-bit palettes at deflate's best ratio.
 _MAX_PIXELS_PER_BYTE = 8 * 1032
+_PACKED_TIGHTER = ("TIFF", "WEBP")
 _SMALL_PIXELS = 1 << 22
 _EXIF_ORIENTATION = 0x0112
 _PNG_DEPTH, _PNG_COLOUR = 24, 25  # bytes of the header
+_TIFF_DEPTHS, _TIFF_PLANES = 258, 284  # tags: bits of each channel; 1: the channels of a pixel lie together
+_OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}  # of bytes: big, little, native
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,7 +56,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
 _SIDEWAYS = (5, 6, 7, 8)
 
 
@@ -51,19 +63,104 @@ class DecodeError(ValueError):
     """Bytes that are no picture we can use; the message says why in a few words."""
 
 
-def open_image(data: bytes) -> tuple[Image.Image, str]:
-    """The RGB image in `data`, upright, and the suffix of its format (`jpg` or `png`).
+class ImageFile(NamedTuple):
+    """An image as its file holds it.
 
-    Palette, greyscale, RGBA and CMYK images become RGB. Raises DecodeError.
+    Attributes:
+        suffix: of the format that keeps its pixels in a shard, `jpg` or `png`.
+        image: upright, RGB or grey of 8 bits; None where the channels have more.
+        values: upright (H, W) or (H, W, 3) values of channels of more than 8 bits; None where they have 8.
+        as_is: whether a shard holds the file's own bytes, rather than a PNG made of its pixels.
     """
+
+    suffix: str
+    image: Image.Image | None
+    values: NDArray[Any] | None
+    as_is: bool
+
+
+def open_image(data: bytes, grey_range: GreyRange | None = None) -> tuple[Image.Image, str]:
+    """The RGB image in `data`, upright and of 8 bits, and the suffix that it has in a shard (`jpg` or `png`).
+
+    Palette, greyscale, RGBA and CMYK images become RGB; more than 8 bits a channel are scaled by `grey_range`. Raises
+    DecodeError, also where such a range is needed and None.
+    """
+    file = read_image_file(data)
+    image = file.image
+    if image is None:
+        assert file.values is not None
+        if grey_range is None:
+            raise DecodeError(
+                "has more than 8 bits a channel, and no grey range says which values are black and white: none was "
+                "measured, as the training images have 8; convert it to 8 bits as they were"
+            )
+        image = Image.fromarray(scale_values(file.values, grey_range))
+    return image if image.mode == "RGB" else image.convert("RGB"), file.suffix
+
+
+def read_image_file(data: bytes) -> ImageFile:
+    """The image in `data`, JPEG, PNG, TIFF, WebP or BMP, with all bits of its channels; raises DecodeError."""
     image = _open(data)
-    if image.format not in SUFFIXES:
-        raise DecodeError(f"is {image.format}, neither JPEG nor PNG")
-    suffix = SUFFIXES[image.format]
+    _check_format(image)
+    suffix = SUFFIXES.get(image.format or "", SUFFIXES["PNG"])
     try:
-        return _to_rgb(stand_upright(image)), suffix
+        values = _deep_values(image, data)
+        if values is not None:
+            return ImageFile(suffix, None, values, as_is=False)
+        image, as_is = stand_upright(image), image.format in SUFFIXES
+        return ImageFile(suffix, image if image.mode in ("RGB", "L") else image.convert("RGB"), None, as_is)
     except Exception as error:
         raise _damage(error) from error
+
+
+def _check_format(image: Image.Image) -> None:
+    """Raise DecodeError for formats that are not read, and for files of several pictures."""
+    if image.format not in (*SUFFIXES, *_CONVERTED):
+        raise _unread_format(image.format or "of no format")
+    if image.format in _CONVERTED:
+        try:
+            num_pictures = getattr(image, "n_frames", 1)
+        except Exception as error:
+            raise _damage(error) from error
+        if num_pictures > 1:
+            what = "pages, and which of them is labelled" if image.format == "TIFF" else "pictures, and which is meant"
+            raise DecodeError(f"holds {num_pictures} {what} cannot be told; save one alone")
+
+
+def _unread_format(name: str) -> DecodeError:
+    return DecodeError(f"is {name}, none of {FORMATS}; convert it to PNG")
+
+
+def _deep_values(image: Image.Image, data: bytes) -> NDArray[Any] | None:
+    """The values of an image of more than 8 bits a channel, upright; None for others, which are not decoded."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(stand_upright(image))
+        # Files may be of the other byte order.
+        return values.astype(values.dtype.newbyteorder("="), copy=False)
+    depths = image.tag_v2.get(_TIFF_DEPTHS, (1,)) if image.format == "TIFF" else (1,)  # type: ignore[attr-defined]
+    if max(depths) > 8 or (image.format == "PNG" and data[_PNG_DEPTH] > 8):
+        return _sixteen_bit_colours(image, data)
+    return None
+
+
+def _sixteen_bit_colours(image: Image.Image, data: bytes) -> NDArray[np.uint16]:
+    """(H, W, 3) values of the colour picture `image` in `data`, upright.
+
+    Pillow keeps one byte of two, the upper one; told the other byte order, it takes the lower one for that.
+    """
+    # Only files have tiles, and a file is what _open gives.
+    swapped = cast(PillowFile, _open(data))
+    planes = image.tag_v2.get(_TIFF_PLANES, 1) if image.format == "TIFF" else 1  # type: ignore[attr-defined]
+    tiles = []
+    for tile in swapped.tile:
+        first, *others = (tile.args,) if isinstance(tile.args, str) else tile.args or ("",)
+        layout, _, order = str(first).partition(";16")
+        if layout not in ("RGB", "RGBA", "RGBX") or order not in _OTHER_ORDER or planes != 1:
+            raise DecodeError("has 16 bits a channel, but is neither grey nor RGB; save it as RGB or with 8 bits")
+        tiles.append(tile._replace(args=(f"{layout};16{_OTHER_ORDER[order]}", *others)))
+    swapped.tile = tiles
+    upper, lower = (np.asarray(stand_upright(half))[..., :3] for half in (image, swapped))
+    return np.asarray(upper.astype(np.uint16) << 8 | lower, np.uint16)
 
 
 def stand_upright(image: Image.Image) -> Image.Image:
@@ -96,16 +193,19 @@ def orient_label(image: bytes, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
         picture = _open(image)
     except DecodeError:
         return label  # whoever decodes the image says what is wrong with it
-    orientation = exif_orientation(picture)
-    stored_size = (picture.height, picture.width)
-    if orientation not in _SIDEWAYS or label.shape != stored_size or picture.width == picture.height:
+    stored_size, orientation = picture.size, exif_orientation(picture)
+    if picture.format == "TIFF":
+        orientation = picture.tag_v2.get(_EXIF_ORIENTATION, 1)  # type: ignore[attr-defined]
+        # Pillow turns TIFF files on its own, and their size from the beginning.
+        stored_size = picture.size[::-1] if orientation in _SIDEWAYS else picture.size
+    if orientation not in _SIDEWAYS or label.shape != stored_size[::-1] or picture.width == picture.height:
         return label
     return np.array(Image.fromarray(label).transpose(_UPRIGHT[orientation]))
 
 
-def decode_image(data: bytes) -> NDArray[np.uint8]:
-    """The image in `data` as (H, W, 3) RGB; raises DecodeError."""
-    return np.array(open_image(data)[0])
+def decode_image(data: bytes, grey_range: GreyRange | None = None) -> NDArray[np.uint8]:
+    """The image in `data` as (H, W, 3) RGB of 8 bits, see `open_image`; raises DecodeError."""
+    return np.array(open_image(data, grey_range)[0])
 
 
 class LabelPicture(NamedTuple):
@@ -186,22 +286,16 @@ def _open(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
     except Exception as error:
+        if data[4:8] == b"ftyp" and data[8:12] in _BRANDS:
+            raise _unread_format(_BRANDS[data[8:12]]) from error
         raise _damage(error) from error
     num_pixels = image.width * image.height
     if num_pixels > MAX_PIXELS:
         raise DecodeError(f"has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} allowed")
-    if num_pixels > max(_SMALL_PIXELS, _MAX_PIXELS_PER_BYTE * len(data)):
+    packed = image.format not in _PACKED_TIGHTER
+    if packed and num_pixels > max(_SMALL_PIXELS, _MAX_PIXELS_PER_BYTE * len(data)):
         raise DecodeError(f"says {image.width}x{image.height} pixels, which {len(data)} bytes cannot hold")
     return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise DecodeError("holds floating-point pixels")
-    if image.mode.startswith("I"):
-        # Pillow's own conversion cuts 16-bit values off at 255 instead of scaling them.
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _damage(error: Exception) -> DecodeError:

@@ -1,8 +1,11 @@
-"""Commands that look at shard sets and at model structures."""
+"""Commands that look at raw data, shard sets and model structures."""
 
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +16,10 @@ from flows.commands.options import Json, facts_output
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
+    from pipeline.config import DataConfig
     from segvit.flops import CostAtSize
+
+SAMPLES_FOR_DRAFT = 64
 
 
 def data(
@@ -36,6 +42,83 @@ def data(
         for file in files:
             console.print(str(file), markup=False, soft_wrap=True)
         give({**summary.model_dump(mode="json"), "files": [str(file) for file in files]})
+
+
+def check(
+    source: Annotated[
+        str, typer.Argument(metavar="DATA|CONFIG.yaml", help="A data set's folder, archive or URL; or an experiment.")
+    ],
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Read N samples of each split, evenly spread; default: all.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write a contact sheet of each split there.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at raw data before anything is made of it: layout, classes, sizes, copies and all problems at once.
+
+    Exit code 1 where there are problems.
+    """
+    from flows.present.data_check import check_view
+    from pipeline.data_check.check import check_source
+    from pipeline.reports.data_page import write_source_sheets
+
+    config, layout = _source(source)
+    with facts_output(as_json) as (console, give):
+        found = check_source(config, layout, samples, progress=lambda line: print(line, file=sys.stderr, flush=True))
+        console.print(check_view(found), soft_wrap=True)
+        files = write_source_sheets(config, out, overwrite) if out is not None else []
+        for file in files:
+            console.print(str(file), markup=False, soft_wrap=True)
+        give({**found.model_dump(mode="json"), "files": [str(file) for file in files]})
+    if found.problems:
+        raise typer.Exit(1)
+
+
+def init(
+    source: Annotated[str, typer.Argument(metavar="DATA", help="A data set's folder, archive or URL.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the experiment goes.")] = Path("experiment.yaml"),
+    backbone: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A timm model; default: the one whose weights are at hand.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
+) -> None:
+    """Write a complete experiment for a data set and this machine: it plans and runs as it is."""
+    from flows.draft import choose_backbone, draft_experiment
+    from pipeline import storage
+    from pipeline.data_check.check import check_source
+    from pipeline.datasets.recognise import recognise
+    from pipeline.preflight import Machine
+
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} exists; choose another file with --out, or use --overwrite")
+    # Absolute, because the experiment may be run from any folder.
+    config, layout = recognise(str(storage.local_path(source)) if storage.is_local(source) else source)
+    name, why = (backbone, "as asked") if backbone else choose_backbone()
+    found = check_source(config, layout, SAMPLES_FOR_DRAFT)
+    if not any(split.num_good for split in found.splits):
+        raise UserError(f"no sample of {source} can be used: {found.problems[0].example}")
+    try:
+        text = draft_experiment(config, found, Machine.here() or Machine(1, 1), name, why)
+    except ValueError as error:
+        raise UserError(f"--backbone {name!r}: {error}") from error
+    storage.publish_bytes(str(out.absolute()), text.encode())
+    for line in layout:
+        print(line)
+    if found.problems:
+        print(f"{len(found.problems)} problem(s) in the data, such as: {found.problems[0].example}")
+        print(f"segvit check {shlex.quote(source)} lists all of them")
+    print(f"wrote {out}; next: segvit run {shlex.quote(str(out))}")
+
+
+def _source(source: str) -> tuple[DataConfig, Sequence[str]]:
+    """What to read, and why it is taken for that."""
+    from flows.experiment import load_experiment
+    from pipeline.datasets.recognise import recognise
+
+    if Path(source).suffix in (".yaml", ".yml"):
+        return load_experiment(Path(source)).config.data, (f"as {source} describes it",)
+    return recognise(source)
 
 
 def flops(

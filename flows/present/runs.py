@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from pipeline.records import Evaluation, ModelVersion, PromotionDecision, latency_text
 from pipeline.registry.models import VersionSummary
+from pipeline.storage.names import QUARANTINE
 from pipeline.workflow.flow import FlowEvent
 from pipeline.workflow.runs import PlannedStep, RunSummary, RunTree, StepSummary
 from pipeline.workflow.tracking import RunState
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from segvit.flops import CostAtSize
 
 BAR_WIDTH = 24  # characters
+MOST_QUARANTINED = 20
 
 STATE_STYLES = {
     RunState.DONE: "green",
@@ -160,7 +162,11 @@ def data_view(facts: DataSummary) -> Group:
             f"{split.ignored_share:.2%}",
         )
     tables = [_classes_table(split, facts.palette) for split in facts.splits]
-    return Group(splits, *tables, f"{facts.num_quarantined} samples quarantined")
+    shown = [f"  {one.file} {one.reason}; {one.remedy}" for one in facts.quarantined[:MOST_QUARANTINED]]
+    left = facts.num_quarantined - len(shown)
+    more = [f"  and {left} more: see {facts.uri}/{QUARANTINE}"] if left else []
+    lines = [f"{facts.num_quarantined} samples quarantined", *shown, *more]
+    return Group(splits, *tables, *(Text(line) for line in lines))
 
 
 def _classes_table(split: SplitSummary, palette: Sequence[tuple[int, int, int]]) -> Table:

@@ -40,7 +40,15 @@ def ablation(flow: Graph, config: AblationConfig) -> None:
             settings, start = config.variant_settings(name), parts.start_of(flow, config, name, trained)
             settings = settings.model_copy(update={"train": settings.train.model_copy(update={"seed": seed})})
             trained[name] = flow.step(
-                steps.train, name, shards, backbones[name], None, settings, start, label=f"train/{name}-{seed}"
+                steps.train,
+                name,
+                shards,
+                backbones[name],
+                None,
+                settings,
+                start,
+                parts.validation_inference(config),
+                label=f"train/{name}-{seed}",
             )
             scored = flow.step(steps.evaluate, trained[name], shards, config.evaluate, label=f"evaluate/{name}-{seed}")
             cells.append((name, seed, trained[name], scored, backbones[name]))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from pipeline import steps
-from pipeline.config import ExperimentConfig
+from pipeline.config import ExperimentConfig, InferenceConfig
 from pipeline.datasets import open_dataset
 from pipeline.errors import UserError
 from pipeline.records import (
@@ -56,7 +56,14 @@ def tune(
         return None
     name = config.tune.variant
     start = start_of(flow, config, name, {})
-    return flow.step(steps.tune, shards, backbones[name], config.variant_settings(name), config.tune, start)
+    settings, inference = config.variant_settings(name), validation_inference(config)
+    return flow.step(steps.tune, shards, backbones[name], settings, config.tune, start, inference)
+
+
+def validation_inference(config: ExperimentConfig) -> InferenceConfig | None:
+    """How validation while training predicts, as evaluation does; None where that is the default."""
+    inference = config.evaluate.inference
+    return inference if inference.options() else None
 
 
 def start_of(
@@ -94,7 +101,15 @@ def train_and_evaluate(
     for name in config.training_order():
         settings, start = config.variant_settings(name), start_of(flow, config, name, checkpoints)
         checkpoints[name] = flow.step(
-            steps.train, name, shards, backbones[name], search, settings, start, label=f"train/{name}"
+            steps.train,
+            name,
+            shards,
+            backbones[name],
+            search,
+            settings,
+            start,
+            validation_inference(config),
+            label=f"train/{name}",
         )
         evaluations[name] = flow.step(
             steps.evaluate, checkpoints[name], shards, config.evaluate, label=f"evaluate/{name}"

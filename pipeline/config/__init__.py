@@ -1,6 +1,6 @@
 """The experiment file: strict models for every section, read and checked as a whole."""
 
-from pipeline.config.data import DataConfig, DigitsConfig, FolderConfig
+from pipeline.config.data import CocoConfig, DataConfig, DigitsConfig, DrawnSplit, FolderConfig, SplitFoldersConfig
 from pipeline.config.evaluate import EvaluateConfig, InferenceConfig
 from pipeline.config.experiment import ExperimentConfig
 from pipeline.config.policy import PromotionPolicy
@@ -12,9 +12,11 @@ from pipeline.config.variant import DistillConfig, LossConfig, ModelSection, Var
 
 __all__ = [
     "AugmentationConfig",
+    "CocoConfig",
     "DataConfig",
     "DigitsConfig",
     "DistillConfig",
+    "DrawnSplit",
     "EvaluateConfig",
     "ExperimentConfig",
     "FolderConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "ScheduleConfig",
     "SearchRange",
     "Section",
+    "SplitFoldersConfig",
     "TrainConfig",
     "TuneConfig",
     "VariantConfig",

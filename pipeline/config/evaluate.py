@@ -13,11 +13,11 @@ Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 class InferenceConfig(Section):
-    """How images are predicted, in evaluation and by the registered model; see segvit.predict.
+    """How images are predicted, in validation while training, in evaluation and by the registered model.
 
     `mode` slide goes window by window, of `crop` (height, width) pixels in steps of `stride`, by default the
     training crop and two thirds of it. `resize` (long, short) brings the image to a longer and a shorter side of at
-    most those before that. Scores are averaged over `scales` and, with `flip`, mirror images.
+    most those before that. Scores are averaged over `scales` and, with `flip`, mirror images. See segvit.predict.
     """
 
     mode: Literal["whole", "slide"] = "whole"

@@ -9,6 +9,7 @@ from pipeline.config import DataConfig
 from pipeline.datasets.ade20k import ADE20K
 from pipeline.datasets.camvid import CamVid
 from pipeline.datasets.cityscapes import Cityscapes
+from pipeline.datasets.coco import Coco
 from pipeline.datasets.coco_stuff import CocoStuff10K
 from pipeline.datasets.digits import Digits
 from pipeline.datasets.folder import Folder
@@ -37,6 +38,7 @@ _DATASETS: dict[str, Callable[[DataConfig], RawDataset]] = {
     "ade20k": lambda config: ADE20K(_root(config)),
     "camvid": lambda config: CamVid(_root(config)),
     "cityscapes": lambda config: Cityscapes(_root(config)),
+    "coco": lambda config: Coco(_root(config), config.coco, config.seed),
     "coco_stuff10k": lambda config: CocoStuff10K(_root(config)),
     "digits": _open_digits,
     "folder": lambda config: Folder(_root(config), config.folder, config.seed),

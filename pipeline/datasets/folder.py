@@ -1,42 +1,41 @@
-"""A data set of one's own: images/, labels/ and a file that names the classes.
+"""A data set of one's own: images, label maps and a file that names the classes.
 
-The label map of images/a/b.jpg is labels/a/b.png: same path, any suffix of either kind, in any case. A class's id is
-its position in the classes file, unless that gives `ids`. The splits are splits/train.txt and splits/val.txt (and
-test.txt, if there), a path below images/ a line, with or without suffix; or, with `val_fraction`, drawn by a hash of
-each name, so that adding images moves none of the others.
+Folders and splits are those of `split_folders`. A class's id is its position in the classes file, unless that gives
+`ids`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import unicodedata
-from collections.abc import Iterator
-
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import storage
 from pipeline.config import FolderConfig
 from pipeline.datasets.class_list import read_class_list
-from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, pair_by_stem, put_stem, read_label
+from pipeline.datasets.paired import read_label
 from pipeline.datasets.raw import LabelIds, Palette, RawSample, RejectedSampleError, digest_of
+from pipeline.datasets.split_folders import SplitFolders
+from pipeline.datasets.splits import SPLIT_FOLDERS, split_of
 from pipeline.datasets.tree import FileTree
 from pipeline.errors import UserError
 from segvit.image_files import LabelPicture, read_label_picture
 
-# All but PNG, TIFF and BMP are listed to be rejected with the reason, not to be missed.
-LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg", ".webp")
 
-
-class Folder(PairedDataset):
+class Folder(SplitFolders):
     """The data set below `root`, a folder, an archive or any fsspec location; `seed` draws the fraction."""
+
+    # All but PNG, TIFF and BMP are listed to be rejected with the reason, not to be missed.
+    label_suffixes = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg", ".webp")
+    section = "data.folder"
 
     def __init__(self, root: str, config: FolderConfig, seed: int) -> None:
         self.config = config
-        self.seed = seed
-        self.required = (config.images, config.labels)
-        self.layout = f"{config.images}/NAME.jpg with {config.labels}/NAME.png and {config.classes}"
-        classes = read_class_list(FileTree(root), config.classes)
+        self.layout = (
+            f"{config.images}/NAME.jpg with {config.labels}/NAME{config.label_suffix}.png and {config.classes}; the "
+            "folders may hold, or be in, train, val and test"
+        )
+        tree = self.arrange(root, config, seed)
+        classes = read_class_list(tree, config.classes)
+        _refuse_other_classes(tree, config.classes)
         raw_ids = classes.raw_ids()
         ignored = ", ".join(map(str, classes.ignore_ids)) or "none"
         listed = f"0-{len(raw_ids) - 1}" if classes.ids is None else "the ids of"
@@ -57,39 +56,6 @@ class Folder(PairedDataset):
                 rule=f"{listed} {config.classes}, ignored: {ignored}",
             ),
         )
-
-    def splits(self) -> tuple[str, ...]:
-        """Train and val, and test where there is a list of it; raises UserError where folders or lists are missing."""
-        splits = super().splits()
-        if self.config.val_fraction is not None:
-            return splits
-        lists = {split: self._listed(split) for split in (*splits, "test")}
-        missing = [f"{self.config.splits}/{split}.txt" for split in splits if lists[split] is None]
-        if missing:
-            raise UserError(
-                f"data root {self.root} has no {', '.join(missing)}; add it, or set data.folder.val_fraction to "
-                "draw the val split from all images"
-            )
-        first_seen: dict[str, str] = {}
-        for split, names in lists.items():
-            for name in names or ():
-                if first_seen.setdefault(name, split) != split:
-                    raise UserError(f"{name!r} is in the lists of {first_seen[name]} and of {split}; keep one")
-        return tuple(split for split, names in lists.items() if names is not None)
-
-    def find_pairs(self, split: str) -> Iterator[Pair]:
-        """The pairs of the split's list, in its order, or those that the hash puts into it, by name."""
-        config = self.config
-        images = self.find_files(config.images, IMAGE_SUFFIXES, "image", split)
-        labels = self.find_files(config.labels, LABEL_SUFFIXES, "label map", split)
-        uris = [storage.join(self.root, folder, "{}") for folder in (config.images, config.labels)]
-        pairs = pair_by_stem(images, labels, f"{uris[0]}.*", f"{uris[1]}.png")
-        if config.val_fraction is not None:
-            yield from (pair for pair in pairs if self._drawn_split(pair.name) == split)
-            return
-        by_name = {pair.name: pair for pair in pairs}
-        for name in self._listed(split) or ():
-            yield by_name.get(name) or Pair(name, put_stem(uris[0], name), put_stem(uris[1], f"{name}.png"))
 
     def read_ids(self, sample: RawSample) -> LabelPicture:
         """Ids as they are, or by colour where the classes file has colours and the label map does, too."""
@@ -145,27 +111,20 @@ class Folder(PairedDataset):
                 f"has {len(unknown)} colour(s) that no class has: {listed}",
                 f"add them to {self.config.classes}, as ignore_colours where they mean no class; blended colours at "
                 "edges come from smoothing: export without it",
+                {str(colour): count for count, colour in unknown},
             )
         return np.array([self.id_of[colour] for colour in colours], np.int32)[places].reshape(codes.shape)
 
-    def _listed(self, split: str) -> list[str] | None:
-        """The names in the split's list without the suffixes of files that are there."""
-        lines = self.read_list(f"{self.config.splits}/{split}.txt")
-        if lines is None:
-            return None
-        files = self.tree.files(self.config.images)
-        paths = (unicodedata.normalize("NFC", line) for line in lines)
-        names = [_stem(path, IMAGE_SUFFIXES) if path in files else path for path in paths]
-        if len(set(names)) < len(names):
-            twice = next(name for index, name in enumerate(names) if name in names[:index])
-            raise UserError(f"{self.config.splits}/{split}.txt holds {twice!r} twice; remove one")
-        return names
 
-    def _drawn_split(self, name: str) -> str:
-        """Of the sample `name`: it depends on the name and the seed alone."""
-        number = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode(errors="surrogateescape")).digest()[:8])
-        assert self.config.val_fraction is not None
-        return "val" if number < self.config.val_fraction * 2**64 else "train"
+def _refuse_other_classes(tree: FileTree, path: str) -> None:
+    """Raise UserError where a classes file in the folder of one split is another one in the folder of another."""
+    folder, _, name = path.partition("/")
+    if split_of(folder) is None or (first := tree.file(path)) is None:
+        return
+    for other in SPLIT_FOLDERS:
+        entry = tree.file(f"{other}/{name}")
+        if entry is not None and tree.read(entry) != tree.read(first):
+            raise UserError(f"{first.uri} and {entry.uri} name other classes; make them equal, ids included")
 
 
 def default_palette(num_classes: int) -> Palette:
@@ -177,8 +136,3 @@ def default_palette(num_classes: int) -> Palette:
             levels[bit % 3] |= (number >> bit & 1) << (7 - bit // 3)
         colours.append((levels[0], levels[1], levels[2]))
     return tuple(colours)
-
-
-def _stem(path: str, suffixes: tuple[str, ...]) -> str:
-    suffix = next((suffix for suffix in suffixes if path.lower().endswith(suffix)), "")
-    return path[: len(path) - len(suffix)]

@@ -45,6 +45,14 @@ def read_elements(file: IO[bytes]) -> Iterator[Element]:
             stream.expect(",")
 
 
+def as_text(latin: str) -> str:
+    """A string as written, from one of `read_elements`, which has a character a byte."""
+    try:
+        return latin.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return latin
+
+
 class _Stream:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -81,6 +89,8 @@ class _Stream:
                 if not self._grow():
                     raise ValueError(f"byte {self._offset + error.pos}: {error.msg}") from error
                 continue
+            except RecursionError as error:
+                raise ValueError(f"the value at byte {self._offset + self._position} is nested too deep") from error
             # A number may go on behind the buffer, or end in a half of its fraction or exponent.
             if self._text[end : end + 1] in ("", ".", "e", "E") and self._grow():
                 continue

@@ -25,7 +25,7 @@ from pipeline.datasets.tree import Entry, FileTree
 from pipeline.errors import UserError
 from segvit.image_files import DecodeError, LabelPicture, decode_label, orient_label
 
-# Of files that are meant to be images. All but JPEG and PNG are listed to be rejected, not passed over in silence.
+# Of files that are meant to be images. Those of formats that are not read are listed to be rejected, not passed over.
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".mpo"),
     *(".tif", ".tiff", ".bmp", ".gif", ".webp", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ppm", ".pgm"),
@@ -46,6 +46,7 @@ class PairedDataset(ABC):
     layout: str  # in a few words, for messages
     wrappers: tuple[str, ...] = ()  # folders that the publisher puts around it
     required: tuple[str, ...] = ()  # folders without which it cannot be
+    is_whole: bool = True  # whether these hold all of it
     settings: str = ""  # a digest of those that shape label maps: part of every sample's stamp
 
     def __init__(self, name: str, root: str, classes: Sequence[str], palette: Palette, ids: LabelIds) -> None:
@@ -54,7 +55,7 @@ class PairedDataset(ABC):
         self.class_names = tuple(classes)
         self.palette = palette
         self.ids = ids
-        self.tree = FileTree(root, self.wrappers)
+        self.tree = FileTree(root, self.wrappers, self.required if self.is_whole else ())
 
     def splits(self) -> tuple[str, ...]:
         """Train and val; raises UserError where a folder of theirs is missing."""
@@ -63,7 +64,7 @@ class PairedDataset(ABC):
 
     def samples(self, split: str) -> Sequence[RawSample]:
         """All images and label maps of `split` by name; one without the other too, to be rejected."""
-        return [_to_sample(pair, self.settings) for pair in self.find_pairs(split)]
+        return [to_sample(pair, self.settings) for pair in self.find_pairs(split)]
 
     def read(self, sample: RawSample) -> RawPair:
         """The image file's bytes and the label map as class ids; raises RejectedSampleError."""
@@ -126,12 +127,15 @@ class PairedDataset(ABC):
     def read_list(self, path: str) -> list[str] | None:
         """The lines of the list file at `path`, without empty ones; None where there is none.
 
-        Raises UserError for a line that is there twice.
+        Raises UserError for a line that is there twice, and for one that leads out of the data set.
         """
         entry = self.tree.file(path)
         if entry is None:
             return None
-        return split_lines(decode_text(self.tree.read(entry), entry.uri), entry.uri)
+        lines = split_lines(decode_text(self.tree.read(entry), entry.uri), entry.uri)
+        for line in lines:
+            refuse_outside(line, entry.uri)
+        return lines
 
     @property
     def _title(self) -> str:
@@ -144,6 +148,13 @@ def pair_by_stem(
     """Pairs of equal stem, sorted; what has no partner is paired with a uri (`{}` is the stem)."""
     for stem in sorted(images.keys() | labels.keys()):
         yield Pair(stem, images.get(stem) or put_stem(image_uri, stem), labels.get(stem) or put_stem(label_uri, stem))
+
+
+def refuse_outside(path: str, source: str) -> None:
+    """Raise UserError for a `path` in the file `source` that leads out of the folder it is looked for in."""
+    parts = path.replace("\\", "/").split("/")
+    if ".." in parts or parts[0] == "" or "\0" in path or "://" in path:
+        raise UserError(f"{source} names {path!r}, a path that leads out of the data set; correct or remove it")
 
 
 def put_stem(uri: str, stem: str) -> str:
@@ -185,7 +196,8 @@ def classes_and_palette(name: str) -> tuple[tuple[str, ...], Palette]:
     return tuple(metadata["classes"]), tuple((red, green, blue) for red, green, blue in metadata["palette"])
 
 
-def _to_sample(pair: Pair, settings: str) -> RawSample:
+def to_sample(pair: Pair, settings: str) -> RawSample:
+    """`pair` as a sample whose stamp holds `settings`, too."""
     image, label = (Entry(file, "None") if isinstance(file, str) else file for file in pair[1:])
     return RawSample(
         key=sample_key(pair.name),

@@ -36,6 +36,7 @@ class PascalContext(PairedDataset):
     )
     wrappers = ("VOCdevkit/VOC2010", "VOC2010")
     required = (IMAGES,)
+    is_whole = False
 
     def __init__(self, root: str, with_background: bool) -> None:
         classes, palette = classes_and_palette("pascal_context")

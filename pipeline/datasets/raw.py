@@ -20,13 +20,17 @@ Palette = tuple[tuple[int, int, int], ...]
 
 
 class RejectedSampleError(Exception):
-    """A sample that may not enter the shards: `file` is at fault, for `reason`, and `remedy` helps."""
+    """A sample that may not enter the shards: `file` is at fault, for `reason`, and `remedy` helps.
 
-    def __init__(self, file: str, reason: str, remedy: str) -> None:
+    `unknown`: ids or colours in it that no class has, with their pixels.
+    """
+
+    def __init__(self, file: str, reason: str, remedy: str, unknown: Mapping[str, int] | None = None) -> None:
         super().__init__(f"{file} {reason}; {remedy}")
         self.file = file
         self.reason = reason
         self.remedy = remedy
+        self.unknown = dict(unknown or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ class RawPair(NamedTuple):
     """A sample's content.
 
     Attributes:
-        image: the original file, JPEG or PNG.
+        image: the original file, of a format that `segvit.image_files` reads.
         label: (H, W) class ids, 255 where ignored.
         index_colours: where ids are indices into the label file's palette and nothing says which colours they should
             have, those that they have; all files must agree.
@@ -137,14 +141,16 @@ class LabelIds:
     def to_classes(self, raw: NDArray[np.integer], file: str) -> NDArray[np.uint8]:
         """(H, W) class ids of the (H, W) `raw` ids in `file`; raises RejectedSampleError for unknown ids."""
         if raw.min(initial=0) < 0 or raw.max(initial=0) >= self._table.size:
-            raise self._reject(np.unique(raw[(raw < 0) | (raw >= self._table.size)]), file)
+            raise self._reject(raw[(raw < 0) | (raw >= self._table.size)], file)
         classes = self._table[raw]
         if (classes < 0).any():
-            raise self._reject(np.unique(raw[classes < 0]), file)
+            raise self._reject(raw[classes < 0], file)
         return cast("NDArray[np.uint8]", classes.astype(np.uint8))
 
-    def _reject(self, unknown: NDArray[np.integer], file: str) -> RejectedSampleError:
+    def _reject(self, pixels: NDArray[np.integer], file: str) -> RejectedSampleError:
+        unknown, counts = np.unique(pixels, return_counts=True)
         ids = ", ".join(str(value) for value in unknown[:5]) + (", ..." if unknown.size > 5 else "")
         noun = "label id" if unknown.size == 1 else "label ids"
         reason = f"holds {noun} {ids}, outside the class list ({self._rule})"
-        return RejectedSampleError(file, reason, "correct the label map or remove the sample")
+        found = {str(value): int(count) for value, count in zip(unknown, counts, strict=True)}
+        return RejectedSampleError(file, reason, "correct the label map or remove the sample", found)

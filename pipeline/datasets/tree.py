@@ -6,6 +6,7 @@ Any fsspec location will do. A tree is listed once, folder by folder and not fil
 from __future__ import annotations
 
 import os
+import posixpath
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,12 +40,15 @@ class FileTree:
     """All that lies below `root`, a folder or an archive; `wrappers` are folders that publishers put around it.
 
     A folder of the data set is looked for right below `root`, then in the `wrappers`, then in the archives
-    right below `root`, and in an archive at any depth. Each folder is listed once. Pickles as its root alone.
+    right below `root`, and in an archive at any depth; `.` is the root, in an archive the folder that holds all.
+    Where all of the folders `whole`, if given, lie there unpacked, archives beside them are not opened. Each folder
+    is listed once. Pickles as its root alone.
     """
 
-    def __init__(self, root: str, wrappers: Sequence[str] = ()) -> None:
+    def __init__(self, root: str, wrappers: Sequence[str] = (), whole: Sequence[str] = ()) -> None:
         self.root = root
         self.wrappers = tuple(wrappers)
+        self.whole = tuple(whole)
         self._archives: dict[str, _Archive] | None = None
         self._listed: dict[str, dict[str, Entry]] = {}
 
@@ -57,7 +61,11 @@ class FileTree:
 
     def has_folder(self, folder: str) -> bool:
         """Whether `folder` is there, in a folder or in an archive."""
-        return self._plain_folder(folder) is not None or any(item.find(folder) is not None for item in self._packed())
+        return self.has_plain_folder(folder) or any(item.find(folder) is not None for item in self._packed())
+
+    def has_plain_folder(self, folder: str) -> bool:
+        """Whether `folder` is there, and not in an archive."""
+        return self._plain_folder(folder) is not None
 
     def files(self, folder: str) -> dict[str, Entry]:
         """All files below `folder`, at any depth, by their path below it, sorted; empty where there is none.
@@ -111,7 +119,7 @@ class FileTree:
             return None
         filesystem, _ = fsspec.core.url_to_fs(self.root)
         for wrapper in ("", *self.wrappers):
-            uri = storage.join(self.root, *filter(None, (wrapper, folder)))
+            uri = storage.join(self.root, *(part for part in (wrapper, folder) if part not in ("", ".")))
             if filesystem.isdir(fsspec.core.url_to_fs(uri)[1]):
                 return uri
         return None
@@ -122,6 +130,8 @@ class FileTree:
             self._archives = {}
             if archive.is_archive(self.root):
                 uris = [self.root]
+            elif self.whole and all(map(self.has_plain_folder, self.whole)):
+                uris = []
             else:
                 names = storage.list_names(self.root)
                 uris = [storage.join(self.root, name) for name in names if name.lower().endswith(archive.SUFFIXES)]
@@ -144,7 +154,13 @@ class _Archive:
                 folder = folder.rpartition("/")[0]
 
     def find(self, folder: str) -> str | None:
-        """The path of `folder` with a slash at its end, whatever is around it; the outermost if there are several."""
+        """The path of `folder` with a slash at its end, whatever is around it; the outermost if there are several.
+
+        That of the folder that holds all is empty where it is the archive itself.
+        """
+        if folder == ".":
+            around = posixpath.commonpath([path.rpartition("/")[0] for path in self.members]) if self.members else ""
+            return f"{around}/" if around else ""
         paths = [path for path in self._folders if path == folder or path.endswith(f"/{folder}")]
         return f"{self._outermost(paths, folder)}/" if paths else None
 

@@ -165,6 +165,7 @@ def evaluate_checkpoint(
         checkpoint_config = read_config(config_file)
     manifest = storage.read_json(storage.join(shard_set.uri, MANIFEST))
     check_classes(checkpoint, checkpoint_config, shard_set.name, manifest["classes"])
+    _compare_ranges(checkpoint, checkpoint_config["metadata"].get("grey_range"), manifest)
     model_config = segvit.ModelConfig.from_dict(checkpoint_config["model"])
     world_size = min(runtime.max_workers, shard_set.splits[config.split].num_samples)
     on_worker = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime.use_gpu) else 0)
@@ -237,6 +238,17 @@ def check_classes(checkpoint: Checkpoint, config: Mapping[str, Any], dataset: st
                 f"class {number} of {checkpoint.variant} is {mine!r}, of {dataset} {theirs!r}; "
                 "score it on data with the same classes in the same order"
             )
+
+
+def _compare_ranges(checkpoint: Checkpoint, own: Sequence[float] | None, manifest: Mapping[str, Any]) -> None:
+    """Print a line where the data's images were scaled to 8 bits by another range than the model's."""
+    theirs = manifest.get("grey_range")
+    if own is not None and theirs is not None and list(own) != list(theirs):
+        print(
+            f"{checkpoint.variant} was trained on images whose values {own[0]:g} to {own[1]:g} became 0 to 255; in "
+            f"{manifest['name']} it is {theirs[0]:g} to {theirs[1]:g}; data.grey_range makes them alike",
+            flush=True,
+        )
 
 
 def _known(value: float) -> float | None:

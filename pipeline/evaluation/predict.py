@@ -23,6 +23,7 @@ from pipeline.causes import one_line
 from pipeline.errors import UserError
 from pipeline.evaluation.image_sources import SourceImage
 from pipeline.records import Record
+from segvit.grey_range import GreyRange
 from segvit.image_files import DecodeError, decode_image
 from segvit.visualize import draw_legend, overlay, palette_image
 
@@ -95,6 +96,7 @@ class Segmenter:
         self.class_names: list[str] = metadata.get("class_names", [f"class {index}" for index in range(num_classes)])
         self.palette: list[list[int]] = metadata.get("palette", [[index] * 3 for index in range(num_classes)])
         self.inference: dict[str, Any] = metadata.get("inference", {})
+        self.grey_range: GreyRange | None = metadata.get("grey_range")
 
     def label_maps(self, images: Sequence[Pixels], batch_size: int) -> list[NDArray[np.uint8]]:
         """Label maps (H, W) of images of one size, predicted as the model was registered to."""
@@ -148,7 +150,7 @@ def predict_images(
     """
     # With windows, scales or flips it is the views of one image that are batched.
     group_size = 1 if segmenter.inference else batch_size
-    for group in _groups(tasks, group_size):
+    for group in _groups(tasks, group_size, segmenter.grey_range):
         if isinstance(group, FailedImage):
             yield group
             continue
@@ -164,12 +166,14 @@ def predict_images(
             yield _write(segmenter, task, pixels, labels)
 
 
-def _groups(tasks: Sequence[ImageTask], group_size: int) -> Iterator[FailedImage | list[tuple[ImageTask, Pixels]]]:
+def _groups(
+    tasks: Sequence[ImageTask], group_size: int, grey_range: GreyRange | None
+) -> Iterator[FailedImage | list[tuple[ImageTask, Pixels]]]:
     """Images of one size, at most so many; images that cannot be read on their own."""
     waiting: dict[tuple[int, ...], list[tuple[ImageTask, Pixels]]] = {}
     for task in tasks:
         try:
-            pixels = decode_image(task.image.read())
+            pixels = decode_image(task.image.read(), grey_range)
         # Storage and its clients raise nearly anything; each means that this image cannot be had.
         except Exception as error:
             yield FailedImage(image=task.image.uri, reason=_read_problem(task.image, error))

@@ -85,12 +85,14 @@ def import_published(
                 "score it on the data set that it was trained for"
             )
         manifest = read_manifest(shard_set.uri)
-        metadata = {
+        metadata: dict[str, Any] = {
             "variant": name,
             "class_names": list(manifest.classes),
             "palette": [list(colour) for colour in manifest.palette],
             "source": source_uri,
         }
+        if manifest.grey_range is not None:
+            metadata["grey_range"] = list(manifest.grey_range)
         own = Path(scratch) / "checkpoint"
         segvit.save_checkpoint(own, model, metadata)
         digest = storage.file_digest(str(own / WEIGHTS_FILE))

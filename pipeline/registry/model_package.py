@@ -25,9 +25,10 @@ from segvit.decoders import DECODERS
 
 REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow")
 # Raise it when registered models are made another way; a checkpoint registered before then gets a new version.
-PACKAGE_FORMAT = 3
+PACKAGE_FORMAT = 4
 DESCRIPTION = {
-    "input": "uint8 RGB images (B, H, W, 3), an object array of (H, W, 3) images, or base64 JPEG or PNG files",
+    "input": "uint8 RGB images (B, H, W, 3), an object array of (H, W, 3) images, or base64 files of JPEG, PNG, TIFF, "
+    "WebP or BMP",
     "output": "label maps (B, H, W), an object array of (H, W) maps, or base64 PNG files of class ids",
 }
 

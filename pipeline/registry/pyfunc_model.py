@@ -7,8 +7,8 @@ Arrays give arrays, and files give files, so that what comes back never has to b
 
 - uint8 RGB images (B, H, W, 3) give label maps (B, H, W) int64; images of several sizes, as an object array of
   (H, W, 3) arrays or nested lists in JSON, give an object array of (H, W) maps in their order.
-- JPEG or PNG files, as base64 text or bytes, give a list with each image's label map as base64 PNG, whose pixel
-  values are class ids. As JSON integers the map of a 2048 x 1024 image would be 6 MB.
+- Files (JPEG, PNG, TIFF, WebP, BMP), as base64 text or bytes, give a list with each image's label map as base64 PNG,
+  whose pixel values are class ids. As JSON integers the map of a 2048 x 1024 image would be 6 MB.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, metadata = load_checkpoint(context.artifacts["checkpoint"], device=device)
         self.inference = metadata.get("inference", {})
+        self.grey_range: list[float] | None = metadata.get("grey_range")
         grey = [[value] * 3 for value in range(256)]
         self.palette: list[list[int]] = metadata.get("palette", grey)
 
@@ -65,7 +66,7 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
             raise UnusableInputError("no image came; give a list of one or more")
         items = given.tolist() if given.dtype.kind in "US" else list(given)
         if any(isinstance(item, str | bytes) for item in items):
-            pictures = [_picture(number, item) for number, item in enumerate(items)]
+            pictures = [_picture(number, item, self.grey_range) for number, item in enumerate(items)]
             return [self._encoded_map(picture) for picture in pictures]
         return self._maps([_pixels(number, item) for number, item in enumerate(items)])
 
@@ -95,8 +96,8 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
         return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _picture(number: int, item: Any) -> NDArray[np.uint8]:
-    """The upright RGB pixels (H, W, 3) of a JPEG or PNG file."""
+def _picture(number: int, item: Any, grey_range: Sequence[float] | None) -> NDArray[np.uint8]:
+    """The upright RGB pixels (H, W, 3) of an image file; more than 8 bits a channel are scaled by the range."""
     from segvit.image_files import DecodeError, decode_image
 
     if not isinstance(item, str | bytes):
@@ -106,11 +107,11 @@ def _picture(number: int, item: Any) -> NDArray[np.uint8]:
             # Many encoders break lines.
             item = base64.b64decode("".join(item.split()), validate=True)
         except ValueError as error:
-            raise UnusableInputError(f"image {number} is no base64 text of a JPEG or PNG file ({error})") from None
+            raise UnusableInputError(f"image {number} is no base64 text of an image file ({error})") from None
     try:
-        pixels: NDArray[np.uint8] = decode_image(item)
+        pixels: NDArray[np.uint8] = decode_image(item, None if grey_range is None else (grey_range[0], grey_range[1]))
     except DecodeError as error:
-        raise UnusableInputError(f"image {number} {error}; send a JPEG or PNG file") from None
+        raise UnusableInputError(f"image {number} {error}; send a JPEG, PNG, TIFF, WebP or BMP file") from None
     return pixels
 
 

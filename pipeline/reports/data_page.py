@@ -5,13 +5,20 @@ K classes, H W pixels.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 import segvit
+from pipeline.config import DataConfig
+from pipeline.data_check.look import check_visibly
+from pipeline.datasets import RejectedSampleError, list_splits, open_dataset
+from pipeline.datasets.raw import Palette
 from pipeline.reports.data_summary import DataSummary
 from pipeline.reports.pages import data_uri, image_png, refuse_existing, render_page, write_files
 from pipeline.shards.shard_reader import ShardReader, open_shard_set
@@ -40,9 +47,10 @@ def write_data_report(summary: DataSummary, folder: Path, overwrite: bool = Fals
     from pipeline.reports.data_plots import class_bars
 
     reader = open_shard_set(summary.uri)
+    manifest = reader.manifest
     contents = {BARS: class_bars(summary)}
     for split, name in sheets.items():
-        contents[name] = image_png(contact_sheet(reader, split))
+        contents[name] = image_png(contact_sheet(reader_samples(reader, split), manifest.classes, manifest.palette))
     # Inside the page, so that it can be sent on as one file.
     pictures = {name: data_uri(png) for name, png in contents.items()}
     shown = {split: pictures[name] for split, name in sheets.items()}
@@ -50,32 +58,65 @@ def write_data_report(summary: DataSummary, folder: Path, overwrite: bool = Fals
     return write_files(folder, contents)
 
 
-def contact_sheet(reader: ShardReader, split: str, num_samples: int = SHEET_SAMPLES) -> Image.Image:
-    """Samples evenly spread over `split`, each as image and overlay, and the legend of the classes in them."""
-    index, manifest = reader.index(split), reader.manifest
-    chosen = evenly_spaced(len(index), num_samples)
+def write_source_sheets(config: DataConfig, folder: Path, overwrite: bool = False) -> list[Path]:
+    """Write a contact sheet a split of a raw data set to `folder`; the files written.
+
+    Samples that shards would not hold are left out. Raises UserError as `write_data_report`, and where there is no
+    such data set.
+    """
+    dataset = open_dataset(config)
+    splits = dict(list_splits(dataset, config))
+    names = {split: f"samples-{split}.png" for split in splits}
+    refuse_existing(folder, names.values(), overwrite)
+    contents = {}
+    for split, samples in splits.items():
+        chosen = []
+        for number in evenly_spaced(len(samples), SHEET_SAMPLES).tolist():
+            with contextlib.suppress(RejectedSampleError):
+                checked = check_visibly(dataset, samples[number], dataset.read(samples[number]), config)
+                chosen.append(SheetSample(samples[number].key, checked.image, checked.label_png))
+        if chosen:
+            contents[names[split]] = image_png(contact_sheet(chosen, dataset.class_names, dataset.palette))
+    return write_files(folder, contents)
+
+
+class SheetSample(NamedTuple):
+    """An image file and the PNG file of its class ids."""
+
+    key: str
+    image: bytes
+    label: bytes
+
+
+def reader_samples(reader: ShardReader, split: str, num_samples: int = SHEET_SAMPLES) -> list[SheetSample]:
+    """Samples evenly spread over `split`."""
+    index = reader.index(split)
+    chosen = (reader.read(index, number) for number in evenly_spaced(len(index), num_samples).tolist())
+    return [SheetSample(sample.key, sample.image, sample.label) for sample in chosen]
+
+
+def contact_sheet(samples: Sequence[SheetSample], class_names: Sequence[str], palette: Palette) -> Image.Image:
+    """Each sample as image and overlay, and the legend of the classes in them; raises ShardSetError."""
     cell = (2 * CELL[0] + GAP, CELL[1] + CAPTION)
-    columns = min(SHEET_PAIRS, len(chosen))
-    rows = -(-len(chosen) // columns)
+    columns = min(SHEET_PAIRS, len(samples))
+    rows = -(-len(samples) // columns)
     sheet = Image.new("RGB", (columns * (cell[0] + 2 * GAP), rows * (cell[1] + GAP)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     seen: set[int] = set()
-    for position, number in enumerate(chosen.tolist()):
-        sample = reader.read(index, number)
+    for position, sample in enumerate(samples):
         try:
             image, label = open_image(sample.image)[0], decode_label(sample.label)
         except DecodeError as error:
-            raise ShardSetError(f"sample {sample.key} of {reader.uri} {error}; prepare the shard set again") from error
+            raise ShardSetError(f"sample {sample.key} {error}; prepare the shard set again") from error
         pixels, small = _shrink(image, label)
         seen.update(np.unique(small).tolist())
         left, top = position % columns * (cell[0] + 2 * GAP) + GAP, position // columns * (cell[1] + GAP)
         draw.text((left, top + CAPTION // 2), sample.key, fill="black", font=font, anchor="lm")
         sheet.paste(Image.fromarray(pixels), (left, top + CAPTION))
-        marked = segvit.overlay(pixels, small, manifest.palette, OVERLAY_ALPHA)
+        marked = segvit.overlay(pixels, small, palette, OVERLAY_ALPHA)
         sheet.paste(Image.fromarray(marked), (left + CELL[0] + GAP, top + CAPTION))
     classes = sorted(seen - {IGNORE_INDEX})
-    names, colours = [manifest.classes[one] for one in classes], [manifest.palette[one] for one in classes]
-    return draw_legend(np.asarray(sheet), names, colours)
+    return draw_legend(np.asarray(sheet), [class_names[one] for one in classes], [palette[one] for one in classes])
 
 
 def _shrink(image: Image.Image, label: NDArray[np.integer]) -> tuple[NDArray[np.uint8], NDArray[np.integer]]:

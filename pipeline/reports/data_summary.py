@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pyarrow.parquet as pq
+
+from pipeline import storage
 from pipeline.records import Record
 from pipeline.shards.balance import count_classes
 from pipeline.shards.shard_reader import ShardReader, open_shard_set
 from pipeline.shards.shards import ShardSetError
+from pipeline.storage.names import QUARANTINE
+
+MOST_QUARANTINED = 100
 
 
 class ClassSummary(Record):
@@ -30,13 +38,27 @@ class SplitSummary(Record):
     classes: tuple[ClassSummary, ...]
 
 
+class QuarantinedSample(Record):
+    """A sample that the shards do not hold, and why."""
+
+    split: str
+    key: str
+    file: str
+    reason: str
+    remedy: str
+
+
 class DataSummary(Record):
-    """A shard set; `palette` has the classes' colours, in their order."""
+    """A shard set; `palette` has the classes' colours, in their order.
+
+    `quarantined`: the first of the samples that it does not hold, in the order of the data set.
+    """
 
     name: str
     uri: str
     digest: str
     num_quarantined: int
+    quarantined: tuple[QuarantinedSample, ...]
     palette: tuple[tuple[int, int, int], ...]
     splits: tuple[SplitSummary, ...]
 
@@ -50,9 +72,17 @@ def summarize_shard_set(uri: str) -> DataSummary:
         uri=uri,
         digest=manifest.digest(),
         num_quarantined=manifest.num_quarantined,
+        quarantined=tuple(_read_quarantine(uri)) if manifest.num_quarantined else (),
         palette=manifest.palette,
         splits=tuple(_summarize_split(reader, split) for split in manifest.splits),
     )
+
+
+def _read_quarantine(uri: str) -> Iterator[QuarantinedSample]:
+    with storage.open_uri(storage.join(uri, QUARANTINE)) as file:
+        for batch in pq.ParquetFile(file).iter_batches(MOST_QUARANTINED):
+            yield from (QuarantinedSample(**row) for row in batch.to_pylist())
+            return
 
 
 def _summarize_split(reader: ShardReader, split: str) -> SplitSummary:

@@ -5,7 +5,7 @@ n samples of a split, K classes. The index is read a row group at a time, so mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.config import DataConfig
 from pipeline.shards.shard_reader import ShardReader
 from pipeline.shards.shards import ShardSetError
 from pipeline.storage.names import INDEX
@@ -51,6 +52,42 @@ def count_in_index(uri: str, num_classes: int, split: str) -> ClassCounts:
         num_images += len(class_pixels)
         num_pixels += int(size.sum())
     return ClassCounts(num_images, num_pixels, pixels, images)
+
+
+def missing_classes(
+    name: str, class_names: Sequence[str], config: DataConfig, counts: Mapping[str, ClassCounts]
+) -> str | None:
+    """Which classes `counts` of train and val, of the data set `name`, show no pixel of; None where all are shown.
+
+    With the remedy, unless `classes_without_pixels` allows it.
+    """
+    missing, num_ignored, num_pixels = [], 0, 0
+    for split in ("train", "val"):
+        count = counts.get(split)
+        if count is None:
+            continue
+        num_ignored, num_pixels = num_ignored + count.ignored_pixels, num_pixels + count.num_pixels
+        names = [class_name for class_name, pixels in zip(class_names, count.pixels, strict=True) if not pixels]
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            missing.append(f"{split} shows no pixel of {', '.join(map(repr, names[:5]))}{more}")
+    if not missing:
+        return None
+    found = f"{name}: {'; '.join(missing)}"
+    if allows_missing_classes(config):
+        return f"{found}: nothing can learn, or measure, these classes"
+    hint = "correct the label maps or the list of classes"
+    if num_ignored and config.dataset == "folder":
+        hint += (
+            f" ({num_ignored / num_pixels:.1%} of the pixels are ignored: where 255 is the id of a class, as in masks "
+            "of 0 and 255, the classes file says so: {names: [background, object], ids: [0, 255], ignore_ids: []})"
+        )
+    return f"{found}; {hint}, or set data.classes_without_pixels: allow"
+
+
+def allows_missing_classes(config: DataConfig) -> bool:
+    """Whether data may have classes without a pixel; the scenes of the embedded digits are drawn, so they may."""
+    return (config.classes_without_pixels or ("allow" if config.dataset == "digits" else "refuse")) == "allow"
 
 
 def repeat_factors(reader: ShardReader, split: str, threshold: float) -> NDArray[np.float64]:

@@ -54,6 +54,7 @@ class Listing:
         # Not closed on errors below: an unlinked file goes with its last reference.
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         identity = [FORMAT_VERSION, ROWS_VERSION, dataset.name, dataset.class_names, config.max_long_side]
+        identity.append(config.grey_range)
         for split, samples in list_splits(dataset, config):
             self.splits.append(split)
             self._add_split(split, samples, config, digest_of(identity))

@@ -21,8 +21,9 @@ from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, open_dataset
 from pipeline.errors import UserError
 from pipeline.records import ShardSet
-from pipeline.shards.balance import count_in_index
+from pipeline.shards.balance import allows_missing_classes, count_in_index, missing_classes
 from pipeline.shards.duplicates import Position, find_duplicates
+from pipeline.shards.grey_levels import common_range
 from pipeline.shards.listing import Listing
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.shards.shard_task import (
@@ -36,12 +37,13 @@ from pipeline.shards.shard_task import (
     publish_parquet,
     read_column,
     read_rows,
-    replace_duplicates,
+    revise_shard,
     rows_name,
 )
 from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, Manifest, ShardEntry, ShardSetError, read_manifest
 from pipeline.storage.names import INDEX, MANIFEST, QUARANTINE
 from pipeline.workflow.lease import Lease
+from segvit.grey_range import GreyRange
 from segvit.image_files import IGNORE_INDEX
 
 PROGRESS_INTERVAL_S = 2.0
@@ -82,9 +84,10 @@ def prepare_shards(
         run.check_lease()
         storage.remove_files(target, [MANIFEST])
         results = _check_all(run, report)
-        _leave_out_duplicates(run, results, report)
+        grey_range = common_range(dataset.name, config, results.values(), report)
+        _revise_shards(run, results, grey_range, report)
         run.check_lease()
-        shard_set = _publish_set(run, results, report)
+        shard_set = _publish_set(run, results, grey_range, report)
     num_good = sum(result.num_samples for result in results.values())
     report(
         f"prepare {dataset.name}: {listing.num_samples} images = {num_good} in {len(results)} shards "
@@ -144,7 +147,7 @@ class _Run:
 
 
 def _check_all(run: _Run, report: Report) -> Results:
-    """All shards, checked sample by sample and published, duplicates still in them."""
+    """All shards, checked sample by sample and published, duplicates still in them, images of 16 bits perhaps not."""
     meter = _Meter(run.dataset.name, run.listing, report)
     results: Results = {}
     first: dict[str, str] | None = None
@@ -165,8 +168,11 @@ def _check_all(run: _Run, report: Report) -> Results:
     return results
 
 
-def _leave_out_duplicates(run: _Run, results: Results, report: Report) -> None:
-    """Publish those shards again that hold an image which is elsewhere, too; changes `results`."""
+def _revise_shards(run: _Run, results: Results, grey_range: GreyRange | None, report: Report) -> None:
+    """Publish those shards again that hold an image which is elsewhere, too, or that wait for the grey range.
+
+    Changes `results`.
+    """
     ordered = [results[shard.name] for shard in run.listing.shards]
     found = find_duplicates(ordered, lambda shard: read_column(run.target, shard, "image_sha256"))
     wanted = _name_duplicates(run, found)
@@ -174,13 +180,15 @@ def _leave_out_duplicates(run: _Run, results: Results, report: Report) -> None:
         first = next(iter(wanted.values()))[0]
         num_bad = len(found) + sum(result.num_rejected for result in ordered)
         _apply_policy(run.config, num_bad, run.listing.num_samples, explain_duplicate(first))
-    changed = [
-        shard for shard in run.listing.shards if results[shard.name].duplicates != tuple(wanted.get(shard.name, ()))
-    ]
-    if changed:
-        report(f"prepare {run.dataset.name}: {len(found)} duplicate images; writing {len(changed)} shards without them")
-    jobs = ((run.listing.load(shard), wanted.get(shard.name, [])) for shard in changed)
-    with contextlib.closing(run.run_tasks(replace_duplicates, jobs)) as finished:
+    unlike = {name for name, one in results.items() if one.duplicates != tuple(wanted.get(name, ()))}
+    if unlike:
+        report(f"prepare {run.dataset.name}: {len(found)} duplicate images; writing {len(unlike)} shards without them")
+    unscaled = {name for name, one in results.items() if one.num_deep and one.grey_range != grey_range}
+    if unscaled:
+        report(f"prepare {run.dataset.name}: writing {len(unscaled)} shards with their images scaled to 8 bits")
+    changed = [shard for shard in run.listing.shards if shard.name in unlike | unscaled]
+    jobs = ((run.listing.load(shard), wanted.get(shard.name, []), grey_range) for shard in changed)
+    with contextlib.closing(run.run_tasks(revise_shard, jobs)) as finished:
         for result in finished:
             results[result.name] = result
 
@@ -206,12 +214,13 @@ def _name_duplicates(run: _Run, found: dict[Position, Position]) -> dict[str, li
     return {name: duplicates for name, duplicates in named.items() if duplicates}
 
 
-def _publish_set(run: _Run, results: Results, report: Report) -> ShardSet:
+def _publish_set(run: _Run, results: Results, grey_range: GreyRange | None, report: Report) -> ShardSet:
     """Index, quarantine and, last, the manifest."""
     splits = {
         split: [results[shard.name] for shard in run.listing.shards if shard.split == split]
         for split in run.listing.splits
     }
+    assert all(one.grey_range == grey_range for one in results.values() if one.num_deep), "images were left unscaled"
     for split, shards in splits.items():
         if not any(shard.num_samples for shard in shards):
             raise UserError(f"no sample of split {split!r} is good; mend the data set {run.dataset.name}")
@@ -230,6 +239,7 @@ def _publish_set(run: _Run, results: Results, report: Report) -> ShardSet:
         classes=run.dataset.class_names,
         palette=run.dataset.palette,
         ignore_index=IGNORE_INDEX,
+        grey_range=grey_range,
         splits={
             split: tuple(
                 ShardEntry(
@@ -266,27 +276,13 @@ def _row_groups(run: _Run, shards: Sequence[ShardResult], quarantined: list[pa.T
 
 def _check_classes(target: str, dataset: RawDataset, config: DataConfig, report: Report) -> None:
     """Raise UserError, or say it where it is allowed, for classes that train or val shows no pixel of."""
-    missing, num_ignored, num_pixels = [], 0, 0
-    for split in ("train", "val"):
-        counts = count_in_index(target, len(dataset.class_names), split)
-        num_ignored, num_pixels = num_ignored + counts.ignored_pixels, num_pixels + counts.num_pixels
-        names = [name for name, pixels in zip(dataset.class_names, counts.pixels, strict=True) if not pixels]
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            missing.append(f"{split} shows no pixel of {', '.join(map(repr, names[:5]))}{more}")
-    if not missing:
+    counts = {split: count_in_index(target, len(dataset.class_names), split) for split in ("train", "val")}
+    found = missing_classes(dataset.name, dataset.class_names, config, counts)
+    if found is None:
         return
-    found = f"{dataset.name}: {'; '.join(missing)}"
-    if (config.classes_without_pixels or ("allow" if config.dataset == "digits" else "refuse")) == "allow":
-        report(f"prepare {found}: nothing can learn, or measure, these classes")
-        return
-    hint = "correct the label maps or the list of classes"
-    if num_ignored and config.dataset == "folder":
-        hint += (
-            f" ({num_ignored / num_pixels:.1%} of the pixels are ignored: where 255 is the id of a class, as in masks "
-            "of 0 and 255, the classes file says so: {names: [background, object], ids: [0, 255], ignore_ids: []})"
-        )
-    raise UserError(f"{found}; {hint}, or set data.classes_without_pixels: allow")
+    if not allows_missing_classes(config):
+        raise UserError(found)
+    report(f"prepare {found}")
 
 
 def _apply_policy(config: DataConfig, num_bad: int, num_samples: int, first: dict[str, str]) -> None:

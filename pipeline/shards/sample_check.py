@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
+from pipeline.datasets import RawDataset, RawPair, RawSample, RejectedSampleError
 from pipeline.datasets.raw import Colour
 from pipeline.fast_decode import encode_ids
-from segvit.image_files import IGNORE_INDEX, SUFFIXES, DecodeError, encode_png, open_image
+from segvit.grey_range import GreyRange, measure_range, scale_values
+from segvit.image_files import IGNORE_INDEX, SUFFIXES, DecodeError, ImageFile, encode_png, read_image_file
 
 JPEG_QUALITY = 95
 _PNG_START = b"\x89PNG"
@@ -24,13 +25,16 @@ _PNG_START = b"\x89PNG"
 class CheckedSample(NamedTuple):
     """A sample as it goes into a shard; `row` is its row of the index but for its offsets in the tar.
 
+    `image` is empty where its more than 8 bits a channel wait for a grey range.
     `index_colours`: as in RawPair.
+    `grey_range`: of an image of more than 8 bits a channel, what it was scaled by, or what it was measured to hold.
     """
 
     row: dict[str, Any]
     image: bytes
     label_png: bytes
     index_colours: Mapping[int, Colour] = MappingProxyType({})
+    grey_range: GreyRange | None = None
 
     @property
     def suffix(self) -> str:
@@ -38,16 +42,31 @@ class CheckedSample(NamedTuple):
         return SUFFIXES["PNG" if self.image.startswith(_PNG_START) else "JPEG"]
 
 
-def check_sample(dataset: RawDataset, sample: RawSample, max_long_side: int | None = None) -> CheckedSample:
+def check_sample(
+    dataset: RawDataset, sample: RawSample, max_long_side: int | None = None, grey_range: GreyRange | None = None
+) -> CheckedSample:
     """Read and decode `sample` once; raises RejectedSampleError.
 
-    Where the image is longer than `max_long_side` pixels, it and its label map are scaled down to that; otherwise
-    the image's original bytes stay.
+    Where the image is longer than `max_long_side` pixels, it and its label map are scaled down to that. More than 8
+    bits a channel are scaled by `grey_range` to 8, and measured where that is None. Otherwise the original bytes of
+    JPEG and PNG stay, and other formats become PNG.
     """
-    content, label, index_colours = dataset.read(sample)
+    return check_pair(dataset, sample, dataset.read(sample), max_long_side, grey_range)
+
+
+def check_pair(
+    dataset: RawDataset,
+    sample: RawSample,
+    pair: RawPair,
+    max_long_side: int | None = None,
+    grey_range: GreyRange | None = None,
+) -> CheckedSample:
+    """`check_sample` of a sample whose content was read."""
+    content, label, index_colours = pair
     image_sha256 = hashlib.sha256(content).digest()
     try:
-        image, suffix = open_image(content)
+        file = read_image_file(content)
+        image, greys = _to_eight_bits(file, grey_range)
     except DecodeError as error:
         remedy = "replace the file or remove the sample"
         raise RejectedSampleError(sample.image, str(error), remedy) from error
@@ -59,8 +78,12 @@ def check_sample(dataset: RawDataset, sample: RawSample, max_long_side: int | No
             "give both the same size or remove the sample",
         )
     if max_long_side is not None and max(height, width) > max_long_side:
-        content, label = _shrink(image, suffix, label, max_long_side)
+        content, label = _shrink(image, file.suffix, label, max_long_side)
         height, width = label.shape
+    elif not file.as_is:
+        content = encode_png(np.asarray(image))
+    if greys is not None and grey_range is None:
+        content = b""
     counts = np.bincount(label.ravel(), minlength=IGNORE_INDEX + 1)
     class_pixels = counts[: len(dataset.class_names)]
     assert class_pixels.sum() + counts[IGNORE_INDEX] == label.size, "a data set let an unknown class id pass"
@@ -77,7 +100,20 @@ def check_sample(dataset: RawDataset, sample: RawSample, max_long_side: int | No
         "class_pixels": class_pixels.tolist(),
         "image_sha256": image_sha256,
     }
-    return CheckedSample(row, content, label_png, index_colours)
+    return CheckedSample(row, content, label_png, index_colours, greys)
+
+
+def _to_eight_bits(file: ImageFile, grey_range: GreyRange | None) -> tuple[Image.Image, GreyRange | None]:
+    """The image, and the range by which more than 8 bits were scaled: its own where none is given."""
+    if file.image is not None:
+        return file.image, None
+    assert file.values is not None
+    grey_range = grey_range or measure_range(file.values)
+    if grey_range is None:
+        raise DecodeError("holds no finite value")
+    low, high = grey_range
+    # An image of one value is scaled once others have been measured.
+    return Image.fromarray(scale_values(file.values, (low, high if high > low else low + 1))), grey_range
 
 
 def _shrink(

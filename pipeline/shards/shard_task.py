@@ -7,6 +7,7 @@ plan and whose tar is whole.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,10 +23,11 @@ from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
 from pipeline.errors import UserError
 from pipeline.shards.sample_check import CheckedSample, check_sample
 from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, ShardWriter
+from segvit.grey_range import GreyRange, join_ranges
 
 ROWS = "rows"
 # Raise it when rows change: they are made anew then, the shards with them.
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 ROWS_SCHEMA = INDEX_SCHEMA.append(pa.field("image_sha256", pa.binary(32)))  # of the source's file
 DIGEST_BYTES = 8
 _MARK = b"shard_result"
@@ -59,6 +61,9 @@ class ShardResult:
         image_digests: the first 8 bytes of each checked image's sha256, in order, duplicates too.
         index_colours: by index into the label maps' palettes, the colour and the first file that has it there; of
             data whose indices no list of colours explains, see `clashing_colours`.
+        num_deep: checked images of more than 8 bits a channel, duplicates too.
+        measured: the range of their values, where it is to be found out.
+        grey_range: what they were scaled by; None: they wait for it, and the shard is without them.
     """
 
     plan_digest: str
@@ -72,6 +77,9 @@ class ShardResult:
     duplicates: tuple[Duplicate, ...]
     image_digests: bytes
     index_colours: Mapping[str, tuple[list[int], str]] = field(default_factory=dict)
+    num_deep: int = 0
+    measured: GreyRange | None = None
+    grey_range: GreyRange | None = None
 
     @property
     def num_quarantined(self) -> int:
@@ -82,34 +90,43 @@ class ShardResult:
 def prepare_shard(dataset: RawDataset, plan: ShardPlan, target: str, config: DataConfig) -> ShardResult:
     """Publish one shard and its rows, or keep those that are there already: the work of one task.
 
-    Raises UserError for a rejected sample where `on_bad_sample` is `fail`; nothing is published then.
+    Images of more than 8 bits a channel are measured and left out, unless `config` gives the grey range; see
+    `revise_shard`. Raises UserError for a rejected sample where `on_bad_sample` is `fail`; nothing is published then.
     """
     kept = _read_result(target, plan)
     if kept is not None:
         return kept
     # Rows of another plan must not vouch for the tar that is about to replace theirs.
     storage.remove_files(target, [rows_name(plan.name)])
-    found = _Found([], {})
-    return _publish_shard(plan, target, _check_samples(dataset, plan, config, found), found, ())
+    found = _Found([], {}, [])
+    samples = _check_samples(dataset, plan, config, config.grey_range, found)
+    return _publish_shard(plan, target, samples, found, (), config.grey_range)
 
 
-def replace_duplicates(
-    dataset: RawDataset, plan: ShardPlan, target: str, config: DataConfig, duplicates: Sequence[Duplicate]
+def revise_shard(
+    dataset: RawDataset,
+    plan: ShardPlan,
+    target: str,
+    config: DataConfig,
+    duplicates: Sequence[Duplicate],
+    grey_range: GreyRange | None,
 ) -> ShardResult:
-    """Publish the shard of `plan` again without `duplicates`, which are all that shall be left out of it.
+    """Publish the shard of `plan` again, without `duplicates`, and scaled by `grey_range`.
 
-    What stays is copied from the published tar: nothing is read from the source or decoded again, unless a sample
-    comes back that was left out before.
+    `duplicates` are all that shall be left out of it. What stays is copied from the published tar: nothing is read
+    from the source or decoded again, unless a sample comes back that was left out before.
     """
     table, mark = _read_table(target, plan.name)
     left_out = {duplicate.row for duplicate in duplicates}
-    found = _Found(mark["rejected"], mark["index_colours"])
-    if all(row in left_out for row, *_ in mark["duplicates"]):
-        samples = _stored_samples(target, plan, table, left_out)
+    found = _Found(mark["rejected"], mark["index_colours"], [])
+    come_back = any(row not in left_out for row, *_ in mark["duplicates"])
+    if come_back or (mark["num_deep"] and _range_of(mark["grey_range"]) != grey_range):
+        found = _Found([], {}, [])
+        samples = _check_samples(dataset, plan, config, grey_range, found)
     else:
-        found = _Found([], {})
-        samples = _check_samples(dataset, plan, config, found)
-    return _publish_shard(plan, target, samples, found, duplicates)
+        samples = _stored_samples(target, plan, table, left_out)
+    deep = mark["num_deep"], _range_of(mark["measured"])
+    return _publish_shard(plan, target, samples, found, duplicates, grey_range, deep)
 
 
 def rows_name(shard: str) -> str:
@@ -164,10 +181,11 @@ def explain_rejection(row: Mapping[str, str]) -> str:
 
 
 class _Found(NamedTuple):
-    """What the checks of a shard's samples fill: quarantine rows, and `ShardResult.index_colours`."""
+    """What the checks of a shard's samples fill: quarantine rows, `ShardResult.index_colours`, deep images' ranges."""
 
     rejected: list[dict[str, str]]
     index_colours: dict[str, tuple[list[int], str]]
+    grey_ranges: list[GreyRange]
 
 
 def clashing_colours(
@@ -189,12 +207,14 @@ def clashing_colours(
     return None
 
 
-def _check_samples(dataset: RawDataset, plan: ShardPlan, config: DataConfig, found: _Found) -> Iterator[CheckedSample]:
+def _check_samples(
+    dataset: RawDataset, plan: ShardPlan, config: DataConfig, grey_range: GreyRange | None, found: _Found
+) -> Iterator[CheckedSample]:
     """The samples that pass; what is found of them goes to `found`."""
     rejected = found.rejected
     for sample in plan.samples:
         try:
-            checked = check_sample(dataset, sample, config.max_long_side)
+            checked = check_sample(dataset, sample, config.max_long_side, grey_range)
             colours = {str(index): (list(one), sample.label) for index, one in checked.index_colours.items()}
             clash = clashing_colours(found.index_colours, colours)
             if clash is not None:
@@ -208,6 +228,8 @@ def _check_samples(dataset: RawDataset, plan: ShardPlan, config: DataConfig, fou
                 raise UserError(explain_rejection(row)) from error
             rejected.append(row)
         else:
+            if checked.grey_range is not None:
+                found.grey_ranges.append(checked.grey_range)
             yield checked
 
 
@@ -229,8 +251,13 @@ def _publish_shard(
     samples: Iterable[CheckedSample],
     found: _Found,
     duplicates: Sequence[Duplicate],
+    grey_range: GreyRange | None,
+    deep: tuple[int, GreyRange | None] | None = None,
 ) -> ShardResult:
-    """The tar of `samples` without the duplicates, then its rows; `found` is read after the last sample."""
+    """The tar of `samples` without the duplicates, then its rows; `found` is read after the last sample.
+
+    `deep` says the number of deep images, and their range, where these were measured before.
+    """
     left_out = {duplicate.row for duplicate in duplicates}
     rows: list[dict[str, Any]] = []
     with storage.publishing(storage.join(target, plan.name)) as file:
@@ -243,6 +270,7 @@ def _publish_shard(
             rows.append(sample.row | location)
         sha256 = writer.finish()
     rejected = found.rejected
+    num_deep, measured = deep or (len(found.grey_ranges), functools.reduce(join_ranges, found.grey_ranges, None))
     result = ShardResult(
         plan_digest=plan.digest,
         name=plan.name,
@@ -255,6 +283,9 @@ def _publish_shard(
         duplicates=tuple(duplicates),
         image_digests=_shorten(row["image_sha256"] for row in rows),
         index_colours=found.index_colours,
+        num_deep=num_deep,
+        measured=measured,
+        grey_range=grey_range if num_deep else None,
     )
     mark = {name: value for name, value in asdict(result).items() if name != "image_digests"}
     text = json.dumps(mark | {"rejected": rejected}, sort_keys=True)
@@ -271,6 +302,7 @@ def _read_result(target: str, plan: ShardPlan) -> ShardResult | None:
             return None
         del mark["rejected"]
         mark["duplicates"] = tuple(Duplicate(*fields) for fields in mark["duplicates"])
+        mark |= {name: _range_of(mark[name]) for name in ("measured", "grey_range")}
         digests = _shorten(table["image_sha256"].to_pylist())
         result = ShardResult(plan_digest=plan.digest, image_digests=digests, **mark)
         sha256 = storage.file_digest(storage.join(target, plan.name))
@@ -285,6 +317,10 @@ def _read_table(target: str, shard: str) -> tuple[pa.Table, dict[str, Any]]:
         table = pq.read_table(file)
     mark: dict[str, Any] = json.loads(table.schema.metadata[_MARK])
     return table, mark
+
+
+def _range_of(written: list[float] | None) -> GreyRange | None:
+    return None if written is None else (written[0], written[1])
 
 
 def _shorten(digests: Iterable[bytes]) -> bytes:

@@ -59,6 +59,7 @@ class Manifest(Record):
     Attributes:
         source_digest: the raw data set's names, sizes and times when the shards were made.
         plan_digest: that, and all settings that shape the shards.
+        grey_range: the values that became 0 and 255 in images of more than 8 bits a channel; None: there are none.
     """
 
     format_version: int = FORMAT_VERSION
@@ -72,10 +73,13 @@ class Manifest(Record):
     plan_digest: str
     index_sha256: str
     quarantine_sha256: str
+    grey_range: tuple[float, float] | None = None
 
     def digest(self) -> str:
         """sha256 over the content: shards made from a copy of the data elsewhere have the same digest."""
         exempt = {"source_digest", "plan_digest", "index_sha256", "quarantine_sha256"}
+        if self.grey_range is None:
+            exempt.add("grey_range")
         content = self.model_dump(mode="json", exclude=exempt)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

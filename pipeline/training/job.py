@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import segvit
-from pipeline.config import RuntimeConfig, TrainConfig, VariantSettings
+from pipeline.config import InferenceConfig, RuntimeConfig, TrainConfig, VariantSettings
 from pipeline.records import BackboneRecord, Checkpoint, Record, ShardSet
 from segvit.schedules import build_schedule
 
@@ -19,6 +19,7 @@ class TrainJob(Record):
 
     Attributes:
         start: the trained model that this one starts from.
+        inference: how images are predicted in validation.
         hold_out: share of the train split that is not trained on, and validated on in place of val.
         max_val_samples: validation looks at this many samples at most (None: all).
         save_checkpoints: False for search trials, which are thrown away.
@@ -30,6 +31,7 @@ class TrainJob(Record):
     backbone: BackboneRecord
     runtime: RuntimeConfig
     start: Checkpoint | None = None
+    inference: InferenceConfig = InferenceConfig()
     hold_out: float = 0.0
     max_val_samples: int | None = None
     save_checkpoints: bool = True

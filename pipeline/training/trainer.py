@@ -171,7 +171,7 @@ class Trainer:
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def validate(self) -> float:
-        """mIoU on the val split, or on what is held apart of train, over all ranks."""
+        """mIoU on the val split, or on what is held apart of train, over all ranks; predicted as in evaluation."""
         loader = EvalLoader(
             self.job.shard_set,
             split="train" if self.job.hold_out else "val",
@@ -182,7 +182,8 @@ class Trainer:
             held_apart=self.job.hold_out,
         )
         with self.autocast():
-            confusion = confusion_of_split(self.model, loader, self.context.device)
+            inference = self.job.inference.options()
+            confusion = confusion_of_split(self.model, loader, self.context.device, inference=inference)
         matrix = torch.from_numpy(confusion.matrix)
         if self.context.world_size > 1:
             matrix = matrix.to(self.context.device)
@@ -202,6 +203,8 @@ class Trainer:
             "class_names": manifest["classes"],
             "palette": manifest["palette"],
         }
+        if manifest.get("grey_range") is not None:
+            metadata["grey_range"] = manifest["grey_range"]
         save_training(folder, self.model, self.optimizer, self.state, rng, metadata)
 
 

@@ -167,9 +167,16 @@ class Step(Generic[P, R]):
         return record
 
     def fingerprint(self, arguments: Mapping[str, Any]) -> str:
-        """sha256 of name, version and the canonical form of all arguments."""
+        """sha256 of name, version and the canonical form of all arguments.
+
+        None for a parameter whose default is None does not count: so a step that gets such a parameter keeps its
+        cached results. Raise the version where None comes to mean something else.
+        """
         named = {}
+        parameters = self.signature.parameters
         for name, value in arguments.items():
+            if value is None and parameters[name].default is None:
+                continue
             try:
                 named[name] = canonical(value)
             except TypeError as error:

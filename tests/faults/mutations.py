@@ -39,7 +39,7 @@ def overwrite(data: bytes, rng: random.Random) -> bytes:
 
 
 def other_type(_data: bytes, rng: random.Random) -> bytes:
-    """Something that is no JPEG or PNG."""
+    """Something else: no picture, or one of another format."""
     kind = rng.choice(["empty", "text", "GIF", "BMP", "TIFF", "WEBP", "zip", "noise", "html"])
     if kind in ("GIF", "BMP", "TIFF", "WEBP"):
         buffer = io.BytesIO()

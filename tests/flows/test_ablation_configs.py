@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from flows.experiment import load_experiment
-from flows.recipes.ablation import AblationConfig
+from flows.recipes import parts
+from flows.recipes.ablation import AblationConfig, ablation
+from pipeline import steps
+from pipeline.config import EvaluateConfig
+from pipeline.workflow.graph import Plan
+from pipeline.workflow.tracking import Tracking
 from segvit.config import ModelConfig
 from segvit.flops import model_gflops
 from segvit.losses.segmentation_loss import PUBLISHED_WEIGHTS
@@ -87,6 +92,21 @@ def test_ablation_configs__what_two_studies_share_is_the_same_training(monkeypat
         assert first.variant_settings(variant) == second.variant_settings(variant)
         assert first.seeds == second.seeds
         assert first.evaluate == second.evaluate
+
+
+def test_ablation_configs__validation_while_training_predicts_as_evaluation_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = study("decoder", monkeypatch)
+    with Plan(str(tmp_path), Tracking(f"sqlite:///{tmp_path / 'mlflow.db'}")) as planned:
+        monkeypatch.setattr(parts, "prepare", lambda flow, config: flow.step(steps.prepare, config.data, "digest"))
+        ablation(planned, config)
+    trained = [node for label, node in planned._nodes.items() if label.startswith("train/")]
+    assert len(trained) == len(config.variants) * len(config.seeds)
+    assert all(node.arguments["inference"] == config.evaluate.inference for node in trained)
+    assert config.evaluate.inference.options() == {"resize": [336, 252]}
+    default = config.model_copy(update={"evaluate": EvaluateConfig()})
+    assert parts.validation_inference(default) is None
 
 
 def test_ablation_configs__atm_losses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,12 +86,9 @@ def test_decode_reduced__turned_by_exif(orientation: int, reduction: int) -> Non
     assert np.abs(reduced.astype(int) - expected).mean() < 1.5
 
 
-@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "P", "I;16"])
+@pytest.mark.parametrize("mode", ["CMYK", "RGBA", "P", "L"])
 def test_decode_reduced__other_kinds_are_left_to_pillow(mode: str) -> None:
-    if mode == "I;16":
-        data = encoded(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100), "PNG")
-    else:
-        data = encoded(scene(20, 30).convert(mode), "JPEG" if mode == "CMYK" else "PNG")
+    data = encoded(scene(20, 30).convert(mode), "JPEG" if mode == "CMYK" else "PNG")
     pixels = decode_reduced(data)
     np.testing.assert_array_equal(pixels, decode_image(data))
     pixels[:] = 0  # writable
@@ -103,7 +100,7 @@ def test_decode_reduced__damage_is_an_error() -> None:
         for reduction in (1, 4):
             with pytest.raises(DecodeError, match="cannot be decoded"):
                 decode_reduced(damaged, reduction)
-    with pytest.raises(DecodeError, match="is GIF, neither JPEG nor PNG"):
+    with pytest.raises(DecodeError, match="is GIF, none of JPEG, PNG"):
         decode_reduced(encoded(scene(9, 9), "GIF"))
 
 

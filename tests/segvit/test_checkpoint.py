@@ -63,6 +63,8 @@ def test_save__wrapped_model_or_wrong_metadata_is_refused(tmp_path: Path, make_m
         save_checkpoint(tmp_path, torch.nn.DataParallel(model), {})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="class_names has 1 entries for 4 classes"):
         save_checkpoint(tmp_path, model, {"class_names": ["sky"]})
+    with pytest.raises(ValueError, match=r"grey_range \[9, 3\] must be two values, the lower one first"):
+        save_checkpoint(tmp_path, model, {"grey_range": [9, 3]})
     assert list(tmp_path.iterdir()) == []
 
 

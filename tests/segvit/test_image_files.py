@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from segvit import image_files
+from segvit.grey_range import scale_values
 from segvit.image_files import (
     DecodeError,
     decode_image,
@@ -17,6 +20,7 @@ from segvit.image_files import (
     encode_png,
     open_image,
     orient_label,
+    read_image_file,
     read_label_picture,
 )
 
@@ -37,10 +41,134 @@ def test_decode_image__every_mode_becomes_rgb() -> None:
         assert (decoded == (10, 200, 30)).all()
     assert (decode_image(encoded(Image.new("L", (3, 2), 77))) == 77).all()
     assert (decode_image(encoded(Image.new("1", (3, 2), 1))) == 255).all()
-    deep = Image.fromarray(np.full((2, 3), 0x80FF, dtype=np.uint16))
-    assert (decode_image(encoded(deep)) == 0x80).all()
     cmyk = decode_image(encoded(colour.convert("CMYK"), "JPEG", quality=95))
     np.testing.assert_allclose(cmyk[0, 0], (10, 200, 30), atol=6)
+
+
+@pytest.mark.parametrize("image_format", ["TIFF", "WEBP", "BMP"])
+def test_read_image_file__other_lossless_formats_become_png(image_format: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    file = read_image_file(encoded(Image.fromarray(pixels), image_format, **options))
+    assert (file.suffix, file.as_is, file.values) == ("png", False, None)
+    np.testing.assert_array_equal(np.asarray(file.image), pixels)
+    for suffix, as_is, kind in (("jpg", True, "JPEG"), ("png", True, "PNG")):
+        file = read_image_file(encoded(Image.fromarray(pixels), kind))
+        assert (file.suffix, file.as_is) == (suffix, as_is)
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_decode_image__tiff_of_many_bits(order: str) -> None:
+    values = np.array([[0, 255, 256, 510]], order)
+    by_hand = [[0, 128, 128, 255]]  # of 510, halves up
+    assert decode_image(encoded(Image.fromarray(values), "TIFF"), (0, 510))[..., 0].tolist() == by_hand
+    for kind in (np.int32, np.float32):
+        data = encoded(Image.fromarray(values.astype(kind)), "TIFF")
+        assert decode_image(data, (0, 510))[..., 0].tolist() == by_hand
+
+
+@pytest.mark.parametrize("compression", [1, 5, 8], ids=["raw", "lzw", "deflate"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_decode_image__tiff_of_sixteen_bit_colours(compression: int, channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 65_536, (30, 50, channels)).astype(np.uint16)
+    options = [cv2.IMWRITE_TIFF_COMPRESSION, compression]
+    data = cv2.imencode(".tiff", values[..., [2, 1, 0, 3][:channels]], options)[1].tobytes()
+    np.testing.assert_array_equal(read_image_file(data).values, values[..., :3])
+
+
+def test_read_image_file__sixteen_bits_of_other_channels_are_refused() -> None:
+    values = np.zeros((3, 4, 2), ">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    data = bytearray(deep_colours(channels=1)[0])
+    data[16:24], data[25] = struct.pack(">II", 4, 3), 4  # grey and alpha
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    content = b"IDAT" + zlib.compress(rows)
+    chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+    with pytest.raises(DecodeError, match="has 16 bits a channel, but is neither grey nor RGB; save it as RGB or"):
+        read_image_file(bytes(data[:33]) + chunk + bytes(data[-12:]))
+
+
+@pytest.mark.parametrize(("image_format", "what"), [("TIFF", "2 pages, and which of them is"), ("WEBP", "2 pictures")])
+def test_open_image__several_pictures_are_refused(image_format: str, what: str) -> None:
+    first, second = Image.new("RGB", (16, 8), (200, 10, 10)), Image.new("RGB", (16, 8), (10, 10, 200))
+    with pytest.raises(DecodeError, match=f"holds {what}"):
+        open_image(encoded(first, image_format, save_all=True, append_images=[second]))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "AVIF", "JPEG2000", "PPM"])
+def test_open_image__other_formats_are_refused_by_name(kind: str) -> None:
+    with pytest.raises(DecodeError, match=f"is {kind}, none of JPEG, PNG, TIFF, WebP and BMP; convert it to PNG"):
+        open_image(encoded(Image.new("RGB", (16, 16)), kind))
+    with pytest.raises(DecodeError, match="is HEIC, none of"):
+        open_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["TIFF", "WEBP"])
+def test_exif__other_formats_and_their_labels_are_turned_alike(orientation: int, image_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = encoded(Image.fromarray(pixels), image_format, exif=exif, **options)
+    upright = np.asarray(open_image(turned_png(orientation, pixels))[0])
+    np.testing.assert_array_equal(decode_image(data), upright)
+    label = pixels[..., 0].copy()
+    expected = label if orientation < 5 else upright[..., 0]
+    np.testing.assert_array_equal(orient_label(data, label), expected)
+    if orientation >= 5:
+        np.testing.assert_array_equal(orient_label(data, upright[..., 0]), upright[..., 0])
+
+
+def turned_png(orientation: int, pixels: np.ndarray) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(Image.fromarray(pixels), exif=exif)
+
+
+def test_open_image__one_colour_packs_tightly_in_some_formats() -> None:
+    for image_format, options in (("WEBP", {"lossless": True, "method": 0}), ("TIFF", {"compression": "group4"})):
+        image = Image.new("1" if image_format == "TIFF" else "RGB", (4096, 2048))
+        data = encoded(image, image_format, **options)
+        assert len(data) < 4096 * 2048 / (8 * 1032)
+        assert open_image(data)[0].size == (4096, 2048)
+
+
+def deep_colours(orientation: int | None = None, channels: int = 3) -> tuple[bytes, np.ndarray]:
+    """A PNG of 16 bits a channel, and its values (3, 5, channels) as stored."""
+    values = np.random.default_rng(0).integers(0, 65_536, (3, 5, channels)).astype(np.uint16)
+    data = cv2.imencode(".png", values[..., [2, 1, 0, 3][:channels]] if channels > 1 else values)[1].tobytes()
+    if orientation is not None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        content = b"eXIf" + exif.tobytes()[6:]
+        chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+        data = data[:33] + chunk + data[33:]
+    return data, values
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_decode_image__sixteen_bits_are_scaled_by_the_range(channels: int) -> None:
+    data, values = deep_colours(channels=channels)
+    expected = np.clip(np.floor((values[..., :3].astype(float) - 1000) * 255 / 50_000 + 0.5), 0, 255)
+    np.testing.assert_array_equal(decode_image(data, (1000, 51_000)), np.broadcast_to(expected, (3, 5, 3)))
+    with pytest.raises(DecodeError, match="more than 8 bits a channel, and no grey range says which values are black"):
+        decode_image(data)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_decode_image__sixteen_bits_stand_upright(orientation: int, channels: int) -> None:
+    data, values = deep_colours(orientation, channels)
+    scaled = scale_values(values, (0, 65_535))
+    marked = Image.fromarray(scaled if channels == 3 else scaled[..., 0]).convert("RGB")
+    marked.getexif()[0x0112] = orientation
+    np.testing.assert_array_equal(decode_image(data, (0, 65_535)), np.asarray(ImageOps.exif_transpose(marked)))
+
+
+def test_decode_image__eight_bits_are_not_scaled() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    np.testing.assert_array_equal(decode_image(encode_png(pixels), (0, 4095)), pixels)
 
 
 def test_open_image__suffix_is_the_formats_and_exif_turns_upright() -> None:
@@ -158,8 +286,9 @@ def test_decode_label__ambiguous_or_lossy_files_are_refused() -> None:
         (b"", r"cannot be decoded \(unknown format\)"),
         (b"GIF87a nonsense", "cannot be decoded"),
         (encode_png(np.zeros((64, 64), np.uint8))[:60], "cannot be decoded"),
-        (encoded(Image.new("RGB", (4, 4)), "BMP"), "is BMP, neither JPEG nor PNG"),
-        (encoded(Image.new("F", (4, 4)), "TIFF"), "is TIFF, neither"),
+        (encoded(Image.new("RGB", (4, 4)), "BMP")[:60], "cannot be decoded"),
+        (encoded(Image.new("RGB", (40, 40)), "TIFF")[:200], "cannot be decoded"),
+        (encoded(Image.new("RGB", (4, 4)), "WEBP")[:30], "cannot be decoded"),
     ],
 )
 def test_open_image__damage(data: bytes, message: str) -> None:

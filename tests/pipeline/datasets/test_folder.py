@@ -494,7 +494,7 @@ def test_end_to_end__unreadable_kinds_are_quarantined_with_a_remedy(tmp_path: Pa
     root = make_folder(tmp_path / "data", tuple(f"good{number}" for number in range(3)))
     put(root, "tiff", label_map(10), 10)
     (root / "images/tiff.jpg").unlink()
-    picture(10).save(root / "images/tiff.tif")
+    picture(10).save(root / "images/tiff.tif", save_all=True, append_images=[picture(11)])
     put(root, "colour", Image.new("RGB", (WIDTH, HEIGHT)), 11)
     put(root, "two_bits", label_map(12), 12)
     buffer = io.BytesIO()
@@ -506,7 +506,7 @@ def test_end_to_end__unreadable_kinds_are_quarantined_with_a_remedy(tmp_path: Pa
     rows = pq.read_table(tmp_path / "shards/quarantine.parquet").to_pylist()
     reasons = {row["key"]: row["reason"] for row in rows}
     assert shard_set.num_quarantined == 3
-    assert reasons["tiff"] == "is TIFF, neither JPEG nor PNG"
+    assert reasons["tiff"] == "holds 2 pages, and which of them is labelled cannot be told; save one alone"
     assert reasons["colour"] == "is a colour picture, and classes.txt gives its classes no colours"
     assert reasons["two_bits"].startswith("is greyscale of 1 bits, which may mean two ids; save it with 8 bits")
     assert all(row["remedy"] for row in rows)

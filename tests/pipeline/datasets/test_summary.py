@@ -75,7 +75,7 @@ def test_describe__own_folder_is_listed_once_though_lists_and_splits_ask_for_it(
     (tmp_path / "splits" / "val.txt").write_text("b\n")
     found = describe_source(DataConfig(dataset="folder", root=str(tmp_path), folder=FolderConfig()))
     assert (found.class_names, found.num_samples, found.num_bytes) == (("cat", "dog"), {"train": 1, "val": 1}, 10)
-    assert sorted(listed) == ["images", "labels"]
+    assert sorted(listed) == ["images", "labels", "splits"]
 
 
 def test_describe__archive_by_its_directory(camvid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from pipeline.evaluation.image_sources import SourceImage, list_images
 from pipeline.evaluation.predict import FailedImage, Prediction, Segmenter, plan_predictions, predict_images
 from pipeline.training.job import TrainJob
 from pipeline.training.trainer import build_job_model
+from segvit.image_files import decode_image
 
 NAMES = [f"class {index}" for index in range(11)]
 PALETTE = [[20 * index, 255 - 20 * index, 128] for index in range(11)]
@@ -130,6 +131,20 @@ def test_predict_images__windows_are_those_of_the_registered_model(
     [one] = predicted(Segmenter(tmp_path / "windows"), [photo], tmp_path / "out", batch_size=3)
     assert isinstance(one, Prediction)
     assert (label_map(one.labels) == expected_labels(checkpoint, photo, **inference)).all()
+
+
+def test_predict_images__deep_images_are_scaled_by_the_models_range(checkpoint: Path, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (32, 48)).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    [failed] = predicted(Segmenter(checkpoint), [tmp_path / "deep.tif"], tmp_path / "out")
+    assert isinstance(failed, FailedImage)
+    assert "no grey range says which values are black and white" in failed.reason
+    model, metadata = segvit.load_checkpoint(checkpoint)
+    segvit.save_checkpoint(tmp_path / "deep", model, {**metadata, "grey_range": [0, 4095]})
+    [one] = predicted(Segmenter(tmp_path / "deep"), [tmp_path / "deep.tif"], tmp_path / "out")
+    assert isinstance(one, Prediction)
+    pixels = decode_image((tmp_path / "deep.tif").read_bytes(), (0, 4095))
+    assert (label_map(one.labels) == segvit.predict(model, pixels).numpy()).all()
 
 
 def test_predict_images__refuses_to_replace_unless_told(segmenter: Segmenter, photo: Path, tmp_path: Path) -> None:

@@ -210,8 +210,11 @@ def test_serve__arrays_give_nested_lists(server: Server, photos: list[Path], tmp
     [
         ({"inputs": []}, "of type <class 'list'> was found"),
         ({"inputs": "aGVsbG8="}, "one image came without its batch; put it into a list"),
-        ({"inputs": ["not base64!"]}, "image 0 is no base64 text of a JPEG or PNG file"),
-        ({"inputs": ["aGVsbG8="]}, "image 0 cannot be decoded (unknown format); send a JPEG or PNG file"),
+        ({"inputs": ["not base64!"]}, "image 0 is no base64 text of an image file"),
+        (
+            {"inputs": ["aGVsbG8="]},
+            "image 0 cannot be decoded (unknown format); send a JPEG, PNG, TIFF, WebP or BMP file",
+        ),
         ({"inputs": ["", "aGVsbG8="]}, "image 0 cannot be decoded"),
         ({"inputs": [[[[1, 2], [3, 4]]]]}, "image 0 has shape (1, 2, 2), not (height, width, 3); send a batch of RGB"),
         ({"inputs": [[[[1, 2, 300]]]]}, "image 0 is int64 and not of integers from 0 to 255; send uint8 RGB"),

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import segvit
+from flows.present.runs import data_view
 from pipeline.config import DataConfig, DigitsConfig
 from pipeline.datasets.digits import Digits
 from pipeline.errors import UserError
-from pipeline.reports.data_page import CAPTION, CELL, GAP, contact_sheet, write_data_report
+from pipeline.reports.data_page import CAPTION, CELL, GAP, contact_sheet, reader_samples, write_data_report
 from pipeline.reports.data_summary import summarize_shard_set
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.shard_reader import ShardReader
@@ -44,8 +46,42 @@ def test_summary__counts_and_shares(uri: str) -> None:
     assert train.num_bytes == sum(file.stat().st_size for file in Path(uri).glob("train-*.tar"))
 
 
+def test_summary__quarantined_samples_with_reasons(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for folder in ("images", "labels", "splits"):
+        (root / folder).mkdir(parents=True)
+    for number in range(4):
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (20, 20, 3), np.uint8)).save(
+            root / f"images/{number}.png"
+        )
+        Image.fromarray(np.repeat(np.array([[0, 1]], np.uint8), 10, 1).repeat(20, 0)).save(
+            root / f"labels/{number}.png"
+        )
+    (root / "labels/1.png").write_bytes(b"no image")
+    (root / "classes.txt").write_text("a\nb\n")
+    (root / "splits/train.txt").write_text("0\n1\n2\n")
+    (root / "splits/val.txt").write_text("3\n")
+    lenient = {"on_bad_sample": "quarantine", "max_quarantined_fraction": 0.5}
+    config = DataConfig.model_validate({"dataset": "folder", "root": str(root), **lenient})
+    summary = summarize_shard_set(prepare_shards(config, str(tmp_path / "set"), progress=lambda _: None).uri)
+    (one,) = summary.quarantined
+    assert (one.split, one.key, one.file) == ("train", "1", f"{root}/labels/1.png")
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(data_view(summary))
+    said = console.export_text()
+    assert f"{root}/labels/1.png cannot be decoded (unknown format); replace the file or remove the sample" in said
+    page = write_data_report(summary, tmp_path / "out")[-1].read_text()
+    assert f"train: {root}/labels/1.png cannot be decoded" in page
+
+
+def sheet_of(uri: str, split: str, num_samples: int) -> Image.Image:
+    reader = ShardReader(uri)
+    samples = reader_samples(reader, split, num_samples)
+    return contact_sheet(samples, reader.manifest.classes, reader.manifest.palette)
+
+
 def test_sheet__shows_images_and_overlays(uri: str) -> None:
-    sheet = np.asarray(contact_sheet(ShardReader(uri), "val", num_samples=2))
+    sheet = np.asarray(sheet_of(uri, "val", 2))
     for position, number in enumerate((0, 1)):
         image, label = Digits(SCENES, seed=0).scene("val", number)
         left, top = position * (2 * CELL[0] + 3 * GAP) + GAP, CAPTION
@@ -57,7 +93,7 @@ def test_sheet__shows_images_and_overlays(uri: str) -> None:
 
 def test_sheet__large_images_shrink_into_their_cells(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.reports.data_page.CELL", (60, 28))
-    sheet = contact_sheet(ShardReader(uri), "train", num_samples=1)
+    sheet = sheet_of(uri, "train", 1)
     assert sheet.width >= 2 * 60 + GAP
     pixels = np.asarray(sheet)[CAPTION : CAPTION + 28]
     assert (pixels[:, GAP : GAP + 28] != 255).any()

@@ -207,7 +207,7 @@ def test_prepare__a_changed_source_file_changes_its_shard_only(camvid: Path, tmp
             r"/train/3\.png is 8x10 \(height x width\) but its label map .*/3\.png is 4x10; give both the",
         ),
         ("image", r"/train/3\.png cannot be decoded \(unknown format\); replace the file"),
-        ("format", r"/train/3\.png is BMP, neither JPEG nor PNG; replace the file"),
+        ("format", r"/train/3\.png is GIF, none of JPEG, PNG, TIFF, WebP and BMP; convert it to PNG; replace"),
         ("label", r"/trainannot/3\.png is missing: there is no such label map; add it"),
     ],
 )
@@ -220,7 +220,7 @@ def test_prepare__bad_sample_is_one_clear_error(camvid: Path, tmp_path: Path, da
     elif damage == "image":
         image.write_bytes(b"not an image")
     elif damage == "format":
-        Image.new("RGB", (10, 8)).save(image, "BMP")
+        Image.new("RGB", (10, 8)).save(image, "GIF")
     else:
         label.unlink()
     with pytest.raises(UserError, match=message) as caught:
@@ -361,7 +361,7 @@ def test_prepare__duplicates_come_out_the_same_by_any_way(
     lenient = camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.5)
     run(lenient, tmp_path / "whole")
     # Interrupted after the first pass, and after the tar of the second without its rows.
-    for name, last in (("_leave_out_duplicates", None), ("_publish_set", "rows/train-00001.parquet")):
+    for name, last in (("_revise_shards", None), ("_publish_set", "rows/train-00001.parquet")):
         with monkeypatch.context() as patch:
             patch.setattr(f"pipeline.shards.prepare.{name}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,22 @@ def test_check_sample__small_enough_keeps_its_bytes() -> None:
     np.testing.assert_array_equal(decode_label(checked.label_png), label)
     assert checked.row["class_pixels"] == [40, 5]
     assert (checked.row["height"], checked.row["width"], checked.row["image_size"]) == (6, 8, len(content))
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "WEBP", "BMP"])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_check_sample__other_formats_become_png_without_loss(kind: str, mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3) if mode == "RGB" else (6, 8), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    label = np.zeros((6, 8), dtype=np.uint8)
+    checked = check_sample(OneSample(RawPair(buffer.getvalue(), label)), SAMPLE)
+    with Image.open(io.BytesIO(checked.image)) as image:
+        assert image.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(image.convert(mode)), pixels)
+    assert (checked.suffix, checked.row["image_size"]) == ("png", len(checked.image))
+    # Duplicates are told by the source's file.
+    assert checked.row["image_sha256"] == hashlib.sha256(buffer.getvalue()).digest()
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png"])

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
-from pipeline.config import DistillConfig, RuntimeConfig
+from pipeline.config import DistillConfig, InferenceConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import Checkpoint
@@ -67,6 +67,18 @@ def test_run_training__loss_falls_and_the_checkpoint_holds_the_model(make_job: M
     assert config["num_classes"] == 11
     assert config["metadata"]["step"] == 12
     assert len(config["metadata"]["class_names"]) == 11
+
+
+def test_save__the_grey_range_of_the_shards_goes_with_the_model(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job()
+    for grey_range in (None, [1000.0, 3000.0]):
+        folder = tmp_path / str(grey_range)
+        folder.mkdir()
+        manifest = json.loads((Path(job.shard_set.uri) / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"grey_range": grey_range}))
+        moved = job.shard_set.model_copy(update={"uri": str(folder)})
+        Trainer(job.model_copy(update={"shard_set": moved}), ALONE).save(folder / "checkpoint")
+        assert load_checkpoint(folder / "checkpoint")[1].get("grey_range") == grey_range
 
 
 def test_run_training__resumed_run_equals_the_undisturbed_one(make_job: MakeJob, tmp_path: Path) -> None:
@@ -378,6 +390,22 @@ def test_trainer__compiled_forward_gives_the_same_loss(make_job: MakeJob, monkey
     plain, compiled = Trainer(job, ALONE), Trainer(fast, ALONE)
     assert compiled_calls == [compiled.model]
     assert compiled.train_step([batch])["total"] == plain.train_step([batch])["total"]
+
+
+def test_validate__predicts_as_evaluation_does(make_job: MakeJob) -> None:
+    windows = InferenceConfig(mode="slide", crop=(32, 32), stride=(16, 16), resize=(64, 64), flip=True)
+    job = make_job().model_copy(update={"inference": windows})
+    trainer = Trainer(job, ALONE)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))  # tells more than one class
+    loader = EvalLoader(job.shard_set, "val")
+    expected = confusion_of_split(trainer.model, loader, ALONE.device, inference=windows.options())
+    whole = confusion_of_split(trainer.model, loader, ALONE.device)
+    assert not (expected.matrix == whole.matrix).all()
+    assert trainer.validate() == segmentation_metrics(expected.matrix).miou
+    # Workers get the job as JSON.
+    assert TrainJob.model_validate(job.model_dump(mode="json")).inference == windows
 
 
 def test_validate__on_what_is_held_apart_of_train(make_job: MakeJob) -> None:

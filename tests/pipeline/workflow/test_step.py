@@ -63,6 +63,19 @@ def test_fingerprint__equal_for_positional_keyword_and_default() -> None:
     assert fingerprint(config=LossConfig(), weights=None) == expected
 
 
+def test_fingerprint__a_new_parameter_left_at_none_keeps_it() -> None:
+    def older(context: StepContext, config: int) -> Report:
+        raise NotImplementedError
+
+    def newer(context: StepContext, config: int, inference: str | None = None) -> Report:
+        raise NotImplementedError
+
+    made = [step(version=1, name="train")(fn) for fn in (older, newer)]
+    first, second = (one.fingerprint(one.bind((5,), {})) for one in made)
+    assert first == second
+    assert made[1].fingerprint(made[1].bind((5, "slide"), {})) != first
+
+
 def test_fingerprint__changes_with_name_version_and_every_parameter() -> None:
     train = TrainConfig(steps=9, batch_size=2, warmup_steps=1, validate_every_steps=3, checkpoint_every_steps=3)
     longer = train.model_copy(update={"steps": 10})

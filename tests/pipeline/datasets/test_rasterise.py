@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.datasets.detail_masks import decode_counts, draw_polygon, draw_runs
+from pipeline.datasets.detail_masks import draw_label
+from pipeline.datasets.rasterise import MAX_CORNERS, decode_counts, draw_polygon, draw_runs
 from segvit.image_files import DecodeError
 
 
@@ -53,3 +54,20 @@ def test_draw_polygon__outside_the_image_and_self_crossing() -> None:
     assert not draw_polygon(twice, 4, 4).any()
     with pytest.raises(DecodeError, match="at least three points"):
         draw_polygon([0, 0, float("nan"), 1, 2, 2], 4, 4)
+
+
+@pytest.mark.parametrize("counts", [[2**62] * 4 + [20], [20 + 2**64], [-1, 21], [0] * 100 + [20], [19]])
+def test_draw_runs__what_does_not_fill_the_image_takes_no_memory(counts: list[int]) -> None:
+    with pytest.raises(DecodeError, match="run lengths that do not fill 4x5 pixels"):
+        draw_runs(counts, 4, 5)
+
+
+def test_draw_polygon__of_more_points_than_anyone_draws() -> None:
+    with pytest.raises(DecodeError, match="a polygon of 65537 points, more than the 65536 allowed"):
+        draw_polygon([0.0] * (2 * (MAX_CORNERS + 1)), 4, 4)
+
+
+def test_draw_label__nested_without_end() -> None:
+    image = b'{"image_id": 1, "height": 4, "width": 5}'
+    with pytest.raises(DecodeError, match="not of the format"):
+        draw_label([image, b'{"category_id": 1, "segmentation": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"])

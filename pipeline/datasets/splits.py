@@ -1,0 +1,69 @@
+"""How samples are parted into splits: what people call the splits, and the draw of a val split."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+
+from pipeline.config import DrawnSplit
+from pipeline.errors import UserError
+
+SPLITS = ("train", "val", "test")
+# By what folders and lists are called, in lower case.
+_SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+SPLIT_FOLDERS = tuple(name for spelled in _SPLIT_NAMES for name in (spelled, spelled.capitalize()))
+
+
+def split_of(name: str) -> str | None:
+    """The split that a folder or a list called `name` is of; None where it is of none."""
+    return _SPLIT_NAMES.get(name.lower())
+
+
+def folders_by_split(names: Iterable[str], where: str) -> dict[str, str]:
+    """Those of `names` that are called as splits are, train first; raises UserError for two of one split."""
+    found: dict[str, str] = {}
+    for name in names:
+        split = split_of(name)
+        if split is not None and found.setdefault(split, name) != name:
+            raise UserError(f"{where} holds {found[split]} and {name}, both of split {split!r}; keep one of the two")
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def draw_val(names: Iterable[str], config: DrawnSplit, seed: int, section: str) -> set[str]:
+    """Those of `names` that a hash draws for val: by the name, or its group, and the seed alone.
+
+    Where the hash draws none or all of a few, the nearest to the bound changes sides. `section` is the section of the
+    experiment file that `config` is. Raises UserError for a name without a group, and where there is one unit alone.
+    """
+    assert config.val_fraction is not None
+    units: dict[str, list[str]] = {}
+    for name in names:
+        units.setdefault(_unit(name, config.group, section), []).append(name)
+    if len(units) == 1:
+        (unit,) = units
+        what = "image" if config.group is None else "group"
+        raise UserError(f"{section}.val_fraction has one {what} to draw from, {unit!r}; add others")
+    number = {unit: _hash(f"{seed}:{unit}") for unit in units}
+    bound = config.val_fraction * 2**64
+    if units:
+        smallest, *_, largest = sorted(units, key=number.__getitem__)
+        number |= {smallest: -1, largest: 1 << 64}
+    return {name for unit, members in units.items() if number[unit] < bound for name in members}
+
+
+def _unit(name: str, group: str | None, section: str) -> str:
+    if group is None:
+        return name
+    found = re.search(group, name)
+    if found is None or found[1] is None:
+        raise UserError(f"{section}.group {group!r} finds nothing in {name!r}; give a pattern that every name holds")
+    return found[1]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogateescape")).digest()[:8])

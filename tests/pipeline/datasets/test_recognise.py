@@ -1,0 +1,151 @@
+"""What lies at a place is told, and the settings that read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline import storage
+from pipeline.datasets import open_dataset
+from pipeline.datasets.recognise import Recognised, recognise
+from pipeline.errors import UserError
+from tests.pipeline.datasets.layouts import LAYOUTS, VOC, label_of, make_splits, make_voc, pack, put
+
+
+def opened(found: Recognised) -> dict[str, list[str]]:
+    """Keys by split, all of them read."""
+    dataset = open_dataset(found.config)
+    for split in dataset.splits():
+        for sample in dataset.samples(split):
+            assert dataset.read(sample).label.max() == 1
+    return {split: [sample.key for sample in dataset.samples(split)] for split in dataset.splits()}
+
+
+@pytest.mark.parametrize("place", ["folder", "wrapped", "zip", "folder with a zip", "memory"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_split_folders__wherever_they_lie(tmp_path: Path, layout: str, place: str) -> None:
+    root = tmp_path / "export/data"
+    folder = make_splits(root, layout, "valid")
+    (root / "README.roboflow.txt").write_text("dataset")
+    uri = str(root.parent if place == "wrapped" else root)
+    if place == "zip":
+        uri = str(pack(root))
+    elif place == "folder with a zip":
+        archive = pack(root)
+        (tmp_path / "alone").mkdir()
+        archive.rename(tmp_path / "alone/data.zip")
+        uri = str(tmp_path / "alone")
+    elif place == "memory":
+        uri = f"memory://recognised/{layout.replace(' ', '_')}"
+        for file in root.rglob("*.*"):
+            storage.publish_bytes(f"{uri}/{file.relative_to(root)}", file.read_bytes())
+    found = recognise(uri)
+    assert found.config.dataset == "folder"
+    assert found.config.folder.model_dump(exclude_defaults=True) == folder
+    assert [len(keys) for keys in opened(found).values()] == [5, 2, 2]
+    text = "\n".join(found.why)
+    assert "9 pairs" in text
+    assert "folders part them into train, val, test" in text
+    assert "names 2 classes" in text
+
+
+def test_voc__as_cvat_exports_it(tmp_path: Path) -> None:
+    root = make_voc(tmp_path, {"default": "012345"})
+    (root / "SegmentationObject").mkdir()
+    Image.fromarray(label_of(0)).save(root / "SegmentationObject/f 0.png")
+    found = recognise(str(root))
+    assert found.config.folder.model_dump(exclude_defaults=True) == {
+        **VOC,
+        "classes": "labelmap.txt",
+        "val_fraction": 0.2,
+    }
+    assert found.why == (
+        "JPEGImages/ and SegmentationClass/ hold 6 pairs; 1 images have no label map",
+        "ImageSets/Segmentation/default.txt lists them",
+        "nothing says what is val: 20% are drawn (data.folder.group keeps frames of one video together)",
+        "labelmap.txt names 2 classes with colours",
+    )
+    assert sum(map(len, opened(found).values())) == 6
+
+
+def test_one_folder__images_beside_masks(tmp_path: Path) -> None:
+    for number in range(4):
+        put(tmp_path / f"photos/f{number}.jpg", tmp_path / f"photos/f{number}_label.png", number)
+    found = recognise(str(tmp_path))
+    assert found.config.folder.label_suffix == "_label"
+    assert found.why[:2] == ("all lies in photos/", "the root holds 4 pairs of NAME and NAME_label")
+    assert found.why[-1].startswith("nothing names the classes: write classes.txt, a name a line")
+    with pytest.raises(UserError, match=r"has no classes\.txt; write one class name a line into it"):
+        open_dataset(found.config)
+
+
+def test_folders__of_one_split_each(tmp_path: Path) -> None:
+    for number in range(4):
+        put(tmp_path / f"train/f{number}.jpg", tmp_path / f"train_masks/f{number}_mask.png", number)
+    (tmp_path / "classes.txt").write_text("ground\nthing\n")
+    found = recognise(str(tmp_path))
+    assert found.config.folder.model_dump(exclude_defaults=True) == {
+        "images": "train",
+        "labels": "train_masks",
+        "label_suffix": "_mask",
+        "val_fraction": 0.2,
+    }
+    assert sum(map(len, opened(found).values())) == 4
+
+
+@pytest.mark.parametrize(
+    ("dataset", "files"),
+    [
+        (
+            "ade20k",
+            [
+                f"ADEChallengeData2016/{kind}/{split}/ADE_{short}_1.{suffix}"
+                for kind, suffix in (("images", "jpg"), ("annotations", "png"))
+                for split, short in (("training", "train"), ("validation", "val"))
+            ],
+        ),
+        (
+            "cityscapes",
+            [
+                f"{kind}/{split}/aachen/aachen_0_{end}.png"
+                for kind, end in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds"))
+                for split in ("train", "val")
+            ],
+        ),
+        ("camvid", [f"{folder}/0001TP_006690.png" for folder in ("train", "trainannot", "val", "valannot")]),
+        ("coco_stuff10k", ["images/COCO_train2014_1.jpg", "annotations/COCO_train2014_1.mat", "imageLists/train.txt"]),
+        ("pascal_context_59", ["VOCdevkit/VOC2010/JPEGImages/2008_1.jpg", "VOCdevkit/VOC2010/trainval_merged.json"]),
+    ],
+)
+def test_published_sets__by_what_is_theirs_alone(tmp_path: Path, dataset: str, files: list[str]) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(b"1")
+    assert recognise(str(tmp_path)).config.dataset == dataset
+
+
+def test_images_in_training_and_validation__need_not_be_ade20k(tmp_path: Path) -> None:
+    for number, split in enumerate(("training", "validation")):
+        put(tmp_path / f"images/{split}/a.jpg", tmp_path / f"annotations/{split}/a.png", number)
+    (tmp_path / "classes.txt").write_text("ground\nthing\n")
+    found = recognise(str(tmp_path))
+    assert (found.config.dataset, found.config.folder.labels) == ("folder", "annotations")
+    assert opened(found) == {"train": ["a"], "val": ["a"]}
+
+
+def test_nothing_known__says_what_is_there(tmp_path: Path) -> None:
+    for name in ("photos/a.jpg", "photos/b.jpg", "notes/a.xml", "LICENSE"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    with pytest.raises(UserError) as caught:
+        recognise(str(tmp_path))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert lines[0] == (
+        f"no known layout lies at {tmp_path}; it holds 2 .jpg in photos/, 1 without suffix in the root, "
+        "1 .xml in notes/"
+    )
+    with pytest.raises(UserError, match="nowhere does not exist; give the folder or archive"):
+        recognise(str(tmp_path / "nowhere"))
