@@ -9,7 +9,8 @@ import typer
 
 from flows.commands.data import check, data, flops, init
 from flows.commands.experiment import plan, run, submit
-from flows.commands.model import compare, models, predict, promote, rollback
+from flows.commands.inference import export, predict, serve
+from flows.commands.model import compare, models, promote, rollback
 from flows.commands.runs import cancel, runs, show
 from flows.commands.score import evaluate, register
 from flows.commands.search import search
@@ -34,6 +35,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     rollback,
     compare,
     predict,
+    export,
+    serve,
     data,
     flops,
 )

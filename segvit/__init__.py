@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from segvit.decoders.decoder import Decoder, DecoderOutput, DecoderSpec, Prediction
     from segvit.distillation import FeatureFit, fit_upsampling
     from segvit.flops import CostAtSize, ModelCost, model_cost, preset_cost
-    from segvit.inference.export import export_onnx, export_program
+    from segvit.inference.export import export_onnx, export_program, save_program
     from segvit.inference.latency import measure_latency
     from segvit.inference.predict import PUBLISHED_SCALES, predict, predict_batch, semantic_labels, semantic_scores
     from segvit.losses import LOSS_TERMS
@@ -60,6 +60,7 @@ _NAMES_BY_MODULE = {
     "segvit.inference.export": (
         "export_onnx",
         "export_program",
+        "save_program",
     ),
     "segvit.inference.latency": ("measure_latency",),
     "segvit.inference.predict": (
@@ -185,6 +186,7 @@ __all__ = [
     "published_arguments",
     "published_state_dict",
     "save_checkpoint",
+    "save_program",
     "segmentation_metrics",
     "semantic_labels",
     "semantic_scores",

@@ -13,6 +13,7 @@ Palette = Sequence[Sequence[int]]  # RGB, 0 to 255, one entry a class
 SWATCH = 14  # pixels on each side
 MARGIN = 6  # pixels
 FONT_SIZE = 13  # pixels
+ROWS_AT_ONCE = 256  # of an overlay: its sums in floating point take sixteen times the image's memory
 
 # H W pixels
 
@@ -43,9 +44,13 @@ def overlay(
         raise ValueError(f"image is {image.shape[:2]} pixels, the labels {labels.shape}; they must be the same")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
-    blended = np.rint(image * (1 - alpha) + colorize(labels, palette) * alpha).astype(np.uint8)
-    known = (labels >= 0) & (labels < len(palette))
-    return np.where(known[..., None], blended, image)
+    shown = image.copy()
+    for top in range(0, len(labels), ROWS_AT_ONCE):
+        rows = slice(top, top + ROWS_AT_ONCE)
+        blended = np.rint(image[rows] * (1 - alpha) + colorize(labels[rows], palette) * alpha).astype(np.uint8)
+        known = (labels[rows] >= 0) & (labels[rows] < len(palette))
+        np.copyto(shown[rows], blended, where=known[..., None])
+    return shown
 
 
 def draw_legend(image: NDArray[np.uint8], class_names: Sequence[str], palette: Palette) -> Image.Image:

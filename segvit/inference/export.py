@@ -33,6 +33,7 @@ from segvit.model import SegViT
 
 INPUT_NAME = "images"
 OUTPUT_NAMES = ("class_logits", "mask_logits", "labels")
+METADATA_FILE = "metadata.json"
 # The exporter's own: a later one would shut out older runtimes, an earlier one would need a conversion.
 OPSET_VERSION = 18
 # A protobuf message ends at 2 GB, and torch itself writes no single file above 1.61 GB of weights.
@@ -151,6 +152,34 @@ def export_onnx(
         partial = Path(folder) / path.name
         onnx_program.save(partial, external_data=weights_bytes > SINGLE_FILE_MAX_BYTES)
         replace_pair(partial, path)
+
+
+def save_program(
+    model: SegViT, path: str | Path, size: tuple[int, int], metadata: Mapping[str, Any] | None = None
+) -> None:
+    """Write the program of `export_program`, with labels, as `torch.export.load` reads it (by convention ``.pt2``).
+
+    The metadata of `export_onnx` is the extra file ``metadata.json`` in it:
+
+        extra = {"metadata.json": ""}
+        program = torch.export.load("model.pt2", extra_files=extra).module()
+        class_names = json.loads(extra["metadata.json"])["class_names"]
+
+    Raises:
+        TypeError: A wrapper around the model, or metadata that JSON cannot hold.
+        ValueError: See `export_onnx`.
+    """
+    check_exportable(model, size)
+    check_metadata(metadata or {}, model.num_classes)
+    text = json.dumps(metadata or {})
+    program = export_program(model, size)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of the suffix that torch knows, which a partial name beside it would not have.
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        torch.export.save(program, partial, extra_files={METADATA_FILE: text})
+        os.replace(partial, path)
 
 
 def check_exportable(model: SegViT, size: tuple[int, int]) -> None:

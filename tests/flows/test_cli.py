@@ -33,7 +33,14 @@ FROZEN_OPTIONS = {
     "promote": {"name", "version", "--policy", "--dry-run", "--workspace", "--tracking-uri", "--json"},
     "rollback": {"name", "--dry-run", "--workspace", "--tracking-uri", "--json"},
     "compare": {"name", "first", "second", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
-    "predict": {"model", "images", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
+    "predict": {
+        *("model", "sources", "--out", "--no-overlays", "--batch-size", "--coco", "--areas", "--overwrite"),
+        *("--skip-existing", "--workspace", "--tracking-uri", "--json"),
+    },
+    "export": {
+        *("model", "--format", "--out", "--image-size", "--overwrite", "--workspace", "--tracking-uri", "--json"),
+    },
+    "serve": {"model", "--port", "--host", "--workspace", "--tracking-uri"},
     "data": {"shard_set", "--out", "--overwrite", "--json"},
     "flops": {"presets", "--published", "--size", "--json"},
     "submit": {"config", "--address", "--workspace", "--set", "--tracking-uri"},

@@ -28,7 +28,8 @@ from PIL import Image
 
 import segvit
 from pipeline import storage
-from pipeline.evaluation.predict import predict_images
+from pipeline.evaluation.image_sources import list_images
+from pipeline.evaluation.predict import Prediction, Segmenter, plan_predictions, predict_images
 from pipeline.registry.store import register_model
 from pipeline.workflow.tracking import Tracking
 
@@ -138,7 +139,9 @@ def label_map(answer: str) -> NDArray[np.int64]:
 
 def predicted(server: Server, image: Path, target: Path) -> NDArray[np.int64]:
     """What `segvit predict` writes for an image file."""
-    [written] = predict_images(server.checkpoint, [image], target)
+    plan = plan_predictions(list_images([str(image)]), target, overwrite=True)
+    [written] = predict_images(Segmenter(server.checkpoint), plan.tasks)
+    assert isinstance(written, Prediction)
     with Image.open(written.labels) as picture:
         return np.array(picture).astype(np.int64)
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
 from pydantic import ValidationError
 
 from pipeline.config import DataConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.predict import _read_image
 from pipeline.records import ShardSet
 from pipeline.shards import prepare, shard_task
 from pipeline.shards.grey_levels import common_range
@@ -22,6 +19,7 @@ from pipeline.shards.loader import EvalLoader
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.shard_task import ShardResult
 from pipeline.shards.shards import read_manifest
+from segvit.image_files import decode_image
 from tests.pipeline.shards.test_prepare import sums
 
 NUM_IMAGES = 7  # the last is val
@@ -99,7 +97,7 @@ def test_prepare__all_grey_levels_reach_the_model(
             assert len(np.unique(images[f"f{number}"])) >= 254
             # A raw file is predicted from the very same pixels.
             file = Path(str(config.root)) / f"images/f{number}.png"
-            np.testing.assert_array_equal(_read_image(file, expected), images[f"f{number}"])
+            np.testing.assert_array_equal(decode_image(file.read_bytes(), expected), images[f"f{number}"])
     said = (
         f"prepare folder: 7 images of more than 8 bits a channel: {low:g} to {high:g} become 0 to 255 "
         "(measured over train; data.grey_range sets another)"
@@ -224,13 +222,3 @@ def test_grey_range__must_rise() -> None:
     for wrong in ([5, 5], [9, 3], [0, float("inf")], [float("nan"), 3]):
         with pytest.raises(ValidationError, match="must be two values that rise"):
             DataConfig(dataset="folder", grey_range=(wrong[0], wrong[1]))
-
-
-def test_read_image__a_model_of_eight_bits_refuses_more(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(greys(0)).save(buffer, "PNG")
-    (tmp_path / "deep.png").write_bytes(buffer.getvalue())
-    with pytest.raises(
-        UserError, match=r"deep\.png cannot be read as an image: has more than 8 bits a channel, and no"
-    ):
-        _read_image(tmp_path / "deep.png", None)
