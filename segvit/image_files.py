@@ -40,7 +40,7 @@ _NO_LABEL_FORMATS = {
 # A picture of more is taken for damage: Pillow needs a quarter of a gigabyte for it, several times over to convert.
 MAX_PIXELS = 1 << 26
 # PNG, JPEG and BMP pack no more into a byte: one-bit palettes at deflate's best ratio.
-_MAX_PIXELS_PER_BYTE = 8 * 1032
+MAX_PIXELS_PER_BYTE = 8 * 1032
 _PACKED_TIGHTER = ("TIFF", "WEBP")
 _SMALL_PIXELS = 1 << 22
 _EXIF_ORIENTATION = 0x0112
@@ -56,7 +56,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (5, 6, 7, 8)
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that turn by 90 degrees
 
 
 class DecodeError(ValueError):
@@ -110,7 +110,7 @@ def read_image_file(data: bytes) -> ImageFile:
         image, as_is = stand_upright(image), image.format in SUFFIXES
         return ImageFile(suffix, image if image.mode in ("RGB", "L") else image.convert("RGB"), None, as_is)
     except Exception as error:
-        raise _damage(error) from error
+        raise damage_of(error) from error
 
 
 def _check_format(image: Image.Image) -> None:
@@ -121,7 +121,7 @@ def _check_format(image: Image.Image) -> None:
         try:
             num_pictures = getattr(image, "n_frames", 1)
         except Exception as error:
-            raise _damage(error) from error
+            raise damage_of(error) from error
         if num_pictures > 1:
             what = "pages, and which of them is labelled" if image.format == "TIFF" else "pictures, and which is meant"
             raise DecodeError(f"holds {num_pictures} {what} cannot be told; save one alone")
@@ -197,8 +197,13 @@ def orient_label(image: bytes, label: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if picture.format == "TIFF":
         orientation = picture.tag_v2.get(_EXIF_ORIENTATION, 1)  # type: ignore[attr-defined]
         # Pillow turns TIFF files on its own, and their size from the beginning.
-        stored_size = picture.size[::-1] if orientation in _SIDEWAYS else picture.size
-    if orientation not in _SIDEWAYS or label.shape != stored_size[::-1] or picture.width == picture.height:
+        stored_size = picture.size[::-1] if orientation in SIDEWAYS else picture.size
+    return turn_label(label, stored_size, orientation)
+
+
+def turn_label(label: NDArray[np.uint8], stored_size: tuple[int, int], orientation: int) -> NDArray[np.uint8]:
+    """See `orient_label`, of an image of (width, height) as stored, and its EXIF orientation."""
+    if orientation not in SIDEWAYS or label.shape != stored_size[::-1] or stored_size[0] == stored_size[1]:
         return label
     return np.array(Image.fromarray(label).transpose(_UPRIGHT[orientation]))
 
@@ -262,7 +267,7 @@ def read_label_picture(data: bytes) -> LabelPicture:
         colours = {index: (int(rows[index][0]), int(rows[index][1]), int(rows[index][2])) for index in used}
         return LabelPicture("indices", values, colours)
     except Exception as error:
-        raise _damage(error) from error
+        raise damage_of(error) from error
 
 
 def colour_code(colours: NDArray[np.uint8]) -> NDArray[np.int32]:
@@ -288,17 +293,17 @@ def _open(data: bytes) -> Image.Image:
     except Exception as error:
         if data[4:8] == b"ftyp" and data[8:12] in _BRANDS:
             raise _unread_format(_BRANDS[data[8:12]]) from error
-        raise _damage(error) from error
+        raise damage_of(error) from error
     num_pixels = image.width * image.height
     if num_pixels > MAX_PIXELS:
         raise DecodeError(f"has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} allowed")
     packed = image.format not in _PACKED_TIGHTER
-    if packed and num_pixels > max(_SMALL_PIXELS, _MAX_PIXELS_PER_BYTE * len(data)):
+    if packed and num_pixels > max(_SMALL_PIXELS, MAX_PIXELS_PER_BYTE * len(data)):
         raise DecodeError(f"says {image.width}x{image.height} pixels, which {len(data)} bytes cannot hold")
     return image
 
 
-def _damage(error: Exception) -> DecodeError:
+def damage_of(error: Exception) -> DecodeError:
     """Damaged files raise nearly anything from inside the codecs; each means the same to the user."""
     if isinstance(error, DecodeError):
         return error

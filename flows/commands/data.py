@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from segvit.flops import CostAtSize
 
 SAMPLES_FOR_DRAFT = 64
+READABLE_SIDE = 2048  # pixels
 
 
 def data(
@@ -95,7 +96,9 @@ def init(
     # Absolute, because the experiment may be run from any folder.
     config, layout = recognise(str(storage.local_path(source)) if storage.is_local(source) else source)
     name, why = (backbone, "as asked") if backbone else choose_backbone()
-    found = check_source(config, layout, SAMPLES_FOR_DRAFT)
+    # The draft limits large images; without a limit they could not be read.
+    limited = config.model_copy(update={"max_long_side": config.max_long_side or READABLE_SIDE})
+    found = check_source(limited, layout, SAMPLES_FOR_DRAFT)
     if not any(split.num_good for split in found.splits):
         raise UserError(f"no sample of {source} can be used: {found.problems[0].example}")
     try:

@@ -156,7 +156,8 @@ class DataConfig(Section):
     between them in proportion, what is outside as the nearer end. Left out, it is measured: from the lowest 0.1 to the
     highest 99.9 percentile of an image in train (0 and 65535 of 16 bits aside, which mark what was not measured).
     Shards hold 8 bits; the range is kept with the shards and with the model, which scales images to predict by it.
-    `max_long_side`: scale larger images and their label maps down to it, pixels; left out, images stay as they are.
+    `max_long_side`: scale larger images and their label maps down to it, pixels; left out, images stay as they are, and
+    more than 67 million pixels are refused. With it, JPEG (baseline) and PNG may have up to 1 << 30.
     """
 
     dataset: str

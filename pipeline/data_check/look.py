@@ -15,7 +15,8 @@ from pipeline.config import DataConfig
 from pipeline.data_check.near_duplicates import perceptual_hash
 from pipeline.datasets import RawDataset, RawPair, RawSample, RejectedSampleError
 from pipeline.datasets.raw import Colour
-from pipeline.shards.sample_check import CheckedSample, check_pair
+from pipeline.large_files import large_size
+from pipeline.shards.sample_check import CheckedSample, check_pair, read_pair
 from segvit.grey_range import GreyRange
 
 _PNG_DEPTH = 24  # byte of the header
@@ -53,7 +54,7 @@ class Look:
 def look_at(dataset: RawDataset, sample: RawSample, config: DataConfig) -> Look:
     """Read and judge `sample`; whatever is wrong with it is in the result."""
     try:
-        pair = dataset.read(sample)
+        pair = read_pair(dataset, sample, config.max_long_side)
     except RejectedSampleError as error:
         return Look(sample, error, unknown=error.unknown)
     image_sha256 = hashlib.sha256(pair.image).digest()
@@ -89,6 +90,9 @@ def check_visibly(dataset: RawDataset, sample: RawSample, pair: RawPair, config:
 
 def _describe(data: bytes) -> tuple[str, tuple[int, int]]:
     """Format, mode and bits, and (height, width); nothing for what is no picture."""
+    large = large_size(data)
+    if large is not None:
+        return "large PNG" if data.startswith(b"\x89PNG") else "large JPEG", large[::-1]
     try:
         with Image.open(io.BytesIO(data)) as image:
             # Pillow gives 16-bit colours of PNG as RGB.

@@ -23,6 +23,7 @@ from pipeline.datasets.raw import (
 )
 from pipeline.datasets.tree import Entry, FileTree
 from pipeline.errors import UserError
+from pipeline.large_files import is_large, shrink_label
 from segvit.image_files import DecodeError, LabelPicture, decode_label, orient_label
 
 # Of files that are meant to be images. Those of formats that are not read are listed to be rejected, not passed over.
@@ -164,10 +165,9 @@ def put_stem(uri: str, stem: str) -> str:
 
 
 def read_label(sample: RawSample) -> list[bytes]:
-    """The files or parts of files that make the label map of `sample`; raises RejectedSampleError."""
-    if not sample.label_extents:
-        return [_read(sample.label, "label map", None)]
-    return [_read(sample.label, "label map", extent) for extent in sample.label_extents]
+    """The files or parts of files that make the label map of `sample`; raises RejectedSampleError and DecodeError."""
+    files = [_read(sample.label, "label map", extent) for extent in sample.label_extents or (None,)]
+    return [shrink_label(file, sample.max_long_side) if is_large(file) else file for file in files]
 
 
 def decode_text(data: bytes, uri: str) -> str:

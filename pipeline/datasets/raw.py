@@ -45,6 +45,7 @@ class RawSample:
         image_extent: where the image lies, if it does so inside another file, such as an archive.
         label_extents: of the label map likewise; more than one where it is put together from parts.
         image_bytes: the image's size by its listing; 0 where that does not tell.
+        max_long_side: a label map of more pixels than are decoded whole is read at this size.
     """
 
     key: str
@@ -54,6 +55,7 @@ class RawSample:
     image_extent: Extent | None = None
     label_extents: tuple[Extent, ...] = ()
     image_bytes: int = 0
+    max_long_side: int | None = None
 
 
 Colour = tuple[int, int, int]

@@ -21,6 +21,7 @@ from pipeline.datasets import RejectedSampleError, list_splits, open_dataset
 from pipeline.datasets.raw import Palette
 from pipeline.reports.data_summary import DataSummary
 from pipeline.reports.pages import data_uri, image_png, refuse_existing, render_page, write_files
+from pipeline.shards.sample_check import read_pair
 from pipeline.shards.shard_reader import ShardReader, open_shard_set
 from pipeline.shards.shards import ShardSetError, evenly_spaced
 from segvit.image_files import IGNORE_INDEX, DecodeError, decode_label, open_image
@@ -73,7 +74,9 @@ def write_source_sheets(config: DataConfig, folder: Path, overwrite: bool = Fals
         chosen = []
         for number in evenly_spaced(len(samples), SHEET_SAMPLES).tolist():
             with contextlib.suppress(RejectedSampleError):
-                checked = check_visibly(dataset, samples[number], dataset.read(samples[number]), config)
+                checked = check_visibly(
+                    dataset, samples[number], read_pair(dataset, samples[number], config.max_long_side), config
+                )
                 chosen.append(SheetSample(samples[number].key, checked.image, checked.label_png))
         if chosen:
             contents[names[split]] = image_png(contact_sheet(chosen, dataset.class_names, dataset.palette))

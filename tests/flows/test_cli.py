@@ -18,6 +18,8 @@ from pipeline.shards.prepare import prepare_shards
 CONFIG = str(Path(__file__).parents[2] / "flows" / "configs" / "quickstart.yaml")
 
 FROZEN_OPTIONS = {
+    "check": {"source", "--samples", "--out", "--overwrite", "--json"},
+    "init": {"source", "--out", "--backbone", "--overwrite"},
     "run": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
     "plan": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
     "runs": {"--workspace", "--tracking-uri", "--json"},

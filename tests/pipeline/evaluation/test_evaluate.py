@@ -12,11 +12,12 @@ from PIL import Image
 import segvit
 from pipeline.config import EvaluateConfig, InferenceConfig, RuntimeConfig
 from pipeline.errors import UserError
-from pipeline.evaluation.evaluate import check_classes, evaluate_part, write_evaluation_folder
+from pipeline.evaluation.evaluate import _compare_ranges, check_classes, evaluate_part, write_evaluation_folder
 from pipeline.records import Checkpoint, ShardSet
 from pipeline.training.job import TrainJob
 from pipeline.training.trainer import build_job_model
 from segvit.metrics import ConfusionMatrix
+from tests.pipeline.conftest import Trained
 
 NAMES = [str(digit) for digit in range(10)] + ["background"]
 PALETTE = [[20 * index, 255 - 20 * index, 128] for index in range(11)]
@@ -106,3 +107,12 @@ def test_check_classes__other_classes_are_refused() -> None:
         check_classes(full, config, "digits", ["zero", "one"])
     with pytest.raises(UserError, match=r"^class 1 of full is 'one', of digits 'two'; score it on data with the same"):
         check_classes(full, config, "digits", ["zero", "two", "one"])
+
+
+def test_compare_ranges__another_grey_range_is_said(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
+    for own, theirs in ((None, [0, 9]), ([0, 9], None), ([0, 9], [0, 9])):
+        _compare_ranges(trained.checkpoint, own, {"name": "data", "grey_range": theirs})
+    assert capsys.readouterr().out == ""
+    _compare_ranges(trained.checkpoint, [0, 9], {"name": "data", "grey_range": [1, 9.5]})
+    said = "full was trained on images whose values 0 to 9 became 0 to 255; in data it is 1 to 9.5; data.grey_range"
+    assert said in capsys.readouterr().out
