@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import segvit
+from flows import scoring
+from flows.recipes import segmentation
 from pipeline import steps, storage
 from pipeline.config import DataConfig, DigitsConfig, EvaluateConfig, PromotionPolicy, RuntimeConfig
+from pipeline.errors import UserError
 from pipeline.evaluation import evaluate
 from pipeline.evaluation.latency import Latency
 from pipeline.records import Check, Checkpoint, Evaluation, ModelVersion, RescoredChampion, ShardSet
@@ -26,6 +29,7 @@ from pipeline.workflow import liveness
 from pipeline.workflow.execution import Outcome, StepRequest, execute_step
 from pipeline.workflow.graph import Plan
 from pipeline.workflow.tracking import RunState, Tag, Tracking
+from tests.faults.kill_flow import EXPERIMENT, STEPS
 
 NAMES = [str(digit) for digit in range(10)] + ["background"]
 PALETTE = [[20 * index, 255 - 20 * index, 128] for index in range(11)]
@@ -386,9 +390,6 @@ def test_promote_version__an_evaluation_made_by_hand_counts(
 
 
 def test_plan__shows_the_step(tmp_path: Path) -> None:
-    from flows.recipes import segmentation
-    from tests.faults.kill_flow import EXPERIMENT, STEPS
-
     config = segmentation.RECIPE.config.model_validate(EXPERIMENT)
     with Plan(str(tmp_path), Tracking.for_workspace(str(tmp_path))) as plan:
         segmentation.RECIPE.build(plan, config)
@@ -396,3 +397,37 @@ def test_plan__shows_the_step(tmp_path: Path) -> None:
     planned = {one.label: one for one in plan.steps}
     assert planned["rescore/champion"].depends_on == ("register/full", "prepare")
     assert planned["promote"].depends_on == ("register/full", "rescore/champion")
+
+
+def test_score__data_and_settings_of_a_registered_version(
+    tracking: Tracking, trained: Any, register: Register, digits_shards: ShardSet, tmp_path: Path
+) -> None:
+    register()
+    data = register(trained.scored(0.6, split="train", inference={"mode": "slide", "flip": True})).model_uri
+    settings = scoring.own_settings(tracking, data)
+    assert (settings.split, settings.inference.options()) == ("train", {"mode": "slide", "flip": True})
+    store.set_version_tags(tracking, tracking.experiment, 2, {store.SHARD_SET: digits_shards.to_json()})
+    model = f"models:/{tracking.experiment}/1"
+    with Plan(str(tmp_path), tracking) as plan:
+        scoring.score(plan, model, data, None, None, settings)
+    assert [one.label for one in plan.steps] == ["open_shards", "fetch_model", "evaluate"]
+    changed = digits_shards.model_copy(update={"digest": "0" * 64})
+    store.set_version_tags(tracking, tracking.experiment, 2, {store.SHARD_SET: changed.to_json()})
+    with (
+        Plan(str(tmp_path), tracking) as plan,
+        pytest.raises(UserError, match=rf"^{digits_shards.uri} has changed since {data} was scored on it; run that"),
+    ):
+        scoring.score(plan, model, data, None, None, settings)
+    store.set_version_tags(tracking, tracking.experiment, 2, {store.SHARD_SET: "{}"})
+    with Plan(str(tmp_path), tracking) as plan, pytest.raises(UserError, match=r"^version 2 does not say where its"):
+        scoring.score(plan, model, data, None, None, settings)
+
+
+def test_keep_scores__with_a_registered_version_alone(tracking: Tracking, trained: Any, register: Register) -> None:
+    version = register()
+    flipped = trained.scored(0.4, inference={"flip": True})
+    assert not scoring.keep_scores(tracking, trained.checkpoint, flipped, "r")
+    fetched = trained.checkpoint.model_copy(update={"variant": version.model_uri})
+    assert not scoring.keep_scores(tracking, fetched, trained.evaluation, "r")
+    assert scoring.keep_scores(tracking, fetched, flipped, "r")
+    assert [one.run_id for one in scores_on_record(tracking, version)] == [version.run_id, "r"]
