@@ -12,7 +12,8 @@ from pipeline.config import EvaluateConfig, ExperimentConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
 from pipeline.registry.models import resolve_model
-from pipeline.registry.store import get_version
+from pipeline.registry.rescoring import keep_evaluation
+from pipeline.registry.store import get_version, shard_set_of
 from pipeline.shards.shards import ShardSetError, read_manifest
 from pipeline.storage.names import CHECKPOINT_FILES, WEIGHTS_FILE
 from pipeline.workflow.execution import StepRef
@@ -36,9 +37,14 @@ def is_experiment(data: str) -> bool:
     return Path(data).suffix in (".yaml", ".yml")
 
 
+def is_registered(model: str) -> bool:
+    """Whether that names a registered version."""
+    return model.startswith("models:")
+
+
 def own_settings(tracking: Tracking, model: str) -> EvaluateConfig:
     """How a registered version was scored when it was registered; the defaults for other models."""
-    if not model.startswith("models:"):
+    if not is_registered(model):
         return EvaluateConfig()
     evaluation = get_version(tracking, *resolve_model(tracking, model)).evaluation
     inference = {"mode": "whole", **evaluation.inference}
@@ -50,16 +56,23 @@ def score(
 ) -> tuple[StepRef[Checkpoint], StepRef[Evaluation]]:
     """The steps that take a model and score it; `experiment` is the file that `data` names, where it names one.
 
-    Raises UserError for a model or data that is not there, and for a file of the published format that no variant
-    describes.
+    Raises UserError for a model or data that is not there, for a registered version's data that has changed, and for a
+    file of the published format that no variant describes.
     """
     if experiment is not None:
         shards = parts.prepare(flow, experiment.config)
     else:
+        used = shard_set_of(flow.tracking, *resolve_model(flow.tracking, data)) if is_registered(data) else None
+        uri = data if used is None else used.uri
         try:
-            shards = flow.step(steps.open_shards, data, read_manifest(data).digest())
+            digest = read_manifest(uri).digest()
         except ShardSetError as error:
-            raise UserError(f"{error}; DATA is an experiment file or a shard set's folder") from error
+            raise UserError(
+                f"{error}; DATA is an experiment file, a shard set's folder or a version that was scored on one"
+            ) from error
+        if used is not None and digest != used.digest:
+            raise UserError(f"{uri} has changed since {data} was scored on it; run that version's experiment again")
+        shards = flow.step(steps.open_shards, uri, digest)
     checkpoint = take_model(flow, model, shards, experiment, variant)
     return checkpoint, flow.step(steps.evaluate, checkpoint, shards, settings)
 
@@ -68,7 +81,7 @@ def take_model(
     flow: Graph, model: str, shards: StepRef[ShardSet], experiment: Experiment | None, variant: str | None
 ) -> StepRef[Checkpoint]:
     """A step whose record is the model's checkpoint."""
-    if model.startswith("models:"):
+    if is_registered(model):
         reference = resolve_model(flow.tracking, model)
         return flow.step(steps.fetch_model, *reference, get_version(flow.tracking, *reference).checkpoint_digest)
     digest = weights_digest(flow.tracking, model)
@@ -111,7 +124,7 @@ def weights_digest(tracking: Tracking, model: str) -> str:
 
     Raises UserError for what is no model.
     """
-    if model.startswith("models:"):
+    if is_registered(model):
         return get_version(tracking, *resolve_model(tracking, model)).checkpoint_digest
     if is_published_file(model):
         if not storage.exists(model):
@@ -134,6 +147,17 @@ def is_published_file(model: str) -> bool:
 def absolute(uri: str) -> str:
     """The URI, or a local path in full: steps run in folders of their own."""
     return str(storage.local_path(uri).absolute()) if storage.is_local(uri) else uri
+
+
+def keep_scores(tracking: Tracking, checkpoint: Checkpoint, evaluation: Evaluation, run_id: str) -> bool:
+    """Keep an evaluation on the registered version that it is of, for the gate and comparisons.
+
+    False where the checkpoint is of no version, or of one that was registered with such an evaluation.
+    """
+    if not is_registered(checkpoint.variant):
+        return False
+    version = get_version(tracking, *resolve_model(tracking, checkpoint.variant))
+    return keep_evaluation(tracking, version, evaluation, run_id)
 
 
 def find_scored(tracking: Tracking, model: str, run_id: str) -> Scored:

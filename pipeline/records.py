@@ -187,10 +187,38 @@ class Check(Record):
     detail: str
 
 
+class RescoredChampion(Record):
+    """The champion that candidates are compared with, and what it scored on their data where it was scored again.
+
+    `champion`: its version; None where there is none. `evaluation`: None where nothing had to be done, or nothing
+    could be, for what `obstacle` says.
+    """
+
+    name: str
+    champion: int | None
+    evaluation: Evaluation | None = None
+    obstacle: str | None = None
+
+
+class DecidedOn(Record):
+    """An evaluation that a decision is based on; `digest` is its content digest.
+
+    `run_id`: the run that registered it with its version or, where it is `rescored`, that scored the version again.
+    """
+
+    version: int
+    run_id: str
+    rescored: bool
+    digest: str
+    data_digest: str
+    miou: float
+
+
 class PromotionDecision(Record):
     """What the gate decided for a version, and why; `policy` holds the fields of the PromotionPolicy it asked.
 
     `also_refused`: versions that the gate refused beside this one, of those that it was to choose from.
+    `candidate_scores`, `champion_scores`: what was compared; None where there was no champion.
     """
 
     name: str
@@ -202,6 +230,8 @@ class PromotionDecision(Record):
     champion_after: int | None
     policy: dict[str, Any] = {}
     also_refused: tuple[int, ...] = ()
+    candidate_scores: DecidedOn | None = None
+    champion_scores: DecidedOn | None = None
 
 
 class Study(Record):

@@ -32,11 +32,12 @@ from pipeline.records import (
     ModelVersion,
     PromotionDecision,
     Report,
+    RescoredChampion,
     SearchResult,
     ShardSet,
     Study,
 )
-from pipeline.registry import decisions, store
+from pipeline.registry import decisions, rescoring, store
 from pipeline.registry.promote import promote_best, verify_decision
 from pipeline.storage.names import BACKBONE_FILE, REPORT_FILE
 from pipeline.workflow import ray_session
@@ -236,14 +237,7 @@ def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, 
     evaluation = evaluate_checkpoint(
         checkpoint, shard_set, config, _runtime(context), context.output_uri(), lease=context.lease
     )
-    figures = {
-        "miou": evaluation.miou,
-        "macc": evaluation.macc,
-        "aacc": evaluation.aacc,
-        "gflops": evaluation.gflops,
-        "latency_ms": evaluation.latency_ms,
-    }
-    MetricLog(context.tracking, context.run_id).metrics(figures, checkpoint.step)
+    _log_figures(context, evaluation, checkpoint.step)
     return evaluation
 
 
@@ -264,9 +258,42 @@ def register(
     )
 
 
-@step(version=3, verify=verify_decision)
-def promote(context: StepContext, versions: Sequence[ModelVersion], policy: PromotionPolicy) -> PromotionDecision:
-    """Ask the gate about the versions, the best first; the one decided about is the candidate."""
+def _verify_rescored(record: RescoredChampion, tracking: Tracking, arguments: Mapping[str, Any]) -> str | None:
+    return rescoring.standing_changed(record, tracking, arguments["versions"])
+
+
+@step(version=1, verify=_verify_rescored)
+def rescore_champion(
+    context: StepContext, versions: Sequence[ModelVersion], shard_set: ShardSet, config: EvaluateConfig
+) -> RescoredChampion:
+    """Score the champion of now as the versions were scored, where nothing comparable is on record of it."""
+    record = rescoring.rescore_champion(
+        context.tracking,
+        versions,
+        shard_set,
+        config,
+        _runtime(context),
+        target_uri=context.output_uri(),
+        run_id=context.run_id,
+        lease=context.lease,
+    )
+    if record.evaluation is not None:
+        _log_figures(context, record.evaluation, 0)
+    return record
+
+
+@step(version=4, verify=verify_decision)
+def promote(
+    context: StepContext,
+    versions: Sequence[ModelVersion],
+    policy: PromotionPolicy,
+    rescored: RescoredChampion | None = None,
+) -> PromotionDecision:
+    """Ask the gate about the versions, the best first; the one decided about is the candidate.
+
+    `rescored`: the step to wait for. What it found is on the champion's version, where the gate looks; a champion that
+    came after it is one that the gate refuses to compare with.
+    """
     decisions.keep_policy(context.tracking, versions, policy)
     decision = promote_best(context.tracking, versions, policy)
     print(decision.reason, flush=True)
@@ -336,6 +363,17 @@ def study(
     context.lease.check()
     uri = context.output_uri()
     return Study(uri=uri, digest=write_study(experiment, study_rows(rows), uri))
+
+
+def _log_figures(context: StepContext, evaluation: Evaluation, checkpoint_step: int) -> None:
+    figures = {
+        "miou": evaluation.miou,
+        "macc": evaluation.macc,
+        "aacc": evaluation.aacc,
+        "gflops": evaluation.gflops,
+        "latency_ms": evaluation.latency_ms,
+    }
+    MetricLog(context.tracking, context.run_id).metrics(figures, checkpoint_step)
 
 
 def _runtime(context: StepContext) -> RuntimeConfig:

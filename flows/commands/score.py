@@ -20,7 +20,11 @@ Model = Annotated[
 def evaluate(
     model: Model,
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="An experiment file, for its data; or a shard set's folder.")
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="An experiment file, for its data; a shard set's folder; or models:/NAME/3, as that was scored.",
+        ),
     ],
     split: Annotated[str | None, typer.Option(help="The split that is scored; default: the experiment's.")] = None,
     resize: Annotated[
@@ -42,7 +46,10 @@ def evaluate(
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model on a data set: overall, by class and by image, beside the paper's figure where there is one."""
+    """Score a model on a data set: overall, by class and by image, beside the paper's figure where there is one.
+
+    What a registered version scores is kept with it, for the gate and comparisons.
+    """
     from dataclasses import asdict
     from pathlib import Path
 
@@ -59,7 +66,8 @@ def evaluate(
     experiment = load_experiment(Path(data), overrides or ()) if scoring.is_experiment(data) else None
     if experiment is None and overrides:
         raise UserError(f"--set {overrides[0]} needs an experiment file; {data} is none")
-    base = experiment.config.evaluate if experiment is not None else scoring.own_settings(tracking, model)
+    scored_before = data if scoring.is_registered(data) else model
+    base = experiment.config.evaluate if experiment is not None else scoring.own_settings(tracking, scored_before)
     asked = {"split": split, "resize": resize, "scales": scales, "flip": flip, "window": window, "stride": stride}
     settings = evaluate_settings(base.model_dump(mode="json"), asked)
     with Plan(workspace, tracking) as planned:
@@ -78,18 +86,22 @@ def evaluate(
             checkpoint, scored = scoring.score(flow, model, data, experiment, variant, settings)
         flow.wait()
         evaluation, figure = flow.result(scored), figure_of(flow.result(checkpoint))
+        kept = scoring.keep_scores(tracking, flow.result(checkpoint), evaluation, flow.run_id)
         images = present_scores.image_scores(evaluation)
         console.print(present_scores.overall_table(evaluation, figure))
         console.print(present_scores.classes_table(evaluation))
         console.print(present_scores.images_table(images))
         console.print(f"run       {flow.run_id}", markup=False, soft_wrap=True)
         console.print(f"folder    {evaluation.uri}", markup=False, soft_wrap=True)
+        if kept:
+            console.print(f"kept      with {evaluation.variant}, for segvit promote and compare", markup=False)
         give(
             {
                 "run_id": flow.run_id,
                 "evaluation": evaluation.model_dump(mode="json"),
                 "paper": None if figure is None else {"preset": figure.preset, **asdict(figure.result)},
                 "images": images,
+                "kept_with": evaluation.variant if kept else None,
             }
         )
 

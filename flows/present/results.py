@@ -10,7 +10,16 @@ from rich.console import Console
 from flows.present.runs import variants_table
 from flows.present.scores import inference_text
 from pipeline import storage
-from pipeline.records import Evaluation, ModelVersion, PromotionDecision, Record, Report, SearchResult, Study
+from pipeline.records import (
+    Evaluation,
+    ModelVersion,
+    PromotionDecision,
+    Record,
+    Report,
+    RescoredChampion,
+    SearchResult,
+    Study,
+)
 from pipeline.storage.names import STUDY_TEXT
 from pipeline.tuning.space import value_text
 
@@ -34,6 +43,9 @@ def print_results(console: Console, records: Mapping[str, Record]) -> None:
             case SearchResult():
                 found = ", ".join(f"{path} {value_text(value)}" for path, value in record.values.items())
                 console.print(f"search    {found}", markup=False, soft_wrap=True)
+            case RescoredChampion(evaluation=Evaluation(miou=miou)):
+                text = f"champion  models:/{record.name}/{record.champion} scored again on this data: mIoU {miou:.4f}"
+                console.print(text, markup=False, soft_wrap=True)
             case PromotionDecision():
                 console.print(f"decision  {record.reason}", markup=False, soft_wrap=True)
             case Report():

@@ -10,7 +10,10 @@ from pipeline.workflow.graph import Graph
 
 
 def segmentation(flow: Graph, config: ExperimentConfig) -> None:
-    """prepare -> tune -> per variant: train -> evaluate -> register; then promote the best that passes, and report."""
+    """prepare -> tune -> per variant: train -> evaluate -> register; then promote the best that passes, and report.
+
+    Before that, a champion that was scored on other data, or in another way, is scored again as they were.
+    """
     shards = parts.prepare(flow, config)
     backbones = parts.fetch_backbones(flow, config)
     search = parts.tune(flow, config, shards, backbones)
@@ -19,7 +22,8 @@ def segmentation(flow: Graph, config: ExperimentConfig) -> None:
         flow.step(steps.register, config.name, checkpoints[name], evaluations[name], shards, label=f"register/{name}")
         for name in config.variants
     ]
-    decision = flow.step(steps.promote, versions, config.promote)
+    rescored = flow.step(steps.rescore_champion, versions, shards, config.evaluate, label="rescore/champion")
+    decision = flow.step(steps.promote, versions, config.promote, rescored)
     trained, scored = list(checkpoints.values()), list(evaluations.values())
     parts.report(flow, config, shards, backbones, search, trained, scored, versions, decision)
 

@@ -13,6 +13,7 @@ from pipeline.evaluation.per_image import read_counts
 from pipeline.records import Evaluation, ModelVersion, Record
 from pipeline.registry import store
 from pipeline.registry.gate import scoring_differences
+from pipeline.registry.rescoring import comparable_scores
 from pipeline.workflow.tracking import Tracking
 
 NUM_EXAMPLES = 4
@@ -41,6 +42,8 @@ class Comparison(Record):
     """What the second version does better or worse than the first on the same images.
 
     Attributes:
+        first, second: each with the evaluation that is compared, which may be one made after it was registered.
+        scored_on: of the two, the version whose data it is.
         difference: mIoU of the second minus that of the first.
         interval: of the difference, over resamples of the images.
         classes: in the data's order.
@@ -51,6 +54,7 @@ class Comparison(Record):
     name: str
     first: ModelVersion
     second: ModelVersion
+    scored_on: int
     difference: float
     interval: Interval
     classes: tuple[ClassDifference, ...]
@@ -69,8 +73,8 @@ def compare_versions(tracking: Tracking, name: str, first: int, second: int) -> 
     """
     if first == second:
         raise UserError(f"version {first} is named twice; name two versions to compare")
-    ours, theirs = (store.get_version(tracking, name, version) for version in (first, second))
-    _require_comparable(ours, theirs)
+    named = (store.get_version(tracking, name, version) for version in (first, second))
+    ours, theirs, scored_on = _scored_alike(tracking, *named)
     before, after = (read_counts(version.evaluation) for version in (ours, theirs))
     if before.keys != after.keys:
         raise UserError(
@@ -82,6 +86,7 @@ def compare_versions(tracking: Tracking, name: str, first: int, second: int) -> 
         name=name,
         first=ours,
         second=theirs,
+        scored_on=scored_on,
         difference=theirs.evaluation.miou - ours.evaluation.miou,
         interval=difference_interval(before, after),
         classes=_class_differences(ours.evaluation, theirs.evaluation),
@@ -93,13 +98,23 @@ def compare_versions(tracking: Tracking, name: str, first: int, second: int) -> 
     )
 
 
-def _require_comparable(first: ModelVersion, second: ModelVersion) -> None:
+def _scored_alike(
+    tracking: Tracking, first: ModelVersion, second: ModelVersion
+) -> tuple[ModelVersion, ModelVersion, int]:
+    """Both with evaluations that are alike, of which one is registered, and whose that is, rather the second's."""
+    ours = comparable_scores(tracking, first, second.evaluation)
+    if ours is not None:
+        return first.model_copy(update={"evaluation": ours.evaluation}), second, second.version
+    theirs = comparable_scores(tracking, second, first.evaluation)
+    if theirs is not None:
+        return first, second.model_copy(update={"evaluation": theirs.evaluation}), first.version
     differences = scoring_differences(first.evaluation, second.evaluation, f"version {second.version}")
-    if differences:
-        raise UserError(
-            f"version {first.version} was scored {'; '.join(differences)}: not comparable; "
-            "evaluate both on the same shard set with the same settings"
-        )
+    alike = f"score it like the other: segvit evaluate {first.model_uri} {second.model_uri}"
+    same_classes = first.evaluation.class_names == second.evaluation.class_names
+    raise UserError(
+        f"version {first.version} was scored {'; '.join(differences)}: not comparable; "
+        f"{alike if same_classes else 'name two versions of the same classes'}"
+    )
 
 
 def _class_differences(first: Evaluation, second: Evaluation) -> tuple[ClassDifference, ...]:

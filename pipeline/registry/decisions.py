@@ -52,7 +52,8 @@ def record_promotion(tracking: Tracking, decision: PromotionDecision, decided_by
         store.PROMOTED: json.dumps(decision.promoted),
         store.PROMOTION_REASON: decision.reason,
     }
-    details = {"checks": [check.model_dump() for check in decision.checks], "policy": decision.policy}
+    compared = decision.model_dump(mode="json", include={"candidate_scores", "champion_scores"})
+    details = {"checks": [check.model_dump() for check in decision.checks], "policy": decision.policy, **compared}
     at = _record(tracking, decision.name, decision.version, decided_by, facts, details)
     store.set_version_tags(tracking, decision.name, decision.version, {DECISION: decision.to_json()})
     if decision.promoted:

@@ -13,6 +13,8 @@ from pipeline.records import Check, Evaluation
 from segvit.registry import nearest_first
 
 ROUNDING = 1e-9
+SCORE_ALIKE = "score both on the same data with the same settings"
+OTHER_CLASSES = "a model of other classes is another model; give its experiment another name"
 
 
 class GateDecision(NamedTuple):
@@ -23,11 +25,24 @@ class GateDecision(NamedTuple):
     checks: tuple[Check, ...]
 
 
-def decide(candidate: Evaluation, champion: Evaluation | None, policy: PromotionPolicy) -> GateDecision:
+def decide(
+    candidate: Evaluation,
+    champion: Evaluation | None,
+    policy: PromotionPolicy,
+    *,
+    remedy: str = SCORE_ALIKE,
+    unusable: str | None = None,
+) -> GateDecision:
     """Whether a candidate may become champion: every condition of the policy that applies must hold.
 
     Without a champion there is nothing to regress from, and only the absolute conditions apply.
-    Raises UserError where the policy protects a class that the data does not have.
+
+    Args:
+        remedy: what to do where the two were not scored alike.
+        unusable: why nobody can use the champion any more; one that was not scored alike is then not compared with.
+
+    Raises:
+        UserError: the policy protects a class that the data does not have.
     """
     problems = policy_problems(policy, candidate.class_names)
     if problems:
@@ -48,7 +63,7 @@ def decide(candidate: Evaluation, champion: Evaluation | None, policy: Promotion
         detail = f"split {candidate.split} has no labelled pixel of {names}, {how}"
         checks.append(Check(name="all classes measured", passed=allowed, detail=detail))
     if champion is not None:
-        checks += _comparison(candidate, champion, policy)
+        checks += _comparison(candidate, champion, policy, remedy, unusable)
     checks += [
         _budget_check(name, value, budget)
         for name, value, budget in (
@@ -98,17 +113,25 @@ def verdict(candidate: Evaluation, champion: Evaluation | None, checks: tuple[Ch
     failed = [check.detail for check in checks if not check.passed]
     if failed:
         return GateDecision(False, "refused: " + "; ".join(failed), checks)
-    against = "the first champion" if champion is None else f"the champion had {champion.miou:.4f}"
+    if champion is None:
+        against = "the first champion"
+    elif scoring_differences(candidate, champion, ""):
+        against = "not compared with the champion"
+    else:
+        against = f"the champion had {champion.miou:.4f}"
     return GateDecision(True, f"promoted: mIoU {candidate.miou:.4f}, {against}; {len(checks)} checks passed", checks)
 
 
-def _comparison(candidate: Evaluation, champion: Evaluation, policy: PromotionPolicy) -> list[Check]:
+def _comparison(
+    candidate: Evaluation, champion: Evaluation, policy: PromotionPolicy, remedy: str, unusable: str | None
+) -> list[Check]:
     differences = scoring_differences(candidate, champion, "the champion")
+    if differences and unusable is not None:
+        return [Check(name="same scoring", passed=True, detail=f"{unusable}: not compared")]
     if differences:
-        detail = (
-            f"scored {'; '.join(differences)}: not comparable; run the champion's experiment with this data and these "
-            "settings, and the gate compares with that"
-        )
+        if candidate.class_names != champion.class_names:
+            remedy = OTHER_CLASSES
+        detail = f"scored {'; '.join(differences)}: not comparable; {remedy}"
         return [Check(name="same scoring", passed=False, detail=detail)]
     checks = [
         Check(name="same scoring", passed=True, detail=f"both scored alike on data {candidate.data_digest[:8]}"),

@@ -14,12 +14,13 @@ from typing import Any
 
 from pipeline.config import PromotionPolicy
 from pipeline.errors import UserError
-from pipeline.records import Check, Evaluation, ModelVersion, PromotionDecision, Record
+from pipeline.records import Check, DecidedOn, Evaluation, ModelVersion, PromotionDecision, Record
 from pipeline.registry import decisions, store
 from pipeline.registry.artifact_check import reproduces
 from pipeline.registry.champion_lease import champion_lease
-from pipeline.registry.gate import GateDecision, decide, scoring_differences, verdict
+from pipeline.registry.gate import GateDecision, decide, verdict
 from pipeline.registry.models import ModelReference, model_folder
+from pipeline.registry.rescoring import Scores, Standing, champion_standing
 from pipeline.registry.store import CHAMPION
 from pipeline.workflow.lease import LeaseLost
 from pipeline.workflow.tracking import Tracking, current_user
@@ -87,21 +88,30 @@ def promote_version(
     """Ask the gate about a registered version, record the answer on it, and move the alias if it passes.
 
     A version that is champion already stays so, with the decision that made it so. The champion is looked up again
-    right before the alias moves; where it changed meanwhile, the version is compared with the new one.
+    right before the alias moves; where it changed meanwhile, the version is compared with the new one. It is compared
+    by evaluations that are alike, of which the champion's may be one that was made since (pipeline.registry.rescoring);
+    where there is none, the version is refused.
 
     Args:
         decided_by: default the user's name.
         manual: somebody asked for this very version. A flow is refused one that a person moved the alias away from,
-            by a rollback or by promoting another, and would otherwise undo that behind the person's back.
+            by a rollback or by promoting another, and would otherwise undo that behind the person's back; and one
+            that cannot be compared with the champion since that has lost its files.
         dry_run: decide in full, the artifact loaded and all, and write nothing.
+
+    Raises:
+        UserError: the version is champion already and has lost its files, or the policy protects an unknown class.
     """
     artifact: Check | None = None
     while True:
         before = store.find_alias(tracking, version.name, CHAMPION)
         if before == version.version:
             return _kept(tracking, version)
-        champion = None if before is None else _champion_evaluation(tracking, version, before)
-        gate = decide(version.evaluation, champion, policy)
+        standing = champion_standing(tracking, version, before)
+        scores = _scores_used(standing)
+        champion = None if scores is None else scores.evaluation
+        unusable = standing.obstacle if manual and standing.lost else None
+        gate = decide(version.evaluation, champion, policy, remedy=_remedy(version, standing), unusable=unusable)
         if not manual:
             gate = _refused_if_withdrawn(tracking, version, champion, gate)
         if gate.promoted:
@@ -116,6 +126,8 @@ def promote_version(
             champion_before=before,
             champion_after=version.version if gate.promoted else before,
             policy=policy.model_dump(mode="json"),
+            candidate_scores=_decided_on(version.version, _registered(version)),
+            champion_scores=None if before is None or scores is None else _decided_on(before, scores),
         )
         if dry_run:
             return decision
@@ -178,13 +190,38 @@ def roll_back(tracking: Tracking, name: str, *, decided_by: str | None = None, d
     )
 
 
-def _champion_evaluation(tracking: Tracking, version: ModelVersion, champion: int) -> Evaluation:
-    """The champion's evaluation, rather one of the same checkpoint that is comparable with the version's."""
-    own = store.get_version(tracking, version.name, champion)
-    for one in (own, *store.versions_of_checkpoint(tracking, version.name, own.checkpoint_digest)):
-        if not scoring_differences(version.evaluation, one.evaluation, ""):
-            return one.evaluation
-    return own.evaluation
+def _registered(version: ModelVersion) -> Scores:
+    return Scores(run_id=version.run_id, rescored=False, evaluation=version.evaluation)
+
+
+def _scores_used(standing: Standing) -> Scores | None:
+    """The champion's that are comparable or, to say why there are none, those that it was registered with."""
+    if standing.champion is None or standing.scores is not None:
+        return standing.scores
+    return _registered(standing.champion)
+
+
+def _decided_on(version: int, scores: Scores) -> DecidedOn:
+    return DecidedOn(
+        version=version,
+        run_id=scores.run_id,
+        rescored=scores.rescored,
+        digest=scores.evaluation.content_digest(),
+        data_digest=scores.evaluation.data_digest,
+        miou=scores.evaluation.miou,
+    )
+
+
+def _remedy(version: ModelVersion, standing: Standing) -> str:
+    if standing.source is not None:
+        return (
+            "run the experiment again, or score the champion alike: "
+            f"segvit evaluate models:/{version.name}/{standing.source.version} {version.model_uri}"
+        )
+    return (
+        f"the champion cannot be scored again, {standing.obstacle}; run its experiment again to register it anew, or "
+        f"promote without comparing: segvit promote {version.name} {version.version}"
+    )
 
 
 def _refused_if_withdrawn(
@@ -212,6 +249,12 @@ def _is_champion(tracking: Tracking, name: str, version: int | None) -> bool:
 
 
 def _kept(tracking: Tracking, version: ModelVersion) -> PromotionDecision:
+    lost = store.lost_files(tracking, version.name, version.version)
+    if lost is not None:
+        raise UserError(
+            f"the champion {lost}; run its experiment again, which registers it anew, or go back with segvit rollback "
+            f"{version.name}"
+        )
     kept = f"version {version.version} is the champion already; kept"
     recorded = store.version_tags(tracking, version.name, version.version).get(decisions.DECISION)
     if recorded is not None:

@@ -74,7 +74,7 @@ def register_model(
     key = _registration_key(checkpoint, evaluation)
     for existing in _versions_with(tracking, name, KEY, key):
         number = int(existing.version)
-        if (lost := _lost_files(tracking, name, number)) is not None:
+        if (lost := lost_files(tracking, name, number)) is not None:
             print(f"{lost}; registering the checkpoint again", flush=True)
             continue
         found = version_record(existing)
@@ -110,7 +110,7 @@ def register_model(
     for first in _versions_with(tracking, name, KEY, key):
         if first.version == created.version:
             break
-        if _lost_files(tracking, name, int(first.version)) is None:
+        if lost_files(tracking, name, int(first.version)) is None:
             # Another process registered the same meanwhile; the first one counts.
             client.delete_model_version(name, created.version)
             break
@@ -161,6 +161,14 @@ def version_record(version: MlflowVersion) -> ModelVersion:
     )
 
 
+def shard_set_of(tracking: Tracking, name: str, version: int) -> ShardSet:
+    """The shard set that a version was scored on; raises UserError where it does not say which."""
+    try:
+        return ShardSet.from_json(version_tags(tracking, name, version)[SHARD_SET])
+    except (KeyError, ValidationError) as error:
+        raise UserError(f"version {version} does not say where its shard set lies; it is of another release") from error
+
+
 def versions_of_checkpoint(tracking: Tracking, name: str, checkpoint_digest: str) -> list[ModelVersion]:
     """The versions of a model that hold a checkpoint, each with an evaluation of its own; the newest first.
 
@@ -184,10 +192,10 @@ def verify_version(record: ModelVersion, tracking: Tracking, arguments: Mapping[
     evaluation = arguments.get("evaluation", record.evaluation)
     if evaluation.latency_reliable and not record.evaluation.latency_reliable:
         return f"the latency of {record.model_uri} was timed again, reliably"
-    return _lost_files(tracking, record.name, record.version)
+    return lost_files(tracking, record.name, record.version)
 
 
-def _lost_files(tracking: Tracking, name: str, version: int) -> str | None:
+def lost_files(tracking: Tracking, name: str, version: int) -> str | None:
     """Which file of the checkpoint in a registered version is gone; None where none is, or where nobody answers."""
     from mlflow.artifacts import list_artifacts
 

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from pydantic import ValidationError
 
 from pipeline.errors import UserError
-from pipeline.records import ModelVersion, ShardSet
 from pipeline.registry import store
 from pipeline.registry.compare import Comparison, ImageDifference
 from pipeline.registry.models import checkpoint_folder
@@ -77,7 +75,9 @@ def _draw(tracking: Tracking, comparison: Comparison, chosen: dict[str, ImageDif
     loaded: list[tuple[segvit.SegViT, dict[str, object]]] = []
     for version in (comparison.first, comparison.second):
         with tempfile.TemporaryDirectory(prefix="segvit-compare-") as cache:
-            loaded.append(segvit.load_checkpoint(checkpoint_folder(tracking, version.model_uri, cache)))
+            model, metadata = segvit.load_checkpoint(checkpoint_folder(tracking, version.model_uri, cache))
+        # As it was scored, which may be another way than that in which it is registered to predict.
+        loaded.append((model, metadata | {"inference": version.evaluation.inference}))
     return [
         _Picture(name, image, image_png(_side_by_side(samples[image.key], image, comparison, loaded)))
         for name, image in chosen.items()
@@ -85,22 +85,13 @@ def _draw(tracking: Tracking, comparison: Comparison, chosen: dict[str, ImageDif
 
 
 def _read_samples(tracking: Tracking, comparison: Comparison, keys: Sequence[str]) -> dict[str, SampleBytes]:
-    reader = open_shard_set(_shard_set(tracking, comparison.second))
+    reader = open_shard_set(store.shard_set_of(tracking, comparison.name, comparison.scored_on))
     index = reader.index(comparison.second.evaluation.split)
     positions = {key: position for position, key in enumerate(index.keys.to_pylist())}
     unknown = [key for key in keys if key not in positions]
     if unknown:
         raise UserError(f"{reader.uri} holds no sample {unknown[0]}")
     return {key: reader.read(index, positions[key]) for key in keys}
-
-
-def _shard_set(tracking: Tracking, version: ModelVersion) -> ShardSet:
-    try:
-        return ShardSet.from_json(store.version_tags(tracking, version.name, version.version)[store.SHARD_SET])
-    except (KeyError, ValidationError) as error:
-        raise UserError(
-            f"version {version.version} does not say where its shard set lies; it is of another release"
-        ) from error
 
 
 def _side_by_side(
@@ -119,7 +110,7 @@ def _side_by_side(
         raise UserError(f"sample {sample.key} {error}; prepare the shard set again") from error
     palette: list[list[int]] = loaded[1][1]["palette"]  # type: ignore[assignment]
     maps = [truth] + [
-        segvit.predict(model, pixels, **metadata.get("inference", {})).cpu().numpy()  # type: ignore[arg-type]
+        segvit.predict(model, pixels, **metadata["inference"]).cpu().numpy()  # type: ignore[arg-type]
         for model, metadata in loaded
     ]
     panels = [pixels, *(segvit.overlay(pixels, labels, palette) for labels in maps)]

@@ -2,7 +2,7 @@
 
     python -m tests.faults.kill_flow [--kills 60] [--seed 0] [--keep DIR]
 
-A flow of eight steps, from raw images to a promoted model, is run until it ends, and one process of it is killed at
+A flow of nine steps, from raw images to a promoted model, is run until it ends, and one process of it is killed at
 a random instant of each step: the driver, the process of a step, a trial's, a training worker, the raylet, Ray's
 global control service, or all of the local cluster at once. Then the same command is given again. For every kill it
 is shown that what is visible on storage and in the registry is complete, and that no process outlives the driver by
@@ -70,7 +70,10 @@ EXPERIMENT: dict[str, Any] = {
     "promote": {"unmeasured_classes": "allow"},
     "runtime": {"num_workers": 1, "trials_at_once": 1, "log_every_steps": 1},
 }
-STEPS = ("prepare", "fetch_backbone", "tune", "train/full", "evaluate/full", "register/full", "promote", "report")
+STEPS = (
+    *("prepare", "fetch_backbone", "tune", "train/full", "evaluate/full", "register/full"),
+    *("rescore/champion", "promote", "report"),
+)
 # What is to be killed, and what the command lines of such processes begin with; the driver is known by its number.
 KINDS: dict[str, tuple[str, ...]] = {
     "driver": (),

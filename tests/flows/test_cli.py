@@ -85,6 +85,7 @@ def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pyte
         "evaluate/shrunk",
         "register/full",
         "register/shrunk",
+        "rescore/champion",
         "promote",
         "report",
     ]

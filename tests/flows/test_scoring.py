@@ -52,6 +52,25 @@ def test_evaluate__a_champion_has_the_figures_of_its_flow(flow_run: FlowRun, cap
     assert [image["key"] for image in found["images"]] == [image["key"] for image in scores]
 
 
+def test_evaluate__a_champion_like_another_version_is_kept_for_the_gate(
+    flow_run: FlowRun, few_scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    records, workspace = records_of(flow_run, capfd), ("--workspace", str(tmp_path / "own"))
+    folder, shards = records["train/full"]["uri"], records["prepare"]["uri"]
+    facts(capfd, "evaluate", folder, shards, *workspace)
+    facts(capfd, "register", folder, "--name", "grown", *workspace)
+    facts(capfd, "promote", "grown", "1", "--policy", str(few_scenes), *workspace)
+    facts(capfd, "evaluate", folder, shards, "--flip", *workspace)
+    facts(capfd, "register", folder, "--name", "grown", *workspace)
+    found = facts(capfd, "evaluate", "models:/grown@champion", "models:/grown/2", *workspace)
+    assert found["kept_with"] == "models:/grown/1"
+    assert found["evaluation"]["inference"] == {"flip": True}
+    decision = facts(capfd, "promote", "grown", "2", "--policy", str(few_scenes), *workspace)
+    assert decision["promoted"]
+    assert decision["champion_scores"]["rescored"]
+    assert decision["champion_scores"]["run_id"] == found["run_id"]
+
+
 def test_evaluate__windows_scales_and_flip_are_those_of_predict_and_register(
     flow_run: FlowRun, few_scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -137,7 +137,8 @@ def test_compare_versions__what_cannot_be_compared(scored: Scored) -> None:
     ):
         compare_versions(tracking, name, 1, 2)
     assert str(raised.value).endswith(
-        "version 2 on data ffffffff: not comparable; evaluate both on the same shard set with the same settings"
+        "version 2 on data ffffffff: not comparable; score it like the other: "
+        f"segvit evaluate models:/{name}/1 models:/{name}/2"
     )
     counts = Path(evaluation.uri) / COUNTS_FILE
     content = counts.read_bytes()

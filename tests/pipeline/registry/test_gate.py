@@ -69,11 +69,25 @@ def test_decide__compares_only_what_was_scored_alike(trained: Any, changes: dict
     candidate = trained.evaluation.model_copy(update=changes)
     gate = decide(candidate, trained.evaluation, PromotionPolicy())
     assert not gate.promoted
-    assert gate.reason == (
-        f"refused: scored {difference}: not comparable; run the champion's experiment with this data and these "
-        "settings, and the gate compares with that"
+    remedy = (
+        "a model of other classes is another model; give its experiment another name"
+        if "class" in difference
+        else "score both on the same data with the same settings"
     )
+    assert gate.reason == f"refused: scored {difference}: not comparable; {remedy}"
     assert decide(candidate, candidate, PromotionPolicy()).promoted
+
+
+def test_decide__a_champion_that_nobody_can_use_is_not_compared_with_where_it_was_scored_otherwise(
+    trained: Any,
+) -> None:
+    elsewhere = trained.scored(0.4, data_digest="f" * 64)
+    gate = decide(elsewhere, trained.evaluation, PromotionPolicy(min_miou=0.3), unusable="its files are gone")
+    assert gate.reason == "promoted: mIoU 0.4000, not compared with the champion; 2 checks passed"
+    assert gate.checks[1].detail == "its files are gone: not compared"
+    assert not decide(elsewhere, trained.evaluation, PromotionPolicy(min_miou=0.5), unusable="gone").promoted
+    alike = decide(trained.scored(0.4), trained.evaluation, PromotionPolicy(), unusable="gone")
+    assert alike.reason == "refused: mIoU 0.4000, the champion's 0.5000, tolerance 0.0000"
 
 
 def test_scoring_differences__all_of_them_but_not_the_form_of_equal_ones(trained: Any) -> None:

@@ -269,12 +269,41 @@ def test_promote_version__the_champion_scored_anew_is_what_counts(
     for version in (worse, better):
         store.set_version_tags(tracking, version.name, version.version, {store.CHECKPOINT_DIGEST: "c" * 64})
     refused = promote_version(tracking, better, PromotionPolicy())
-    assert ": not comparable; run the champion's experiment with this data" in refused.reason
+    assert ": not comparable; run the experiment again, or score the champion alike: segvit" in refused.reason
     register(trained.scored(0.7, **sliding))
     refused = promote_version(tracking, worse, PromotionPolicy())
     assert refused.reason == "refused: mIoU 0.6000, the champion's 0.7000, tolerance 0.0000"
     promoted = promote_version(tracking, better, PromotionPolicy())
     assert promoted.reason == "promoted: mIoU 0.8000, the champion had 0.7000; 4 checks passed"
+
+
+@pytest.mark.usefixtures("trusting")
+def test_promote_version__a_champion_without_its_files_is_no_success(tracking: Tracking, register: Register) -> None:
+    version = register()
+    assert promote_version(tracking, version, PromotionPolicy()).promoted
+    shutil.rmtree(store.version_location(tracking, version.name, 1))
+    with pytest.raises(UserError, match=r"/1 has lost its files \(model.safetensors, config.json\)") as raised:
+        promote_version(tracking, version, PromotionPolicy(), manual=True)
+    assert str(raised.value).endswith(
+        f"; run its experiment again, which registers it anew, or go back with segvit rollback {version.name}"
+    )
+    anew = register()
+    decision = promote_version(tracking, anew, PromotionPolicy())
+    assert (decision.promoted, decision.champion_before, decision.champion_after) == (True, 1, 2)
+    assert models.checkpoint_folder(tracking, f"models:/{version.name}@champion", "unused").is_dir()
+
+
+@pytest.mark.usefixtures("trusting")
+def test_promote_version__a_candidate_without_its_files_is_refused(
+    tracking: Tracking, trained: Any, register: Register
+) -> None:
+    promote_version(tracking, register(), PromotionPolicy())
+    better = register(trained.scored(0.6))
+    folder = store.version_location(tracking, better.name, 2)
+    shutil.rmtree(folder)
+    decision = promote_version(tracking, better, PromotionPolicy(), manual=True)
+    assert decision.reason == f"refused: {better.model_uri} has lost its files ({folder} is gone)"
+    assert decision.champion_after == 1
 
 
 def moves(tracking: Tracking, name: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from pipeline.records import (
     BackboneRecord,
     Check,
     Checkpoint,
+    DecidedOn,
     Evaluation,
     ModelVersion,
     PromotionDecision,
@@ -155,6 +156,15 @@ def test_report__other_ways_of_predicting_stand_beside_the_one_that_counts(tmp_p
     page = Page(build_report(load_report_input(**arguments, also={"with_flip": flipped[::-1]})))
     assert page.row("val mIoU, with_flip") == [f"{one.miou:.3f}" for one in flipped]
     assert page.row("val mIoU") == [f"{one.miou:.3f}" for one in evaluations]
+
+
+def test_report__a_champion_that_was_scored_again_is_told(tmp_path: Path) -> None:
+    arguments = write_run(tmp_path)
+    assert "scored again" not in build_report(load_report_input(**arguments))
+    scores = DecidedOn(version=7, run_id="r", rescored=True, digest="d", data_digest="e", miou=0.4876)
+    decision = arguments["decision"].model_copy(update={"champion_before": 7, "champion_scores": scores})
+    page = " ".join(build_report(load_report_input(**arguments | {"decision": decision})).split())
+    assert "Champion before: version 7, scored again on this data: mIoU 0.4876. Champion after: version 1." in page
 
 
 def _history(rng: np.random.Generator, num_steps: int, index: int) -> str:
