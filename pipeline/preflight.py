@@ -24,7 +24,7 @@ from segvit.distillation import distillation_problem
 from segvit.flops import count_parameters, model_gflops, outline_model
 from segvit.model_check import model_problems
 from segvit.presets import find_preset
-from segvit.weights.pretrained import WEIGHTS_VARIABLE, weights_problem
+from segvit.weights.pretrained import WEIGHTS_VARIABLE, is_of_other_backbone, weights_problem
 from segvit.weights.start import start_problem
 
 # Weights and AdamW's two moments, float32.
@@ -239,25 +239,28 @@ def _of_data(config: ExperimentConfig, source: SourceSummary) -> Iterator[str]:
 
 
 def _of_weights(config: ExperimentConfig) -> Iterator[str]:
-    asked: set[tuple[str, str]] = set()
+    asked: set[tuple[Any, ...]] = set()
     for name in config.variants:
         try:
             model = ModelConfig.from_dict(config.variant_settings(name).model)
         except (UserError, ValueError):
             continue
-        weights = config.backbone_weights(name)
+        weights, grid = config.backbone_weights(name), config.source_grid(name)
         key = "model.weights"
         if weights == "auto":
-            # Weights of another backbone in the variable are passed over, a file that is not there is a mistake.
             weights, key = os.environ.get(WEIGHTS_VARIABLE, ""), WEIGHTS_VARIABLE
-            if not weights or storage.exists(weights):
-                continue
-        if weights == "random" or (model.backbone, weights) in asked:
+        one = (model.backbone, *sorted(model.backbone_options.items()), model.image_size, weights, grid)
+        if one in asked:
             continue
-        asked.add((model.backbone, weights))
-        if not storage.exists(weights):
+        asked.add(one)
+        if weights in ("", "random"):
+            if grid is not None:
+                yield f"model.source_grid {list(grid)} is that of a weights file, and there is none; leave it out"
+        elif not storage.exists(weights):
             yield f"{key}: no weights file at {weights}; correct the path, or use weights: auto without it"
-        elif (problem := weights_problem(model, weights)) is not None:
+        elif key == WEIGHTS_VARIABLE and is_of_other_backbone(weights, model.backbone):
+            continue  # weights of another backbone in the variable are passed over
+        elif (problem := weights_problem(model, weights, grid)) is not None:
             yield f"{key} {weights}: {problem}"
 
 

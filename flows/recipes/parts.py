@@ -34,14 +34,18 @@ def prepare(flow: Graph, config: ExperimentConfig) -> StepRef[ShardSet]:
 def fetch_backbones(flow: Graph, config: ExperimentConfig) -> dict[str, StepRef[BackboneRecord]]:
     """Backbone weights by variant, each found once; raises UserError for a weights file that is not there."""
     wanted = {
-        name: (str(config.variant_settings(name).model.get("backbone")), config.backbone_weights(name))
+        name: (
+            str(config.variant_settings(name).model.get("backbone")),
+            config.backbone_weights(name),
+            config.source_grid(name),
+        )
         for name in config.variants
     }
-    found: dict[tuple[str, str], StepRef[BackboneRecord]] = {}
-    for backbone, weights in dict.fromkeys(wanted.values()):
+    found: dict[tuple[str, str, tuple[int, int] | None], StepRef[BackboneRecord]] = {}
+    for backbone, weights, grid in dict.fromkeys(wanted.values()):
         label = "fetch_backbone" if len(set(wanted.values())) == 1 else f"fetch_backbone/{len(found)}-{backbone}"
-        sources = steps.backbone_sources(weights)
-        found[backbone, weights] = flow.step(steps.fetch_backbone, backbone, weights, sources, label=label)
+        sources = steps.backbone_sources(weights, grid)
+        found[backbone, weights, grid] = flow.step(steps.fetch_backbone, backbone, weights, sources, label=label)
     return {name: found[key] for name, key in wanted.items()}
 
 

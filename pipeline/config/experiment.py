@@ -82,6 +82,10 @@ class ExperimentConfig(Section):
         """Where a variant's backbone weights come from: auto, random, or a file."""
         return self.variants[name].weights or self.model.weights or "auto"
 
+    def source_grid(self, name: str) -> tuple[int, int] | None:
+        """Rows and columns of patches that a variant's weights file was trained with, where they are told."""
+        return self.variants[name].source_grid or self.model.source_grid
+
     def training_order(self) -> tuple[str, ...]:
         """The variants, each after the one that it starts from, else as the file has them."""
         order: list[str] = []

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.config.section import Section
+from pipeline.config.section import Positive, Section
 from pipeline.config.train import TrainConfig
 
 Weight = Annotated[float, Field(ge=0.0)]
@@ -52,6 +52,7 @@ class _ModelFields(BaseModel):
 
     preset: str | None = None
     weights: str | None = None
+    source_grid: tuple[Positive, Positive] | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -63,6 +64,8 @@ class ModelSection(_ModelFields):
     """What all variants share: any field of segvit.ModelConfig, over those of a `preset` where one is named.
 
     `weights`: of the backbone: auto, random, or a safetensors file.
+    `source_grid`: rows and columns of patches that such a file was trained with, where neither the file nor the
+    architecture's published size tells.
     """
 
 

@@ -29,7 +29,7 @@ from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
 from segvit.metrics import segmentation_metrics
 from segvit.optim import parameter_groups
-from segvit.weights.pretrained import load_backbone_state, read_file
+from segvit.weights.pretrained import load_backbone_state, read_file, read_grid
 from segvit.weights.start import TakenWeights, take_weights
 
 # Instructions that multiply bf16 matrices, of x86 and of ARM.
@@ -229,7 +229,8 @@ def build_job_model(job: TrainJob) -> segvit.SegViT:
     model = segvit.build_model(job.model, num_classes=job.shard_set.num_classes)
     if job.backbone.uri is not None:
         with tempfile.TemporaryDirectory(prefix="segvit-backbone-") as folder:
-            load_backbone_state(model, read_file(storage.fetch_file(job.backbone.uri, folder)))
+            file = storage.fetch_file(job.backbone.uri, folder)
+            load_backbone_state(model, read_file(file), source_grid=read_grid(file))
     if job.train.freeze_blocks:
         model.freeze_blocks(job.train.freeze_blocks)
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 from segvit.backbones.feature_map import resize_positions
@@ -82,6 +81,6 @@ def _at_grid(model: SegViT, source: SegViT, name: str, tensor: Tensor) -> Tensor
     if name == "pos_embed":
         grids = theirs.patch_embed.grid_size, ours.patch_embed.grid_size
         return resize_positions(tensor, *grids, prefix_entries(ours))
-    if name.endswith(BIAS_TABLE) and not isinstance(ours, SwinTransformer):
+    if name.endswith(BIAS_TABLE):
         return resize_bias_table(tensor, bias_window(theirs, name), bias_window(ours, name))
     return tensor[:, : ours.rope.freqs.shape[1]] if name == "rope.freqs" else tensor

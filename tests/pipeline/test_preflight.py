@@ -117,6 +117,11 @@ MISFITS: list[tuple[str, Any, str | None]] = [
     ("runtime.cpus_per_worker", 5, r"runtime.num_workers 1 x runtime.cpus_per_worker 5 exceed the 4 CPUs"),
     ("data.dataset", "cats", r"data: unknown dataset 'cats'"),
     ("model.weights", "/none.safetensors", r"model.weights: no weights file at /none.safetensors"),
+    (
+        "model.source_grid",
+        [18, 32],
+        r"model.source_grid \[18, 32\] is that of a weights file, and there is none; leave",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import segvit
 from segvit.backbones.feature_map import resize_positions
+from segvit.backbones.positions import resize_bias_table
 
 SMALL: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
@@ -89,6 +90,19 @@ def test_take_weights__every_family_at_another_size(name: str) -> None:
     taken = segvit.take_weights(own, source)
     assert taken.new == ()
     assert sum(torch.equal(own.state_dict()[key], value) for key, value in source.state_dict().items()) > 20
+
+
+def test_take_weights__windows_of_smaller_stages_are_resized() -> None:
+    """At 128 x 64 pixels the windows of Swin's third stage are 7 x 4, at 64 x 64 they are 4 x 4."""
+    own, source = (
+        model(
+            backbone="swin_tiny_patch4_window7_224", backbone_options={"depth": 1}, out_layers=(0, 2), image_size=size
+        )
+        for size in ((64, 64), (128, 64))
+    )
+    assert segvit.take_weights(own, source).new == ()
+    key = "backbone.vit.layers.2.blocks.0.attn.relative_position_bias_table"
+    assert torch.equal(own.state_dict()[key], resize_bias_table(source.state_dict()[key], (7, 4), (4, 4)))
 
 
 def test_take_weights__another_backbone_is_refused() -> None:
