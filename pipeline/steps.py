@@ -135,12 +135,20 @@ def open_shards(context: StepContext, uri: str, digest: str) -> ShardSet:
     return record
 
 
-@step(version=1)
-def import_checkpoint(context: StepContext, source: str, digest: str) -> Checkpoint:
-    """Keep a checkpoint folder from elsewhere where all workers reach it."""
+@step(version=2)
+def import_checkpoint(context: StepContext, source: str, digest: str, config_digest: str) -> Checkpoint:
+    """Keep a checkpoint folder from elsewhere where all workers reach it; the sums are those of its two files."""
     from pipeline.registry.import_model import import_folder
 
-    return import_folder(source, digest, context.output_uri(), context.lease)
+    return import_folder(source, digest, config_digest, context.output_uri(), context.lease)
+
+
+@step(version=1)
+def import_start(context: StepContext, source: str, digest: str, model: dict[str, Any]) -> Checkpoint:
+    """Convert a file of the published format, for a model of that configuration that starts from it."""
+    from pipeline.registry.import_model import import_published_start
+
+    return import_published_start(source, digest, model, context.output_uri(), context.lease)
 
 
 @step(version=1)

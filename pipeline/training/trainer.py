@@ -84,14 +84,14 @@ class Trainer:
             return
         try:
             with tempfile.TemporaryDirectory(prefix="segvit-start-") as folder:
-                source, _ = segvit.load_checkpoint(storage.fetch_folder(job.start.uri, Path(folder) / "checkpoint"))
-            self.taken = take_weights(self.model, source)
+                fetched = storage.fetch_folder(job.start.uri, Path(folder) / "checkpoint")
+                source, metadata = segvit.load_checkpoint(fetched)
+            classes = storage.read_json(storage.join(job.shard_set.uri, MANIFEST))["classes"]
+            self.taken = take_weights(self.model, source, classes, metadata.get("class_names", ()))
             if job.settings.distill is not None:
                 self.fitted = self._fit_features(source.to(self.context.device), job.settings.distill.images)
         except (FileNotFoundError, ValueError) as error:
-            raise UserError(
-                f"{job.variant} cannot start from {job.start.variant} ({job.start.uri}): {error}"
-            ) from error
+            raise UserError(f"{job.variant} cannot start from {job.start.origin} ({job.start.uri}): {error}") from error
 
     def _fit_features(self, teacher: segvit.SegViT, num_images: int) -> segvit.FeatureFit:
         """Fit what the model restores to the teacher's features on this many crops, over all ranks."""

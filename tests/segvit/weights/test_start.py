@@ -70,6 +70,39 @@ def test_take_weights__other_classes_and_depth() -> None:
     assert {".".join(name.split(".")[1:4]) for name in longer.new} == {"vit.blocks.2", "vit.blocks.3"}
 
 
+@pytest.mark.parametrize("structure", ["cascade", "anchored", "linear", "shrunk"])
+def test_take_weights__classes_are_found_by_name(structure: str) -> None:
+    own, source = model(structure, num_classes=4), model(structure)
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    taken = segvit.take_weights(own, source, ["sky", "car", "road", "tram"], ["road", "tree", "sky"])
+    assert (taken.classes, taken.new_classes, taken.new) == (("sky", "road"), ("car", "tram"), ())
+    after, theirs = own.state_dict(), source.state_dict()
+    by_class = [name for name in theirs if theirs[name].shape != after[name].shape]
+    assert len(by_class) == (2 if structure == "linear" else 3)
+    for name in by_class:
+        assert torch.equal(after[name][[0, 2]], theirs[name][[2, 0]]), name
+        assert torch.equal(after[name][[1, 3]], before[name][[1, 3]]), name
+        assert torch.equal(after[name][4:], theirs[name][3:]), name
+    assert taken.summary().endswith("nothing new; classes by name: taken sky, road; 2 new")
+
+
+def test_take_weights__as_many_classes_of_other_names_are_not_taken_for_the_same() -> None:
+    own, source = model(), model()
+    head = own.state_dict()["decoder.class_head.weight"].clone()
+    for theirs in (["x", "y", "z"], []):
+        taken = segvit.take_weights(own, source, ["a", "b", "c"], theirs)
+        assert torch.equal(own.state_dict()["decoder.class_head.weight"], head)
+        assert set(taken.new) == {"decoder.class_head.weight", "decoder.class_head.bias"} | {
+            name for name in own.state_dict() if "class_queries" in name
+        }
+        assert taken.summary().endswith("; classes by name: none taken; 3 new")
+    turned = segvit.take_weights(own, source, ["a", "b", "c"], ["c", "b", "a"])
+    assert turned.new_classes == ()
+    assert torch.equal(
+        own.state_dict()["decoder.class_head.weight"], source.state_dict()["decoder.class_head.weight"][[2, 1, 0, 3]]
+    )
+
+
 def test_take_weights__positions_of_another_grid_are_resized() -> None:
     own, source = model(image_size=(96, 96)), model()
     segvit.take_weights(own, source)
