@@ -77,7 +77,7 @@ def choose_backbone() -> tuple[str, str]:
     return DEFAULT_BACKBONE, f"the default, as {WEIGHTS_VARIABLE} holds weights of another; name that with --backbone"
 
 
-def draft_experiment(data: DataConfig, found: SourceCheck, machine: Machine, backbone: str, why: str) -> str:
+def draft_experiment(name: str, data: DataConfig, found: SourceCheck, machine: Machine, backbone: str, why: str) -> str:
     """The text of an experiment file for `data`, of which `found` tells sizes and amounts.
 
     `backbone` is a timm name, `why` says why it is that one. Raises ValueError for a backbone that there is not.
@@ -110,7 +110,7 @@ def draft_experiment(data: DataConfig, found: SourceCheck, machine: Machine, bac
     kept = _FIELDS_OF_SHRUNK.format(layers=layers, **shrunk) if shrunk else _NO_SHRUNK
     return _TEMPLATE.format(
         layout="\n".join(f"# {line}" for line in found.layout),
-        name=experiment_name(data.root),
+        name=name,
         data=_block({"data": section}),
         why_backbone=why,
         model=_block({"model": model}),
@@ -144,9 +144,9 @@ def crop_for(size: tuple[int, int], patch: int, num_patches: int) -> tuple[int, 
     return rows * patch, columns * patch
 
 
-def experiment_name(root: str | None) -> str:
+def experiment_name(root: str) -> str:
     """A name for experiments on the data at `root`: that of its folder or archive, in the signs that names may have."""
-    stem = (root or "").rstrip("/").rpartition("/")[2].partition(".")[0]
+    stem = root.rstrip("/").rpartition("/")[2].partition(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-_")[:63] or "experiment"
 
 

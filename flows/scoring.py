@@ -7,21 +7,19 @@ from typing import Any, NamedTuple
 
 from flows.experiment import Experiment
 from flows.recipes import parts
-from pipeline import steps, storage
+from pipeline import steps
 from pipeline.config import EvaluateConfig, ExperimentConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet
+from pipeline.registry.model_source import absolute, is_published_file, source_digests
 from pipeline.registry.models import resolve_model
 from pipeline.registry.rescoring import keep_evaluation
 from pipeline.registry.store import get_version, shard_set_of
 from pipeline.shards.shards import ShardSetError, read_manifest
-from pipeline.storage.names import CHECKPOINT_FILES, WEIGHTS_FILE
 from pipeline.workflow.execution import StepRef
 from pipeline.workflow.graph import Graph
 from pipeline.workflow.runs import run_tree
 from pipeline.workflow.tracking import Tracking
-
-PUBLISHED_SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 class Scored(NamedTuple):
@@ -84,9 +82,9 @@ def take_model(
     if is_registered(model):
         reference = resolve_model(flow.tracking, model)
         return flow.step(steps.fetch_model, *reference, get_version(flow.tracking, *reference).checkpoint_digest)
-    digest = weights_digest(flow.tracking, model)
+    digests = source_digests(model)
     if not is_published_file(model):
-        return flow.step(steps.import_checkpoint, absolute(model), digest)
+        return flow.step(steps.import_checkpoint, absolute(model), *digests)
     if experiment is None:
         raise UserError(
             f"{model} does not say what model it is; give an experiment file in place of the shard set, one variant "
@@ -94,7 +92,12 @@ def take_model(
         )
     name = described_by(experiment.config, variant)
     return flow.step(
-        steps.import_published, absolute(model), digest, name, published_arguments(experiment.config, name), shards
+        steps.import_published,
+        absolute(model),
+        digests.weights,
+        name,
+        published_arguments(experiment.config, name),
+        shards,
     )
 
 
@@ -126,27 +129,7 @@ def weights_digest(tracking: Tracking, model: str) -> str:
     """
     if is_registered(model):
         return get_version(tracking, *resolve_model(tracking, model)).checkpoint_digest
-    if is_published_file(model):
-        if not storage.exists(model):
-            raise UserError(f"no file at {model}; a model is models:/NAME@ALIAS, a checkpoint folder or a .pth file")
-        return storage.file_digest(model)
-    for file in CHECKPOINT_FILES:
-        if not storage.exists(storage.join(model, file)):
-            raise UserError(
-                f"{model} is no checkpoint folder, it has no {file}; a model is models:/NAME@ALIAS, a checkpoint "
-                f"folder or a file of the published format ({', '.join(PUBLISHED_SUFFIXES)})"
-            )
-    return storage.file_digest(storage.join(model, WEIGHTS_FILE))
-
-
-def is_published_file(model: str) -> bool:
-    """Whether that names a file of the published format."""
-    return Path(model).suffix in PUBLISHED_SUFFIXES
-
-
-def absolute(uri: str) -> str:
-    """The URI, or a local path in full: steps run in folders of their own."""
-    return str(storage.local_path(uri).absolute()) if storage.is_local(uri) else uri
+    return source_digests(model).weights
 
 
 def keep_scores(tracking: Tracking, checkpoint: Checkpoint, evaluation: Evaluation, run_id: str) -> bool:

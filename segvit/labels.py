@@ -20,14 +20,14 @@ def check_ignore_index(num_classes: int, ignore_index: int) -> None:
 def check_labels(labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raise ValueError unless every label is a class or the ignore index.
 
-    On CUDA nothing waits for the answer: an assertion of the device fails soon after. Other ids would index past the
-    classes, or be taken for ignored pixels.
+    On CUDA, and in a compiled graph, nothing waits for the answer: an assertion fails soon after. Other ids would
+    index past the classes, or be taken for ignored pixels.
     """
     if not labels.numel() or labels.is_meta:
         return
     low, high = torch.where(labels == ignore_index, 0, labels).aminmax()
     valid = (low >= 0) & (high < num_classes)
-    if labels.is_cuda:
+    if labels.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(valid, f"a label is neither a class (0 to {num_classes - 1}) nor {ignore_index} (ignored)")
     elif not valid:
         outside = (labels != ignore_index) & ((labels < 0) | (labels >= num_classes))

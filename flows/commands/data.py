@@ -85,7 +85,7 @@ def init(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
     """Write a complete experiment for a data set and this machine: it plans and runs as it is."""
-    from flows.draft import choose_backbone, draft_experiment
+    from flows.draft import choose_backbone, draft_experiment, experiment_name
     from pipeline import storage
     from pipeline.data_check.check import check_source
     from pipeline.datasets.recognise import recognise
@@ -94,17 +94,19 @@ def init(
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists; choose another file with --out, or use --overwrite")
     # Absolute, because the experiment may be run from any folder.
-    config, layout = recognise(str(storage.local_path(source)) if storage.is_local(source) else source)
-    name, why = (backbone, "as asked") if backbone else choose_backbone()
+    root = str(storage.local_path(source)) if storage.is_local(source) else source
+    config, layout = recognise(root)
+    timm_name, why = (backbone, "as asked") if backbone else choose_backbone()
     # The draft limits large images; without a limit they could not be read.
     limited = config.model_copy(update={"max_long_side": config.max_long_side or READABLE_SIDE})
     found = check_source(limited, layout, SAMPLES_FOR_DRAFT)
     if not any(split.num_good for split in found.splits):
         raise UserError(f"no sample of {source} can be used: {found.problems[0].example}")
     try:
-        text = draft_experiment(config, found, Machine.here() or Machine(1, 1), name, why)
+        machine = Machine.here() or Machine(1, 1)
+        text = draft_experiment(experiment_name(root), config, found, machine, timm_name, why)
     except ValueError as error:
-        raise UserError(f"--backbone {name!r}: {error}") from error
+        raise UserError(f"--backbone {timm_name!r}: {error}") from error
     storage.publish_bytes(str(out.absolute()), text.encode())
     for line in layout:
         print(line)

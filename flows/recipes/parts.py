@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
 from pipeline import steps
 from pipeline.config import ExperimentConfig, InferenceConfig
+from pipeline.config.experiment import MODEL_SCHEME
 from pipeline.datasets import open_dataset
 from pipeline.errors import UserError
 from pipeline.records import (
@@ -20,7 +24,8 @@ from pipeline.records import (
     SearchResult,
     ShardSet,
 )
-from pipeline.registry.models import resolve_model
+from pipeline.registry.model_source import absolute, is_published_file, source_digests
+from pipeline.registry.models import resolve_model, version_config
 from pipeline.registry.store import get_version
 from pipeline.workflow.execution import StepRef
 from pipeline.workflow.graph import Graph
@@ -34,14 +39,18 @@ def prepare(flow: Graph, config: ExperimentConfig) -> StepRef[ShardSet]:
 def fetch_backbones(flow: Graph, config: ExperimentConfig) -> dict[str, StepRef[BackboneRecord]]:
     """Backbone weights by variant, each found once; raises UserError for a weights file that is not there."""
     wanted = {
-        name: (str(config.variant_settings(name).model.get("backbone")), config.backbone_weights(name))
+        name: (
+            str(config.variant_settings(name).model.get("backbone")),
+            config.backbone_weights(name),
+            config.source_grid(name),
+        )
         for name in config.variants
     }
-    found: dict[tuple[str, str], StepRef[BackboneRecord]] = {}
-    for backbone, weights in dict.fromkeys(wanted.values()):
+    found: dict[tuple[str, str, tuple[int, int] | None], StepRef[BackboneRecord]] = {}
+    for backbone, weights, grid in dict.fromkeys(wanted.values()):
         label = "fetch_backbone" if len(set(wanted.values())) == 1 else f"fetch_backbone/{len(found)}-{backbone}"
-        sources = steps.backbone_sources(weights)
-        found[backbone, weights] = flow.step(steps.fetch_backbone, backbone, weights, sources, label=label)
+        sources = steps.backbone_sources(weights, grid)
+        found[backbone, weights, grid] = flow.step(steps.fetch_backbone, backbone, weights, sources, label=label)
     return {name: found[key] for name, key in wanted.items()}
 
 
@@ -69,20 +78,38 @@ def validation_inference(config: ExperimentConfig) -> InferenceConfig | None:
 def start_of(
     flow: Graph, config: ExperimentConfig, name: str, trained: Mapping[str, StepRef[Checkpoint]]
 ) -> StepRef[Checkpoint] | None:
-    """The model that a variant starts from: one of those trained before it, or a registered version.
+    """The model that a variant starts from: one of those trained before it, a registered version, or files.
 
-    Raises UserError for a version that there is not.
+    Raises UserError for what is not there, and for a version of another backbone.
     """
-    source = config.variants[name].start_from
+    from pipeline.preflight import start_problem_of
+
+    source = config.start_from(name)
     if source is None or source in trained:
         return trained[source] if source else None
     try:
+        if not source.startswith(MODEL_SCHEME):
+            return _start_of_files(flow, source, config.variant_settings(name).model)
         reference = resolve_model(flow.tracking, source)
+        if problem := start_problem_of(config, name, version_config(flow.tracking, reference)):
+            raise UserError(problem)
     except UserError as error:
         raise UserError(f"variants.{name}.start_from: {error}") from error
     label = f"fetch_model/{reference.name}-{reference.version}"
     digest = get_version(flow.tracking, *reference).checkpoint_digest
     return flow.find(label) or flow.step(steps.fetch_model, *reference, digest, label=label)
+
+
+def _start_of_files(flow: Graph, source: str, model: dict[str, Any]) -> StepRef[Checkpoint]:
+    digests = source_digests(source)
+    name = source.rstrip("/").rpartition("/")[2]
+    if not is_published_file(source):
+        label = f"import_checkpoint/{name}-{digests.weights[:8]}"
+        return flow.find(label) or flow.step(steps.import_checkpoint, absolute(source), *digests, label=label)
+    # What the file does not tell is the variant's to say: one conversion a kind of model.
+    kind = hashlib.sha256(json.dumps(model, sort_keys=True, default=list).encode()).hexdigest()
+    label = f"import_start/{name}-{digests.weights[:8]}-{kind[:4]}"
+    return flow.find(label) or flow.step(steps.import_start, absolute(source), digests.weights, model, label=label)
 
 
 def train_and_evaluate(

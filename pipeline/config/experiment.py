@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.config.data import DataConfig
 from pipeline.config.evaluate import EvaluateConfig
@@ -27,8 +27,22 @@ from pipeline.config.variant import (
     setting_paths,
 )
 from pipeline.errors import UserError
+from pipeline.storage.names import PUBLISHED_SUFFIXES
 
 MODEL_SCHEME = "models:/"
+_ELSEWHERE = (
+    "a registered version (models:/NAME@champion, models:/NAME/VERSION), a checkpoint folder (./FOLDER) or a file of "
+    f"the published format ({', '.join(PUBLISHED_SUFFIXES)})"
+)
+
+
+def lies_elsewhere(source: str) -> bool:
+    """Whether a start is a registered version, or names files: no variant's name holds such signs."""
+    return source.startswith(MODEL_SCHEME) or "/" in source or source.endswith(PUBLISHED_SUFFIXES)
+
+
+def _start_of(variant: VariantConfig, model: ModelSection) -> str | None:
+    return variant.start_from if "start_from" in variant.model_fields_set else model.start_from
 
 
 class ExperimentConfig(Section):
@@ -82,13 +96,21 @@ class ExperimentConfig(Section):
         """Where a variant's backbone weights come from: auto, random, or a file."""
         return self.variants[name].weights or self.model.weights or "auto"
 
+    def source_grid(self, name: str) -> tuple[int, int] | None:
+        """Rows and columns of patches that a variant's weights file was trained with, where they are told."""
+        return self.variants[name].source_grid or self.model.source_grid
+
+    def start_from(self, name: str) -> str | None:
+        """What a variant starts from: its own `start_from`, else the model section's; None: the backbone's weights."""
+        return _start_of(self.variants[name], self.model)
+
     def training_order(self) -> tuple[str, ...]:
         """The variants, each after the one that it starts from, else as the file has them."""
         order: list[str] = []
 
         def add(name: str) -> None:
             if name not in order:
-                source = self.variants[name].start_from
+                source = self.start_from(name)
                 if source in self.variants:
                     add(source)
                 order.append(name)
@@ -99,25 +121,31 @@ class ExperimentConfig(Section):
 
     @field_validator("variants")
     @classmethod
-    def _variant_names(cls, variants: dict[str, VariantConfig]) -> dict[str, VariantConfig]:
+    def _variant_names(cls, variants: dict[str, VariantConfig], given: ValidationInfo) -> dict[str, VariantConfig]:
+        model = given.data.get("model", ModelSection())
+        if model.start_from is not None and not lies_elsewhere(model.start_from):
+            raise ValueError(
+                f"model.start_from {model.start_from!r} is for all variants, and is {_ELSEWHERE}; a variant that "
+                "starts from another one says so itself"
+            )
         for name in variants:
             if not re.fullmatch(r"[a-z0-9_]+", name):
                 raise ValueError(f"variant name {name!r} may hold a-z, 0-9 and _ only")
         for name, variant in variants.items():
-            if variant.distill and variant.start_from is None:
+            if variant.distill and _start_of(variant, model) is None:
                 raise ValueError(f"{name}.distill needs a teacher: name it with {name}.start_from")
-            cls._check_start(name, variant.start_from, variants)
+            cls._check_start(name, _start_of(variant, model), variants)
         return variants
 
     @staticmethod
     def _check_start(name: str, source: str | None, variants: dict[str, VariantConfig]) -> None:
         path = [name]
-        while source is not None and not source.startswith(MODEL_SCHEME):
+        while source is not None and not lies_elsewhere(source):
             if source not in variants:
                 others = ", ".join(other for other in variants if other != path[-1])
                 raise ValueError(
                     f"{path[-1]}.start_from {source!r} is no variant; choose from {others or 'no other'}, or "
-                    "name a registered version as models:/NAME@champion or models:/NAME/VERSION"
+                    f"name {_ELSEWHERE}"
                 )
             path.append(source)
             if source in path[:-1]:
@@ -130,7 +158,7 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"tune.variant {self.tune.variant!r} is no variant; choose from {', '.join(self.variants)}"
             )
-        source = self.variants[self.tune.variant].start_from if self.tune.num_trials else None
+        source = self.start_from(self.tune.variant) if self.tune.num_trials else None
         if source in self.variants:
             raise ValueError(
                 f"tune.variant {self.tune.variant} starts from {source}, whose training waits for the search; "
@@ -145,7 +173,7 @@ class ExperimentConfig(Section):
                 except ValueError as error:
                     raise ValueError(f"variants.{name}.train: {error}") from None
                 self._check_batch(f"variants.{name}.train", own)
-            if own.steps == 0 and variant.start_from is None:
+            if own.steps == 0 and self.start_from(name) is None:
                 raise ValueError(f"{name} has no steps and starts from no other: give it train.steps or start_from")
         return self
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.config.section import Section
+from pipeline.config.section import Positive, Section
 from pipeline.config.train import TrainConfig
 
 Weight = Annotated[float, Field(ge=0.0)]
@@ -52,6 +52,8 @@ class _ModelFields(BaseModel):
 
     preset: str | None = None
     weights: str | None = None
+    start_from: str | None = None
+    source_grid: tuple[Positive, Positive] | None = None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -63,6 +65,10 @@ class ModelSection(_ModelFields):
     """What all variants share: any field of segvit.ModelConfig, over those of a `preset` where one is named.
 
     `weights`: of the backbone: auto, random, or a safetensors file.
+    `source_grid`: rows and columns of patches that such a file was trained with, where neither the file nor the
+    architecture's published size tells.
+    `start_from`: the model that every variant starts from which names no other: a registered version, a checkpoint
+    folder or a file of the published format, as of a variant.
     """
 
 
@@ -84,16 +90,16 @@ class VariantConfig(_ModelFields):
     Attributes:
         loss: weights of all loss terms that this variant trains with; left out, those of the experiment (of a
             preset that is trained with another loss: the preset's).
-        start_from: the trained model that this one starts from, of the same backbone: another variant, or a
-            registered version (`models:/NAME@champion`, `models:/NAME/3`). What both have alike is taken
-            (segvit.take_weights); left out, only the backbone's pretrained weights are.
+        start_from: the trained model that this one starts from, of the same backbone: another variant, a registered
+            version (`models:/NAME@champion`, `models:/NAME/3`), a checkpoint folder, or a file of the published
+            format (`.pth`). What both have alike is taken, classes by their names (segvit.take_weights); left out,
+            the model section's; null, only the backbone's pretrained weights.
         distill: fit what it restores to the features of the model that it starts from, before its first step
             (segvit.fit_upsampling); only for structure `anchored`.
         train: settings of the train section that do not suit it, such as `steps` or `learning_rate`.
     """
 
     loss: dict[str, Weight] | None = None
-    start_from: str | None = None
     distill: DistillConfig | None = None
     train: dict[str, Any] | None = None
 

@@ -49,7 +49,7 @@ class ClassList(Section):
         ignore_colours: their colours, where label maps are read by colour.
     """
 
-    names: tuple[str, ...] = Field(min_length=1, max_length=IGNORE_INDEX)
+    names: tuple[str, ...] = Field(min_length=1)
     palette: tuple[Colour, ...] | None = None
     ids: tuple[int, ...] | None = None
     ignore_ids: tuple[int, ...] = (IGNORE_INDEX,)
@@ -57,6 +57,11 @@ class ClassList(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> ClassList:
+        if len(self.names) > IGNORE_INDEX:
+            raise ValueError(
+                f"names holds {len(self.names)} classes; label maps of 8 bits tell {IGNORE_INDEX} apart at most, as "
+                f"{IGNORE_INDEX} is for ignored pixels; merge or remove classes"
+            )
         if len(set(self.names)) < len(self.names):
             twice = sorted({name for name in self.names if self.names.count(name) > 1})
             raise ValueError(f"names holds {', '.join(twice)} more than once; rename one")

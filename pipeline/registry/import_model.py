@@ -16,12 +16,15 @@ from pipeline.shards.shards import read_manifest
 from pipeline.storage.names import CHECKPOINT_FILES, CONFIG_FILE, WEIGHTS_FILE
 from pipeline.workflow.lease import Lease
 from segvit.checkpoint import read_config
+from segvit.weights.published_start import read_published_start
+
+PUBLISHED = "published"
 
 
-def import_folder(source_uri: str, digest: str, target_uri: str, lease: Lease) -> Checkpoint:
-    """Copy the checkpoint folder at `source_uri`, whose weights have that sha256, to `target_uri`.
+def import_folder(source_uri: str, digest: str, config_digest: str, target_uri: str, lease: Lease) -> Checkpoint:
+    """Copy the checkpoint folder at `source_uri`, whose two files have those sha256 sums, to `target_uri`.
 
-    Raises UserError for a folder that is no checkpoint, or whose weights have changed since they were looked at.
+    Raises UserError for a folder that is no checkpoint, or whose files have changed since they were looked at.
     """
     with tempfile.TemporaryDirectory(prefix="segvit-import-") as scratch:
         source = storage.fetch_folder(source_uri, scratch)
@@ -29,8 +32,9 @@ def import_folder(source_uri: str, digest: str, target_uri: str, lease: Lease) -
             metadata = read_config(source / CONFIG_FILE)["metadata"]
         except (OSError, ValueError) as error:
             raise UserError(f"{source_uri} is no checkpoint folder ({error})") from error
-        if storage.file_digest(str(source / WEIGHTS_FILE)) != digest:
-            raise UserError(f"{source_uri}/{WEIGHTS_FILE} has changed meanwhile; run again")
+        for file, known in zip(CHECKPOINT_FILES, (digest, config_digest), strict=True):
+            if storage.file_digest(str(source / file)) != known:
+                raise UserError(f"{source_uri}/{file} has changed meanwhile; run again")
         own = Path(scratch) / "checkpoint"
         own.mkdir()
         for file in CHECKPOINT_FILES:
@@ -45,6 +49,52 @@ def import_folder(source_uri: str, digest: str, target_uri: str, lease: Lease) -
         miou=None,
         history_uri=None,
         train_seconds=0.0,
+        source_uri=source_uri,
+        config_digest=config_digest,
+    )
+
+
+def import_published_start(
+    source_uri: str, source_digest: str, model: Mapping[str, Any], target_uri: str, lease: Lease
+) -> Checkpoint:
+    """Convert a file of the published format to a checkpoint folder at `target_uri` that models can start from.
+
+    Args:
+        source_uri: A .pth or .safetensors file; no code in it is run.
+        source_digest: Its sha256.
+        model: The fields of segvit.ModelConfig of the model that is to start from it.
+        target_uri: Where the folder goes.
+        lease: The right to write there.
+
+    Raises:
+        UserError: The file cannot be read, or is of another backbone.
+    """
+    with tempfile.TemporaryDirectory(prefix="segvit-import-") as scratch:
+        source = storage.fetch_file(source_uri, scratch)
+        if storage.file_digest(str(source)) != source_digest:
+            raise UserError(f"{source_uri} has changed meanwhile; run again")
+        try:
+            found = read_published_start(source, segvit.ModelConfig.from_dict(dict(model)))
+            trained = found.build()
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(f"{source_uri} is no model to start from: {error}") from error
+        names = {"class_names": list(found.class_names)} if found.class_names else {}
+        own = Path(scratch) / "checkpoint"
+        segvit.save_checkpoint(own, trained, {"variant": PUBLISHED, **names})
+        digest, config_digest = (storage.file_digest(str(own / file)) for file in CHECKPOINT_FILES)
+        lease.check()
+        storage.publish_folder(own, target_uri, last=CONFIG_FILE)
+    return Checkpoint(
+        variant=PUBLISHED,
+        uri=target_uri,
+        digest=digest,
+        step=0,
+        miou=None,
+        history_uri=None,
+        train_seconds=0.0,
+        source_digest=source_digest,
+        source_uri=source_uri,
+        config_digest=config_digest,
     )
 
 

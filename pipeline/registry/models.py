@@ -22,6 +22,8 @@ from pipeline.workflow.tracking import Tracking
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
+    from segvit.config import ModelConfig
+
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>\d+)|@(?P<alias>[^/@]+))")
 
 
@@ -139,6 +141,19 @@ def fetch_checkpoint(
     )
 
 
+def version_config(tracking: Tracking, reference: ModelReference) -> ModelConfig:
+    """The model configuration of a registered version; raises UserError where its files are lost or damaged."""
+    from segvit.checkpoint import read_config
+    from segvit.config import ModelConfig
+
+    with tempfile.TemporaryDirectory(prefix="segvit-config-") as scratch:
+        file = _download(tracking, reference, f"{CHECKPOINT_FOLDER}/{CONFIG_FILE}", scratch)
+        try:
+            return ModelConfig.from_dict(read_config(file)["model"])
+        except (OSError, ValueError) as error:
+            raise UserError(f"models:/{reference.name}/{reference.version} is damaged ({error})") from error
+
+
 def model_folder(tracking: Tracking, reference: ModelReference, cache: str | Path) -> Path:
     """A local folder of the whole registered model, as `mlflow.pyfunc.load_model` takes it."""
     return _download(tracking, reference, "", cache)
@@ -173,7 +188,7 @@ def _download(tracking: Tracking, reference: ModelReference, path: str, cache: s
     location = storage.join(version_location(tracking, *reference), *([path] if path else []))
     if is_file_path(location):
         folder = storage.local_path(location)
-        if not folder.is_dir():
+        if not folder.exists():
             raise UserError(f"models:/{reference.name}/{reference.version} has lost its files ({folder} is gone)")
         return folder
     Path(cache).mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 CHECKPOINT_FILES = (WEIGHTS_FILE, CONFIG_FILE)
+PUBLISHED_SUFFIXES = (".pth", ".pt", ".safetensors")  # of files of the published format
 HISTORY_FILE = "history.jsonl"
 
 # A shard set

@@ -51,7 +51,7 @@ def run_training(
     if context.rank == 0 and trainer.precision != train.precision:
         log(f"{job.variant}  in {trainer.precision}: this {context.device.type} has no {train.precision} instructions")
     if context.rank == 0 and trainer.taken is not None and job.start is not None:
-        log(f"{job.variant}  starts from {job.start.variant} (step {job.start.step}): {trainer.taken.summary()}")
+        log(f"{job.variant}  starts from {job.start.origin} (step {job.start.step}): {trainer.taken.summary()}")
         if trainer.fitted is not None:
             before, after = trainer.fitted
             log(f"{job.variant}  fitted to its features: error of what was left out {before:.3f} -> {after:.3f}")

@@ -322,5 +322,5 @@ def publish_checkpoint(job: TrainJob, saved: Sequence[SavedCheckpoint], target_u
         miou=chosen.val_miou,
         history_uri=storage.join(target_uri, HISTORY_FILE),
         train_seconds=last.train_seconds,
-        started_from=job.start.variant if job.start else None,
+        started_from=job.start.origin if job.start else None,
     )

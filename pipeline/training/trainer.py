@@ -29,7 +29,7 @@ from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
 from segvit.metrics import segmentation_metrics
 from segvit.optim import parameter_groups
-from segvit.weights.pretrained import load_backbone_state, read_file
+from segvit.weights.pretrained import load_backbone_state, read_file, read_grid
 from segvit.weights.start import TakenWeights, take_weights
 
 # Instructions that multiply bf16 matrices, of x86 and of ARM.
@@ -84,14 +84,14 @@ class Trainer:
             return
         try:
             with tempfile.TemporaryDirectory(prefix="segvit-start-") as folder:
-                source, _ = segvit.load_checkpoint(storage.fetch_folder(job.start.uri, Path(folder) / "checkpoint"))
-            self.taken = take_weights(self.model, source)
+                fetched = storage.fetch_folder(job.start.uri, Path(folder) / "checkpoint")
+                source, metadata = segvit.load_checkpoint(fetched)
+            classes = storage.read_json(storage.join(job.shard_set.uri, MANIFEST))["classes"]
+            self.taken = take_weights(self.model, source, classes, metadata.get("class_names", ()))
             if job.settings.distill is not None:
                 self.fitted = self._fit_features(source.to(self.context.device), job.settings.distill.images)
         except (FileNotFoundError, ValueError) as error:
-            raise UserError(
-                f"{job.variant} cannot start from {job.start.variant} ({job.start.uri}): {error}"
-            ) from error
+            raise UserError(f"{job.variant} cannot start from {job.start.origin} ({job.start.uri}): {error}") from error
 
     def _fit_features(self, teacher: segvit.SegViT, num_images: int) -> segvit.FeatureFit:
         """Fit what the model restores to the teacher's features on this many crops, over all ranks."""
@@ -232,7 +232,8 @@ def build_job_model(job: TrainJob) -> segvit.SegViT:
     model = segvit.build_model(job.model, num_classes=job.shard_set.num_classes)
     if job.backbone.uri is not None:
         with tempfile.TemporaryDirectory(prefix="segvit-backbone-") as folder:
-            load_backbone_state(model, read_file(storage.fetch_file(job.backbone.uri, folder)))
+            file = storage.fetch_file(job.backbone.uri, folder)
+            load_backbone_state(model, read_file(file), source_grid=read_grid(file))
     if job.train.freeze_blocks:
         model.freeze_blocks(job.train.freeze_blocks)
     return model

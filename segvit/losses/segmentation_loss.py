@@ -99,6 +99,7 @@ class SegmentationLoss(nn.Module):
         """
         if tuple(labels.shape[-2:]) != tuple(output.image_size):
             raise ValueError(f"labels are {tuple(labels.shape[-2:])} pixels, the images {output.image_size}")
+        labels = labels.long()
         present = self.present_classes(labels)
         normalizer = self._normalizer(labels, present) if normalizer is None else normalizer
         terms: dict[str, Tensor] = {}
@@ -114,14 +115,17 @@ class SegmentationLoss(nn.Module):
         Raises:
             ValueError: A label that is neither a class nor the ignore index.
         """
+        labels = labels.long()
         return self._normalizer(labels, self.present_classes(labels))
 
     def present_classes(self, labels: Tensor) -> Tensor:
         """(B, N) booleans: which classes the labels (B, H, W) show; ValueError for a label that is none."""
+        # Of 8 bits, -1 and 65535 would both be taken for 255.
+        labels = labels.long()
         check_labels(labels, self.num_classes, self.ignore_index)
         flat = labels.flatten(1)
         seen = torch.zeros(len(flat), self.num_classes + 1, dtype=torch.bool, device=labels.device)
-        index = torch.where(flat == self.ignore_index, self.num_classes, flat.long())
+        index = torch.where(flat == self.ignore_index, self.num_classes, flat)
         return seen.scatter_(1, index, True)[:, : self.num_classes]
 
     def _normalizer(self, labels: Tensor, present: Tensor) -> LossNormalizer:
@@ -178,7 +182,7 @@ class SegmentationLoss(nn.Module):
     ) -> list[Tensor]:
         logits = pixel_logits(prediction)
         ignored = labels == self.ignore_index
-        known = labels.long().masked_fill(ignored, 0)
+        known = labels.masked_fill(ignored, 0)
         return [term.function(logits, known).masked_fill(ignored, 0.0).sum() for term in terms]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
@@ -15,15 +15,18 @@ from segvit.backbones.positions import resize_bias_table
 
 UNUSED_PREFIXES = ("norm.", "fc_norm.", "head.", "attn_pool.", "mask_token")
 BIAS_TABLE = "relative_position_bias_table"
-CLEARLY_SMOOTHER = 0.8  # of learned embeddings laid out wrongly, a third; of random ones, 1
 COMPUTED_SUFFIXES = ("relative_position_index", "attn_mask", "k_bias")
 
 Shape = tuple[int, ...]
+Grid = tuple[int, int]
 Entry = TypeVar("Entry")
 
 
 def key_mismatch(network: nn.Module, given: Mapping[str, Shape]) -> str | None:
-    """What keeps tensors of these names and shapes from being loaded into the network, or None."""
+    """What keeps tensors of these names and shapes from being loaded into the network at some grid, or None.
+
+    Whether they are of a grid that is known, `grid_problem` tells.
+    """
     depth = len(blocks_of(network))
     wanted = {name: tensor for name, tensor in network.state_dict().items() if not is_unused(name, depth)}
     given = {name: shape for name, shape in current_names(given).items() if not is_unused(name, depth)}
@@ -56,51 +59,106 @@ def shape_mismatch(network: nn.Module, name: str, given: Shape, wanted: Tensor) 
     width = shape[-1] if shape else 0
     if name == "pos_embed":
         prefix = prefix_entries(network)
-        if len(given) == 3 and square_side(given[1] - prefix) and given[2] == width:
+        if len(given) == 3 and given[1] > prefix and given[2] == width:
             return None
-        return f"pos_embed {given}, which is no square grid and {prefix} prefix tokens of width {width}"
+        return f"pos_embed {given}, which is not {prefix} prefix tokens and patches of width {width}"
     if name.endswith(BIAS_TABLE):
         extra = bias_extra(network, name, wanted)
-        if len(given) == 2 and square_side(given[0] - extra) and given[1] == width:
+        in_windows = isinstance(network, SwinTransformer)
+        if len(given) == 2 and given[1] == width and (given[0] > extra if not in_windows else square_side(given[0])):
             return None
-        return f"{name} {given}, which is no square of distances and {extra} more for {width} heads"
+        rule = "no square of distances" if in_windows else f"not distances and {extra} more"
+        return f"{name} {given}, which is {rule} for {width} heads"
     if name == "rope.freqs" and given[:1] + given[2:] == shape[:1] + shape[2:] and given[1] >= shape[1]:
         return None
     return f"{name} {given} instead of {shape}"
 
 
-def adapt(network: nn.Module, name: str, tensor: Tensor, wanted: Tensor) -> Tensor:
-    """A tensor that `shape_mismatch` accepts, at the network's own grid, window or depth."""
-    if name == "pos_embed":
-        prefix = prefix_entries(network)
-        embedding: Any = network.patch_embed
-        old = stored_grid(tensor[:, prefix:], embedding.grid_size)
-        return resize_positions(tensor, old, embedding.grid_size, prefix)
-    if tensor.shape == wanted.shape:
-        return tensor
-    if name.endswith(BIAS_TABLE):
-        side = (square_side(len(tensor) - bias_extra(network, name, wanted)) + 1) // 2
+def grid_problem(network: nn.Module, given: Mapping[str, Shape], source_grid: Grid | None = None) -> str | None:
+    """Why positions that `key_mismatch` accepts cannot be brought to the network's grid, or None: theirs is unknown."""
+    given = current_names(given)
+    for name, wanted in network.state_dict().items():
+        if name in given:
+            try:
+                learned_grid(network, name, given[name], wanted, source_grid)
+            except ValueError as error:
+                return str(error)
+    return None
+
+
+def adapt(network: nn.Module, name: str, tensor: Tensor, wanted: Tensor, source_grid: Grid | None = None) -> Tensor:
+    """A tensor that `key_mismatch` and `grid_problem` accept, at the network's own grid, window or depth."""
+    grid = learned_grid(network, name, tuple(tensor.shape), wanted, source_grid)
+    if grid is not None and name == "pos_embed":
+        return resize_positions(tensor, grid, own_grid(network), prefix_entries(network))
+    if grid is not None:
+        return resize_bias_table(tensor, grid, bias_window(network, name))
+    if name.endswith(BIAS_TABLE) and tensor.shape != wanted.shape:
+        # Published windows are square. Of those as small as a Swin's, hardly any other has as many distances.
+        side = (square_side(len(tensor)) + 1) // 2
         return resize_bias_table(tensor, (side, side), bias_window(network, name))
     return tensor[:, : wanted.shape[1]] if name == "rope.freqs" else tensor
 
 
-def stored_grid(positions: Tensor, own_grid: tuple[int, int]) -> tuple[int, int]:
-    """The grid that position embeddings (1, h*w, C) were learned for: the network's own where the number agrees.
+def learned_grid(
+    network: nn.Module, name: str, given: Shape, wanted: Tensor, source_grid: Grid | None = None
+) -> Grid | None:
+    """The patch grid that positions of that shape were learned for; None for tensors that are not of a grid.
 
-    A number can be that of both a square and the network's oblong grid (24 x 24 and 18 x 32). It is the square's
-    only where the embeddings say so: neighbours on the grid that they were learned for are much more alike.
+    It is `source_grid` where that is told. Else it is the network's own, or the one that its architecture is
+    published for, whichever has as many entries: a number alone can be that of a square and of an oblong grid.
+
+    Raises:
+        ValueError: Both have, or neither; or the told grid has not.
     """
-    side = square_side(positions.shape[1])
-    square = (side, side)
-    if positions.shape[1] != own_grid[0] * own_grid[1] or own_grid == square:
-        return square if side else own_grid
+    if name == "pos_embed":
+        extra, count = prefix_entries(network), "patches"
+        num_entries = operator.mul
+    elif name.endswith(BIAS_TABLE) and not isinstance(network, SwinTransformer):
+        extra, count = bias_extra(network, name, wanted), "distances"
+        num_entries = num_distances
+    else:
+        return None
+    length = given[1 if name == "pos_embed" else 0] - extra
+    if source_grid is not None:
+        if num_entries(*source_grid) != length:
+            raise ValueError(f"{name} is of {length} {count}, source_grid {grid_text(source_grid)} has another number")
+        return source_grid
+    known = dict.fromkeys((own_grid(network), published_grid(network)))
+    fitting = [grid for grid in known if num_entries(*grid) == length]
+    if len(fitting) == 1:
+        return fitting[0]
+    grids = " and ".join(grid_text(grid) for grid in known)
+    reason = f"{grids} both have" if fitting else f"neither this model's nor the published one has ({grids})"
+    raise ValueError(
+        f"{name} is of {length} {count}, which {reason}; "
+        "give source_grid, the rows and columns of patches that these weights were trained with"
+    )
 
-    def roughness(grid: tuple[int, int]) -> float:
-        cells = torch.unflatten(positions[0].float(), 0, grid)
-        return float(cells.diff(dim=0).square().mean() + cells.diff(dim=1).square().mean())
 
-    is_square = bool(side) and roughness(square) < CLEARLY_SMOOTHER * roughness(own_grid)
-    return square if is_square else own_grid
+def own_grid(network: nn.Module) -> Grid:
+    """Rows and columns of patches that the network's positions are for."""
+    embedding: Any = network.patch_embed
+    rows, columns = embedding.grid_size
+    return rows, columns
+
+
+def published_grid(network: nn.Module) -> Grid:
+    """Rows and columns of patches of the images that timm's weights of the architecture were trained on."""
+    config: Any = network.pretrained_cfg
+    embedding: Any = network.patch_embed
+    rows, columns = (size // patch for size, patch in zip(config["input_size"][1:], embedding.patch_size, strict=True))
+    return rows, columns
+
+
+def num_distances(rows: int, columns: int) -> int:
+    """How many (row, column) distances there are between the patches of a grid."""
+    return (2 * rows - 1) * (2 * columns - 1)
+
+
+def grid_text(grid: Grid) -> str:
+    """For people: ``18 x 32``."""
+    return f"{grid[0]} x {grid[1]}"
 
 
 def prefix_entries(network: nn.Module) -> int:
@@ -119,7 +177,7 @@ def bias_window(network: nn.Module, name: str) -> tuple[int, int]:
 def bias_extra(network: nn.Module, name: str, wanted: Tensor) -> int:
     """Entries of the table after its distances: BEiT's three of the class token, none in Swin."""
     rows, columns = bias_window(network, name)
-    return len(wanted) - (2 * rows - 1) * (2 * columns - 1)
+    return len(wanted) - num_distances(rows, columns)
 
 
 def square_side(count: int) -> int:

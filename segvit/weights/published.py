@@ -66,6 +66,11 @@ def load_published(
     state = read_state(path_or_state_dict)
     layout = read_layout(state, shrinks=shrink_at is not None)
     config = read_config(state, layout, num_heads, tuple(out_layers), shrink_at, image_size, attention_scale)
+    return fill_model(config, state, layout)
+
+
+def fill_model(config: ModelConfig, state: Mapping[str, Tensor], layout: Layout) -> SegViT:
+    """The model of the configuration with published tensors; ValueError names those that do not fit."""
     num_classes = len(state[class_head(layout.structure)]) - 1
     with torch.device(next(iter(state.values())).device):
         model = build_model(config, num_classes)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import typer
 
+import segvit
 from flows.cli import app, main
 from flows.present.results import facts, print_results
 from flows.present.runs import BAR_WIDTH, bar
@@ -91,6 +92,28 @@ def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pyte
     ]
     assert not any(step["cached"] for step in steps)
     assert not (tmp_path / "ws").exists()
+
+
+def test_plan__starts_are_known_by_their_content(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from flows.experiment import load_experiment
+
+    settings = load_experiment(Path(CONFIG)).config.variant_settings("full").model
+    model = segvit.build_model(segvit.ModelConfig.from_dict(settings), 3)
+    segvit.save_checkpoint(tmp_path / "champion", model, {"class_names": ["a", "b", "c"]})
+
+    def planned() -> tuple[list[str], str]:
+        start = ("--set", f"model.start_from={tmp_path}/champion")
+        assert run("plan", CONFIG, *start, "--workspace", str(tmp_path / "ws"), "--json") == 0
+        steps = {step["label"]: step for step in json.loads(capfd.readouterr().out)}
+        [label] = [name for name in steps if name.startswith("import_checkpoint/champion-")]
+        assert steps["train/full"]["depends_on"][-1] == label
+        assert steps["train/shrunk"]["depends_on"][-1] == "train/full"
+        return list(steps), steps[label]["fingerprint"]
+
+    first = planned()
+    assert planned() == first
+    segvit.save_checkpoint(tmp_path / "champion", model, {"class_names": ["a", "b", "z"]})
+    assert planned()[1] != first[1]
 
 
 def test_plan__every_variant_is_scored_by_further_ways_of_predicting(

@@ -48,7 +48,7 @@ def data(root: Path, size: tuple[int, int] = (240, 320), num_train: int = 6) -> 
 
 def drafted(folder: Path, config: DataConfig, machine: Machine = LAPTOP, backbone: str = SMALL) -> ExperimentConfig:
     """The experiment as its file is read; it passes all checks before a start."""
-    text = draft_experiment(config, check_source(config, ("why",)), machine, backbone, "as asked")
+    text = draft_experiment("my-set", config, check_source(config, ("why",)), machine, backbone, "as asked")
     file = folder / "experiment.yaml"
     file.write_text(text)
     assert text.startswith("# why\n")
@@ -95,7 +95,7 @@ def test_draft__another_backbone(tmp_path: Path) -> None:
     assert share(config) <= SHRUNK_SHARE
     found = check_source(config.data)
     with pytest.raises(ValueError, match="vit_tinny"):
-        draft_experiment(config.data, found, LAPTOP, "vit_tinny", "as asked")
+        draft_experiment("a", config.data, found, LAPTOP, "vit_tinny", "as asked")
 
 
 def test_draft__tiny_images_have_no_patches_to_save(tmp_path: Path) -> None:
@@ -118,11 +118,11 @@ def test_crop__the_images_shape_in_whole_patches(size: tuple[int, int], patches:
 
 
 def test_name__of_the_folder_or_archive() -> None:
-    roots: dict[str | None, str] = {
+    roots = {
         "/data/My set {v1}/": "My-set-v1",
         "s3://bucket/roads.tar.gz": "roads",
         "/data/ä": "experiment",
-        None: "experiment",
+        "/": "experiment",
     }
     assert {root: experiment_name(root) for root in roots} == roots
 

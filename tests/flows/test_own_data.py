@@ -165,7 +165,7 @@ def test_export__to_predictions_in_four_commands(
     main(["init", "my data", "--backbone", "vit_tiny_patch16_224"])
     tiny = [argument for name, value in TINY.items() for argument in ("--set", f"{name}={value}")]
     summary = facts(capfd, "run", "experiment.yaml", *tiny)
-    shards = facts(capfd, "data", summary["shard_set"])
+    shards = facts(capfd, "data", summary["records"]["prepare"]["uri"])
     assert [one["name"] for one in shards["splits"]] == ["train", "val"]
     wanted = np.bincount(np.concatenate([scene(number).label.ravel() for number in range(NUM_TRAIN + NUM_VAL)]))
     pixels = {

@@ -13,6 +13,9 @@ from pipeline.config import ExperimentConfig
 from pipeline.config.file import parse_config
 from pipeline.errors import UserError
 from pipeline.preflight import Machine, find_problems
+from segvit.checkpoint import save_checkpoint
+from segvit.config import ModelConfig
+from segvit.model import build_model
 
 EXPERIMENT: dict[str, Any] = {
     "name": "tiny",
@@ -117,6 +120,11 @@ MISFITS: list[tuple[str, Any, str | None]] = [
     ("runtime.cpus_per_worker", 5, r"runtime.num_workers 1 x runtime.cpus_per_worker 5 exceed the 4 CPUs"),
     ("data.dataset", "cats", r"data: unknown dataset 'cats'"),
     ("model.weights", "/none.safetensors", r"model.weights: no weights file at /none.safetensors"),
+    (
+        "model.source_grid",
+        [18, 32],
+        r"model.source_grid \[18, 32\] is that of a weights file, and there is none; leave",
+    ),
 ]
 
 
@@ -130,6 +138,24 @@ def test_find_problems__one_misfit(path: str, value: Any, message: str | None, t
     else:
         assert [one for one in problems if re.search(message, one)], problems
     assert not any("Traceback" in one or "\n" in one for one in problems)
+
+
+def test_find_problems__folders_and_files_to_start_from(tmp_path: Path) -> None:
+    settings = experiment().variant_settings("full").model
+    save_checkpoint(tmp_path / "champion", build_model(ModelConfig.from_dict(settings), 3), {})
+    workspace = str(tmp_path / "ws")
+    assert find_problems(experiment(("model.start_from", f"{tmp_path}/champion")), workspace) == []
+    larger = ("variants.full.backbone", "vit_small_patch16_224")
+    for start, message in (
+        (f"{tmp_path}/champion", "its backbone is vit_tiny_patch16_224, not vit_small_patch16_224; start from"),
+        (f"{tmp_path}/nowhere", f"{tmp_path}/nowhere is no checkpoint folder, it has no model.safetensors"),
+        (f"{tmp_path}/none.pth", f"no file at {tmp_path}/none.pth"),
+        (f"{tmp_path}/champion/model.safetensors", f"one of the files of a checkpoint; name its folder, {tmp_path}"),
+    ):
+        problems = find_problems(experiment(("variants.full.start_from", start), larger), workspace)
+        assert len(problems) == 1
+        assert problems[0].startswith(f"variants.full.start_from {start}: ")
+        assert message in problems[0]
 
 
 def test_find_problems__linear_head_has_no_masks_to_compare(tmp_path: Path) -> None:

@@ -101,7 +101,10 @@ def test_variant_settings__its_own_train_settings_that_break_a_rule(own: dict[st
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
-        ({"a": {}, "b": {"start_from": "c"}}, r"b.start_from 'c' is no variant; choose from a, or name a registered"),
+        (
+            {"a": {}, "b": {"start_from": "c"}},
+            r"b.start_from 'c' is no variant; choose from a, or name a registered version",
+        ),
         ({"a": {"start_from": "models"}}, r"a.start_from 'models' is no variant; choose from no other, or name a"),
         ({"a": {"start_from": "a"}}, r"start_from goes in a circle: a from a; one of them must start anew"),
         (
@@ -113,6 +116,15 @@ def test_variant_settings__its_own_train_settings_that_break_a_rule(own: dict[st
 def test_start_from__names_another_variant_or_a_version(variants: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         experiment(variants=variants)
+
+
+def test_start_from__of_all_variants_and_of_their_own() -> None:
+    model = {"backbone": "vit_tiny_patch16_224", "image_size": [48, 64], "start_from": "./champion"}
+    variants = {"a": {}, "b": {"start_from": None}, "c": {"start_from": "a"}, "d": {"start_from": "runs/x.pth"}}
+    config = experiment(model=model, variants=variants)
+    assert [config.start_from(name) for name in variants] == ["./champion", None, "a", "runs/x.pth"]
+    with pytest.raises(UserError, match=r"model.start_from 'a' is for all variants, and is a registered version"):
+        experiment(model={**model, "start_from": "a"}, variants={"a": {}})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.spawn import spawn
 
+import segvit
+from pipeline import storage
 from pipeline.config import DistillConfig, InferenceConfig, RuntimeConfig
 from pipeline.errors import UserError
 from pipeline.evaluation.scoring import confusion_of_split
@@ -264,6 +266,25 @@ def test_run_training__starts_from_another_variant(make_job: MakeJob, tmp_path: 
         log=lines.append,
     )
     assert not any("starts from" in line for line in lines)
+
+
+def test_trainer__starts_from_a_model_of_other_classes(make_job: MakeJob, tmp_path: Path) -> None:
+    job = make_job(steps=2)
+    torch.manual_seed(1)
+    other = segvit.build_model(job.model, 3)
+    own_names = storage.read_json(storage.join(job.shard_set.uri, "manifest.json"))["classes"]
+    segvit.save_checkpoint(tmp_path / "other", other, {"class_names": ["crane", own_names[4], "kite"]})
+    lines: list[str] = []
+    started = job.model_copy(update={"start": start_of(tmp_path / "other", 0)})
+    trainer, fresh = Trainer(started, ALONE), Trainer(job, ALONE)
+    head, untouched, theirs = (
+        model.state_dict()["decoder.class_head.weight"] for model in (trainer.model, fresh.model, other)
+    )
+    assert torch.equal(head[[4, -1]], theirs[[1, -1]])
+    assert torch.equal(head[:4], untouched[:4])
+    run_training(started, ALONE, Reports(), work_folder=tmp_path / "run", log=lines.append)
+    [line] = [line for line in lines if "starts from" in line]
+    assert line.endswith(f"nothing new; classes by name: taken {own_names[4]}; {len(own_names) - 1} new")
 
 
 def test_run_training__no_steps_keep_what_the_variant_starts_from(make_job: MakeJob, tmp_path: Path) -> None:

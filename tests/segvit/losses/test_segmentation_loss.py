@@ -261,6 +261,26 @@ def test_loss__ignore_index_that_is_a_class_is_refused() -> None:
     assert SegmentationLoss(300, ignore_index=-1).present_classes(labels).nonzero().tolist() == [[0, 255]]
 
 
+@pytest.mark.parametrize("ignore_index", [-1, 65535])
+@pytest.mark.parametrize("term", ["dice", "cross_entropy"])
+def test_loss__class_255_counts_in_labels_of_8_bits(ignore_index: int, term: str) -> None:
+    output = SegmentationOutput(torch.zeros(1, 300, 301), torch.randn(1, 300, 1, 2), (), (1, 2), (1, 2))
+    loss = SegmentationLoss(300, {term: 1.0}, ignore_index=ignore_index, count_ignored_as_background=False)
+    labels = torch.tensor([[[255, 7]]])
+    assert loss.normalizer(labels.byte()).num_pixels == 2
+    assert loss(output, labels.byte())["total"] == loss(output, labels)["total"]
+
+
+def test_loss__compiles_as_one_graph() -> None:
+    torch.manual_seed(0)
+    output, labels = make_output(1, (12, 16)), some_labels("dense", (12, 16), batch=1)
+    loss = SegmentationLoss(output.mask_logits.shape[1], {"class": 1.0, "cross_entropy": 1.0})
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(output, labels), loss(output, labels))
+    with pytest.raises(RuntimeError, match="a label is neither a class"):
+        compiled(output, torch.full_like(labels, 99))
+
+
 def test_loss__of_an_output_without_masks() -> None:
     output = SegmentationOutput(None, torch.zeros(1, 3, 1, 2), (), (1, 2), (1, 2))
     with pytest.raises(ValueError, match="loss term focal, dice compares masks, which a structure without masks has"):

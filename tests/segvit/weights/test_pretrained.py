@@ -16,15 +16,20 @@ from timm.models import beit, swin_transformer
 
 from segvit.backbones.families import outline_backbone
 from segvit.backbones.feature_map import resize_positions
+from segvit.backbones.positions import resize_bias_table
+from segvit.checkpoint import save_checkpoint
 from segvit.config import ModelConfig
 from segvit.model import SegViT
 from segvit.weights import pretrained
 from segvit.weights.fitting import key_mismatch, shapes_of
 from segvit.weights.pretrained import (
+    BackboneWeights,
     SourceUnavailableError,
     find_backbone_weights,
     hub_problem,
     load_backbone_state,
+    read_grid,
+    save_backbone_state,
     weights_problem,
 )
 from segvit.weights.wheel import find_wheel_file, read_wheel_weights
@@ -75,10 +80,10 @@ def test_load_backbone_state__mismatch_is_named(make_model: MakeModel, tiny_file
     del state["blocks.1.norm1.weight"]
     state["blocks.2.norm1.bias"] = torch.zeros(7)
     state["rope.freqs"] = torch.zeros(1)
-    state["pos_embed"] = torch.zeros(1, 1 + 6, 192)
+    state["pos_embed"] = torch.zeros(1, 1 + 6, 191)
     message = (
         r"missing: blocks.1.norm1.weight; unexpected: rope.freqs; "
-        r"of another shape: pos_embed \(1, 7, 192\), which is no square grid and 1 prefix tokens of width 192, "
+        r"of another shape: pos_embed \(1, 7, 191\), which is not 1 prefix tokens and patches of width 192, "
         r"blocks.2.norm1.bias \(7,\) instead of \(192,\)"
     )
     with pytest.raises(ValueError, match=message):
@@ -141,26 +146,82 @@ def test_load_backbone_state__positions_of_the_models_own_grid_stay(
     assert torch.equal(fresh.backbone.vit.pos_embed, network.pos_embed)
 
 
-@pytest.mark.parametrize("learned_for", [(24, 24), (18, 32)])
-def test_load_backbone_state__positions_tell_the_grid_they_were_learned_for(
-    make_model: MakeModel, learned_for: tuple[int, int]
-) -> None:
+def test_load_backbone_state__the_grid_that_is_told_wins_over_the_number(make_model: MakeModel) -> None:
     model = make_model(image_size=(288, 512))
     state = dict(model.backbone.vit.state_dict())
-    rows, columns = (torch.arange(cells)[:, None] / 4 for cells in learned_for)
-    waves = torch.arange(1, 97) / 48
-    codes = torch.cat(
-        (
-            torch.sin(rows * waves)[:, None].expand(*learned_for, -1),
-            torch.sin(columns * waves).expand(*learned_for, -1),
-        ),
-        dim=2,
-    )
-    patches = codes.flatten(0, 1)[None] + 0.1 * torch.randn(1, 576, 192)
-    state["pos_embed"] = torch.cat((state["pos_embed"][:, :1], patches), dim=1)
-    load_backbone_state(model, state)
-    expected = resize_positions(state["pos_embed"], learned_for, (18, 32), 1)
+    state["pos_embed"] = torch.randn(1, 577, 192)
+    load_backbone_state(model, state, source_grid=(24, 24))
+    expected = resize_positions(state["pos_embed"], (24, 24), (18, 32), 1)
     assert torch.equal(model.backbone.vit.pos_embed, expected)
+    smaller = make_model(image_size=(96, 96))
+    load_backbone_state(smaller, state, source_grid=(18, 32))
+    assert torch.equal(smaller.backbone.vit.pos_embed, resize_positions(state["pos_embed"], (18, 32), (6, 6), 1))
+    with pytest.raises(ValueError, match="pos_embed is of 576 patches, source_grid 6 x 4 has another number"):
+        load_backbone_state(smaller, state, source_grid=(6, 4))
+
+
+def test_load_backbone_state__a_number_of_two_grids_or_of_none_is_refused(make_model: MakeModel) -> None:
+    """ViT-B/16 384 is published for 24 x 24 patches, as many as 18 x 32."""
+    options = {"embed_dim": 48, "depth": 4, "num_heads": 3}
+    model = make_model(backbone="vit_base_patch16_384", image_size=(288, 512), backbone_options=options)
+    state = dict(model.backbone.vit.state_dict())
+    with pytest.raises(
+        ValueError,
+        match="pos_embed is of 576 patches, which 18 x 32 and 24 x 24 both have; give source_grid, the rows",
+    ):
+        load_backbone_state(model, state)
+    load_backbone_state(model, state, source_grid=(18, 32))
+    assert torch.equal(model.backbone.vit.pos_embed, state["pos_embed"])
+    elsewhere = make_model(backbone="vit_base_patch16_384", image_size=(64, 96), backbone_options=options)
+    load_backbone_state(elsewhere, state)
+    assert torch.equal(elsewhere.backbone.vit.pos_embed, resize_positions(state["pos_embed"], (24, 24), (4, 6), 1))
+    state["pos_embed"] = torch.zeros(1, 37, 48)
+    with pytest.raises(
+        ValueError, match=r"of 36 patches, which neither this model's nor the published one has \(4 x 6"
+    ):
+        load_backbone_state(elsewhere, state)
+
+
+def test_load_backbone_state__bias_tables_of_two_grids(make_model: MakeModel) -> None:
+    """5 x 41 patches have as many distances as BEiT's 14 x 14."""
+    name, options = "beit_base_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    model = make_model(
+        backbone=name, image_size=(80, 656), out_layers=(1,), structure="single", backbone_options=options
+    )
+    key = "blocks.1.attn.relative_position_bias_table"
+    state = {
+        one: torch.randn(tensor.shape) if one == key else tensor
+        for one, tensor in model.backbone.vit.state_dict().items()
+    }
+    with pytest.raises(ValueError, match="table is of 729 distances, which 5 x 41 and 14 x 14 both have"):
+        load_backbone_state(model, state)
+    load_backbone_state(model, state, source_grid=(14, 14))
+    expected = resize_bias_table(state[key], (14, 14), (5, 41))
+    assert torch.equal(model.backbone.vit.state_dict()[key], expected)
+    load_backbone_state(model, state, source_grid=(5, 41))
+    assert torch.equal(model.backbone.vit.state_dict()[key], state[key])
+
+
+def test_save_backbone_state__keeps_the_grid(tmp_path: Path) -> None:
+    tensors = {"pos_embed": torch.arange(6.0).view(1, 6, 1)}
+    for grid in ((2, 3), None):
+        save_backbone_state(tmp_path / "weights.safetensors", BackboneWeights(tensors, "file", "", grid))
+        assert read_grid(tmp_path / "weights.safetensors") == grid
+    assert torch.equal(load_file(tmp_path / "weights.safetensors")["pos_embed"], tensors["pos_embed"])
+
+
+def test_find__grid_of_a_file_is_its_own_or_told(tmp_path: Path, tiny_file: Path) -> None:
+    assert find_backbone_weights(TINY, str(tiny_file)).grid is None
+    found = find_backbone_weights(TINY, str(tiny_file), source_grid=(7, 28))
+    assert found.grid == (7, 28)
+    save_backbone_state(tmp_path / "known.safetensors", found)
+    assert find_backbone_weights(TINY, str(tmp_path / "known.safetensors")).grid == (7, 28)
+
+
+def test_find__a_whole_segvit_is_told_where_it_belongs(tmp_path: Path, make_model: MakeModel) -> None:
+    save_checkpoint(tmp_path / "champion", make_model(), {})
+    with pytest.raises(ValueError, match=f"whole SegViT, not a backbone; .* start_from: {tmp_path}/champion$"):
+        find_backbone_weights(TINY, str(tmp_path / "champion" / "model.safetensors"))
 
 
 def test_weights_problem__names_what_does_not_fit(tmp_path: Path, tiny_file: Path) -> None:
@@ -184,7 +245,12 @@ def test_weights_problem__oblong_positions_of_the_models_own_grid(make_model: Ma
     save_file(dict(network.state_dict()), tmp_path / "own.safetensors")
     config = ModelConfig(backbone=TINY, image_size=(48, 64))
     assert weights_problem(config, tmp_path / "own.safetensors") is None
-    assert "no square grid" in str(weights_problem(config.replace(image_size=(64, 96)), tmp_path / "own.safetensors"))
+    other = config.replace(image_size=(64, 96))
+    assert weights_problem(other, tmp_path / "own.safetensors", (3, 4)) is None
+    assert str(weights_problem(other, tmp_path / "own.safetensors")).startswith(
+        f"{tmp_path}/own.safetensors: pos_embed is of 12 patches, which neither this model's nor the published one has "
+        "(4 x 6 and 14 x 14); give source_grid"
+    )
 
 
 def test_load_backbone_state__tokens_and_tables_of_dinov3(make_model: MakeModel) -> None:
@@ -217,8 +283,12 @@ def test_key_mismatch__bias_table_is_named() -> None:
     network = outline_backbone("beit_base_patch16_224")
     key = "blocks.0.attn.relative_position_bias_table"
     assert key_mismatch(network, shapes_of(network.state_dict())) is None
-    problem = key_mismatch(network, shapes_of(network.state_dict()) | {key: (731, 12)})
-    assert problem == f"of another shape: {key} (731, 12), which is no square of distances and 3 more for 12 heads"
+    problem = key_mismatch(network, shapes_of(network.state_dict()) | {key: (732, 11)})
+    assert problem == f"of another shape: {key} (732, 11), which is not distances and 3 more for 12 heads"
+    swin = outline_backbone("swin_tiny_patch4_window7_224")
+    key = "layers.0.blocks.0.attn.relative_position_bias_table"
+    problem = key_mismatch(swin, shapes_of(swin.state_dict()) | {key: (170, 3)})
+    assert problem == f"of another shape: {key} (170, 3), which is no square of distances for 3 heads"
 
 
 @pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_tiny_patch16_dinov3_qkvb"])

@@ -10,6 +10,7 @@ from torch import nn
 
 import segvit
 from segvit.backbones.feature_map import resize_positions
+from segvit.backbones.positions import resize_bias_table
 
 SMALL: dict[str, Any] = {
     "backbone": "vit_tiny_patch16_224",
@@ -69,6 +70,39 @@ def test_take_weights__other_classes_and_depth() -> None:
     assert {".".join(name.split(".")[1:4]) for name in longer.new} == {"vit.blocks.2", "vit.blocks.3"}
 
 
+@pytest.mark.parametrize("structure", ["cascade", "anchored", "linear", "shrunk"])
+def test_take_weights__classes_are_found_by_name(structure: str) -> None:
+    own, source = model(structure, num_classes=4), model(structure)
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    taken = segvit.take_weights(own, source, ["sky", "car", "road", "tram"], ["road", "tree", "sky"])
+    assert (taken.classes, taken.new_classes, taken.new) == (("sky", "road"), ("car", "tram"), ())
+    after, theirs = own.state_dict(), source.state_dict()
+    by_class = [name for name in theirs if theirs[name].shape != after[name].shape]
+    assert len(by_class) == (2 if structure == "linear" else 3)
+    for name in by_class:
+        assert torch.equal(after[name][[0, 2]], theirs[name][[2, 0]]), name
+        assert torch.equal(after[name][[1, 3]], before[name][[1, 3]]), name
+        assert torch.equal(after[name][4:], theirs[name][3:]), name
+    assert taken.summary().endswith("nothing new; classes by name: taken sky, road; 2 new")
+
+
+def test_take_weights__as_many_classes_of_other_names_are_not_taken_for_the_same() -> None:
+    own, source = model(), model()
+    head = own.state_dict()["decoder.class_head.weight"].clone()
+    for theirs in (["x", "y", "z"], []):
+        taken = segvit.take_weights(own, source, ["a", "b", "c"], theirs)
+        assert torch.equal(own.state_dict()["decoder.class_head.weight"], head)
+        assert set(taken.new) == {"decoder.class_head.weight", "decoder.class_head.bias"} | {
+            name for name in own.state_dict() if "class_queries" in name
+        }
+        assert taken.summary().endswith("; classes by name: none taken; 3 new")
+    turned = segvit.take_weights(own, source, ["a", "b", "c"], ["c", "b", "a"])
+    assert turned.new_classes == ()
+    assert torch.equal(
+        own.state_dict()["decoder.class_head.weight"], source.state_dict()["decoder.class_head.weight"][[2, 1, 0, 3]]
+    )
+
+
 def test_take_weights__positions_of_another_grid_are_resized() -> None:
     own, source = model(image_size=(96, 96)), model()
     segvit.take_weights(own, source)
@@ -89,6 +123,19 @@ def test_take_weights__every_family_at_another_size(name: str) -> None:
     taken = segvit.take_weights(own, source)
     assert taken.new == ()
     assert sum(torch.equal(own.state_dict()[key], value) for key, value in source.state_dict().items()) > 20
+
+
+def test_take_weights__windows_of_smaller_stages_are_resized() -> None:
+    """At 128 x 64 pixels the windows of Swin's third stage are 7 x 4, at 64 x 64 they are 4 x 4."""
+    own, source = (
+        model(
+            backbone="swin_tiny_patch4_window7_224", backbone_options={"depth": 1}, out_layers=(0, 2), image_size=size
+        )
+        for size in ((64, 64), (128, 64))
+    )
+    assert segvit.take_weights(own, source).new == ()
+    key = "backbone.vit.layers.2.blocks.0.attn.relative_position_bias_table"
+    assert torch.equal(own.state_dict()[key], resize_bias_table(source.state_dict()[key], (7, 4), (4, 4)))
 
 
 def test_take_weights__another_backbone_is_refused() -> None:
