@@ -1,8 +1,10 @@
-"""From each label tool's export to predictions in four commands, with the right class pixels in the shards."""
+"""docs/own_data.md, done: from each tool's export to predictions, with the right class pixels in the shards."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +18,10 @@ from flows.cli import main
 from pipeline.workflow import ray_session
 from tests.flows.facts import facts
 
+_BLOCKS = re.findall(
+    r"^```bash\n(.*?)^```$", (Path(__file__).parents[2] / "docs/own_data.md").read_text(), flags=re.M | re.S
+)
+PAGE = [[shlex.split(line)[1:] for line in block.splitlines()] for block in _BLOCKS]
 HEIGHT, WIDTH = 64, 96
 NUM_TRAIN, NUM_VAL = 6, 2
 COLOURS = np.array([[0, 0, 0], [128, 0, 0], [0, 128, 0]], np.uint8)
@@ -155,16 +161,16 @@ def one_ray() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("export", [cvat, roboflow, coco, labelme, voc, split_folders])
-def test_export__to_predictions_in_four_commands(
+def test_export__to_predictions_in_the_pages_four_commands(
     export: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     export(tmp_path / "my data")
-    found = facts(capfd, "check", "my data")
-    assert found["problems"] == []
-    main(["init", "my data", "--backbone", "vit_tiny_patch16_224"])
+    (check, init, run, predict), others = PAGE
+    assert facts(capfd, *check)["problems"] == []
+    main([*init, "--backbone", "vit_tiny_patch16_224"])
     tiny = [argument for name, value in TINY.items() for argument in ("--set", f"{name}={value}")]
-    summary = facts(capfd, "run", "experiment.yaml", *tiny)
+    summary = facts(capfd, *run, *tiny)
     shards = facts(capfd, "data", summary["records"]["prepare"]["uri"])
     assert [one["name"] for one in shards["splits"]] == ["train", "val"]
     wanted = np.bincount(np.concatenate([scene(number).label.ravel() for number in range(NUM_TRAIN + NUM_VAL)]))
@@ -176,6 +182,11 @@ def test_export__to_predictions_in_four_commands(
     assert sum(split["num_images"] for split in shards["splits"]) == NUM_TRAIN + NUM_VAL
     assert sum(split["ignored_share"] for split in shards["splits"]) == 0
     scene(99).image.save("new.png")
-    main(["predict", "models:/my-data@champion", "new.png", "--out", "out"])
-    (label,) = Path("out").glob("new*label*.png")
-    assert np.isin(np.asarray(Image.open(label)), range(len(NAMES))).all()
+    main(predict)
+    labels = np.asarray(Image.open("predicted/new.labels.png"))
+    assert labels.shape == (HEIGHT, WIDTH)
+    assert labels.max() < len(NAMES)
+    if export is split_folders:
+        for line in others:
+            main(line)
+        assert {file.name for file in Path("sheets").iterdir()} == {"samples-train.png", "samples-val.png"}
