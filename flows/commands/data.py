@@ -66,7 +66,10 @@ def check(
 
     config, layout = _source(source)
     with facts_output(as_json) as (console, give):
-        found = check_source(config, layout, samples, progress=lambda line: print(line, file=sys.stderr, flush=True))
+        try:
+            found = check_source(config, layout, samples, lambda line: print(line, file=sys.stderr, flush=True))
+        except UserError as error:
+            raise _with_layout(error, config, layout) from error
         console.print(check_view(found), soft_wrap=True)
         files = write_source_sheets(config, out, overwrite) if out is not None else []
         for file in files:
@@ -99,7 +102,10 @@ def init(
     timm_name, why = (backbone, "as asked") if backbone else choose_backbone()
     # The draft limits large images; without a limit they could not be read.
     limited = config.model_copy(update={"max_long_side": config.max_long_side or READABLE_SIDE})
-    found = check_source(limited, layout, SAMPLES_FOR_DRAFT)
+    try:
+        found = check_source(limited, layout, SAMPLES_FOR_DRAFT)
+    except UserError as error:
+        raise _with_layout(error, config, layout) from error
     if not any(split.num_good for split in found.splits):
         raise UserError(f"no sample of {source} can be used: {found.problems[0].example}")
     try:
@@ -124,6 +130,14 @@ def _source(source: str) -> tuple[DataConfig, Sequence[str]]:
     if Path(source).suffix in (".yaml", ".yml"):
         return load_experiment(Path(source)).config.data, (f"as {source} describes it",)
     return recognise(source)
+
+
+def _with_layout(error: UserError, config: DataConfig, layout: Sequence[str]) -> UserError:
+    """`error` of data that cannot be opened, below what is known of them."""
+    from pipeline.data_check.ids import ids_in_use
+
+    known = ids_in_use(config) if config.dataset == "folder" else None
+    return UserError("\n".join([str(error), *(f"  {line}" for line in (*layout, *([known] if known else [])))]))
 
 
 def flops(
