@@ -148,7 +148,7 @@ class DataConfig(Section):
 
     `root`: the data set's folder, the .zip or .tar that holds it, or a folder with the publisher's archives; a
     local path or any fsspec URL.
-    `on_bad_sample`: `fail` at the first sample that cannot be read or used, or whose image is there twice; or
+    `on_bad_sample`: `fail` where a sample cannot be read or used, or an image is there twice; or
     `quarantine` them, at most `max_quarantined_fraction` of all.
     `classes_without_pixels`: `refuse` data whose train or val shows no labelled pixel of a class, which nothing could
     learn or measure; or `allow` it. Left out, it is refused, but for the embedded digits, whose scenes are drawn.

@@ -9,7 +9,7 @@ import contextlib
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,6 +49,7 @@ from segvit.image_files import IGNORE_INDEX
 PROGRESS_INTERVAL_S = 2.0
 ROW_GROUP_ROWS = 1 << 16
 READ_THREADS = 8
+MOST_NAMED = 4  # bad samples in a message
 
 Report = Callable[[str], None]
 Results = dict[str, ShardResult]  # by the shard's name
@@ -150,7 +151,7 @@ def _check_all(run: _Run, report: Report) -> Results:
     """All shards, checked sample by sample and published, duplicates still in them, images of 16 bits perhaps not."""
     meter = _Meter(run.dataset.name, run.listing, report)
     results: Results = {}
-    first: dict[str, str] | None = None
+    bad: list[dict[str, str]] = []
     colours: dict[str, tuple[list[int], str]] = {}
     jobs = ((run.listing.load(shard),) for shard in run.listing.shards)
     with contextlib.closing(run.run_tasks(prepare_shard, jobs)) as finished:
@@ -162,9 +163,17 @@ def _check_all(run: _Run, report: Report) -> Results:
                 # Which of the two is right, and so which samples would be quarantined, cannot be told.
                 raise UserError(str(clash))
             colours |= result.index_colours
-            first = first or result.first_rejected
-            if first is not None:
-                _apply_policy(run.config, meter.num_rejected, run.listing.num_samples, first)
+            if result.first_rejected is not None:
+                bad.append(result.first_rejected)
+                if run.config.on_bad_sample == "quarantine":
+                    _apply_policy(run.config, meter.num_rejected, run.listing.num_samples, bad)
+                elif len(bad) == 1:
+                    report(f"prepare {run.dataset.name}: {explain_rejection(bad[0])}. Looking for others")
+    if bad:
+        order = {shard.name: number for number, shard in enumerate(run.listing.shards)}
+        known = sorted(results.values(), key=lambda result: order[result.name])
+        bad = [result.first_rejected for result in known if result.first_rejected is not None]
+        _apply_policy(run.config, meter.num_rejected, run.listing.num_samples, bad)
     return results
 
 
@@ -179,7 +188,7 @@ def _revise_shards(run: _Run, results: Results, grey_range: GreyRange | None, re
     if wanted:
         first = next(iter(wanted.values()))[0]
         num_bad = len(found) + sum(result.num_rejected for result in ordered)
-        _apply_policy(run.config, num_bad, run.listing.num_samples, explain_duplicate(first))
+        _apply_policy(run.config, num_bad, run.listing.num_samples, [explain_duplicate(first)])
     unlike = {name for name, one in results.items() if one.duplicates != tuple(wanted.get(name, ()))}
     if unlike:
         report(f"prepare {run.dataset.name}: {len(found)} duplicate images; writing {len(unlike)} shards without them")
@@ -285,15 +294,21 @@ def _check_classes(target: str, dataset: RawDataset, config: DataConfig, report:
     report(f"prepare {found}")
 
 
-def _apply_policy(config: DataConfig, num_bad: int, num_samples: int, first: dict[str, str]) -> None:
-    """Raise UserError where the policy does not let `num_bad` of `num_samples` samples pass."""
+def _apply_policy(config: DataConfig, num_bad: int, num_samples: int, bad: Sequence[Mapping[str, str]]) -> None:
+    """Raise UserError where the policy does not let `num_bad` of `num_samples` samples, `bad` among them, pass."""
+    first = explain_rejection(bad[0])
     if config.on_bad_sample == "fail":
-        raise UserError(explain_rejection(first))
+        if num_bad == 1:
+            raise UserError(first)
+        others = ", ".join(row["file"] for row in bad[1:MOST_NAMED])
+        raise UserError(
+            f"{num_bad} of {num_samples} samples are bad; segvit check lists all of them. The first: {first}"
+            + (f"\nOthers: {others}" if others else "")
+        )
     if num_bad > config.max_quarantined_fraction * num_samples:
         raise UserError(
             f"{num_bad} of {num_samples} samples are bad, more than data.max_quarantined_fraction "
-            f"{config.max_quarantined_fraction:g} allows; mend them or raise it. "
-            f"The first: {explain_rejection(first)}"
+            f"{config.max_quarantined_fraction:g} allows; mend them or raise it. The first: {first}"
         )
 
 
@@ -310,8 +325,8 @@ def _find_current(
         return None
     if manifest.num_quarantined:
         with storage.open_uri(storage.join(target, QUARANTINE)) as file:
-            first = next(pq.ParquetFile(file).iter_batches(1)).to_pylist()[0]
-        _apply_policy(config, manifest.num_quarantined, listing.num_samples, first)
+            bad = next(pq.ParquetFile(file).iter_batches(MOST_NAMED)).to_pylist()
+        _apply_policy(config, manifest.num_quarantined, listing.num_samples, bad)
     _check_classes(target, dataset, config, report)
     # A store without renaming may have kept the manifest's temporary copy when the last run was killed.
     _sweep(target, {name for shard in listing.shards for name in (shard.name, rows_name(shard.name))})

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from pipeline import storage
 from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, RawSample, RejectedSampleError
-from pipeline.errors import UserError
 from pipeline.shards.sample_check import CheckedSample, check_sample
 from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, ShardWriter
 from segvit.grey_range import GreyRange, join_ranges
@@ -223,10 +222,7 @@ def _check_samples(
                 found.index_colours.setdefault(index, one)
         except RejectedSampleError as error:
             row = {"split": plan.split, "key": sample.key, "file": error.file}
-            row |= {"reason": error.reason, "remedy": error.remedy}
-            if config.on_bad_sample == "fail":
-                raise UserError(explain_rejection(row)) from error
-            rejected.append(row)
+            rejected.append(row | {"reason": error.reason, "remedy": error.remedy})
         else:
             if checked.grey_range is not None:
                 found.grey_ranges.append(checked.grey_range)

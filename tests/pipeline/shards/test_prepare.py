@@ -249,6 +249,29 @@ def test_prepare__bad_sample_is_one_clear_error(camvid: Path, tmp_path: Path, da
         run(camvid_config(camvid), tmp_path / "lenient")
 
 
+def test_prepare__all_bad_samples_are_told_at_once(camvid: Path, tmp_path: Path) -> None:
+    for place in ("trainannot/1", "trainannot/5", "valannot/0"):
+        Image.fromarray(np.full((8, 10), 77, dtype=np.uint8)).save(camvid / f"{place}.png")
+    (camvid / "trainannot/4.png").unlink()
+    lines: list[str] = []
+    with pytest.raises(UserError) as caught:
+        prepare_shards(camvid_config(camvid), str(tmp_path / "out"), progress=lines.append)
+    message = str(caught.value).splitlines()
+    lead = "4 of 8 samples are bad; segvit check lists all of them. The first: "
+    assert message[0].startswith(f"{lead}{camvid}/trainannot/1.png holds label id 77")
+    # One a shard, in the order of the data.
+    assert message[1] == f"Others: {camvid}/trainannot/4.png, {camvid}/valannot/0.png"
+    assert lines[0].startswith(f"prepare camvid: {camvid}/trainannot/1.png holds label id 77")
+    assert lines[0].endswith(". Looking for others")
+    assert not (tmp_path / "out/manifest.json").exists()
+    # What was mended is done again, the rest is not.
+    for place in ("trainannot/1", "trainannot/4", "trainannot/5", "valannot/0"):
+        Image.fromarray(np.full((8, 10), 1, dtype=np.uint8)).save(camvid / f"{place}.png")
+    shard_set, _ = run(camvid_config(camvid), tmp_path / "out")
+    again, _ = run(camvid_config(camvid), tmp_path / "afresh")
+    assert shard_set.digest == again.digest
+
+
 def test_prepare__split_without_images_or_without_good_ones(camvid: Path, tmp_path: Path) -> None:
     for label in (camvid / "valannot").iterdir():
         label.write_bytes(b"")
