@@ -7,6 +7,7 @@ from pipeline.config.data import (
     DrawnSplit,
     FolderConfig,
     LabelmeConfig,
+    ParquetConfig,
     SplitFoldersConfig,
 )
 from pipeline.config.evaluate import EvaluateConfig, InferenceConfig
@@ -32,6 +33,7 @@ __all__ = [
     "LabelmeConfig",
     "LossConfig",
     "ModelSection",
+    "ParquetConfig",
     "PromotionPolicy",
     "RuntimeConfig",
     "ScheduleConfig",

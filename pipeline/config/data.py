@@ -143,6 +143,21 @@ class LabelmeConfig(SplitFoldersConfig):
     unlabelled: Unlabelled = "background"
 
 
+class ParquetConfig(DrawnSplit):
+    """Images and label maps in the rows of Parquet files below data.root, as Hugging Face writes them.
+
+    `image`, `label`: the columns; left out, those called as such columns are (image, img or pixel_values; mask, label,
+    labels, annotation or segmentation).
+    `classes`: a file with their names; left out, id2label.json or classes.txt beside the data, or what the files'
+    own metadata name.
+    `val_fraction`: where no file is for val, it draws from those for train.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    classes: str | None = None
+
+
 class DataConfig(Section):
     """Which raw data set, and how it becomes shards.
 
@@ -174,6 +189,7 @@ class DataConfig(Section):
     folder: FolderConfig = FolderConfig()
     coco: CocoConfig = CocoConfig()
     labelme: LabelmeConfig = LabelmeConfig()
+    parquet: ParquetConfig = ParquetConfig()
 
     @model_validator(mode="after")
     def _range_rises(self) -> Self:

@@ -14,6 +14,7 @@ from pipeline.datasets.coco_stuff import CocoStuff10K
 from pipeline.datasets.digits import Digits
 from pipeline.datasets.folder import Folder
 from pipeline.datasets.labelme import Labelme
+from pipeline.datasets.parquet import Parquet
 from pipeline.datasets.pascal_context import PascalContext
 from pipeline.datasets.raw import RawDataset, RawPair, RawSample, RejectedSampleError
 from pipeline.errors import UserError
@@ -44,6 +45,7 @@ _DATASETS: dict[str, Callable[[DataConfig], RawDataset]] = {
     "digits": _open_digits,
     "folder": lambda config: Folder(_root(config), config.folder, config.seed),
     "labelme": lambda config: Labelme(_root(config), config.labelme, config.seed),
+    "parquet": lambda config: Parquet(_root(config), config.parquet, config.seed),
     "pascal_context_59": lambda config: PascalContext(_root(config), with_background=False),
     "pascal_context_60": lambda config: PascalContext(_root(config), with_background=True),
 }

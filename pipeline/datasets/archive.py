@@ -46,7 +46,8 @@ class Extent(NamedTuple):
         offset: of the data; in a zip of the member's local header, bytes.
         packed_size: bytes as stored.
         size: bytes as they are when unpacked.
-        kind: `range` (as they are), `zip`, or `link` (a member that is a link and has no bytes).
+        kind: `range` (as they are), `zip`, `link` (a member that is a link and has no bytes), or `row` (of a Parquet
+            file, which `parquet_rows` reads: `offset` is its number, the sizes are estimates).
         crc: of the unpacked bytes in a zip.
     """
 

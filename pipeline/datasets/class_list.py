@@ -107,6 +107,14 @@ def read_class_list(tree: FileTree, path: str) -> ClassList:
         else:
             # JSON is YAML but for tabs; json.loads also says better where the mistake is.
             content = _of_tree(json.loads(text) if path.lower().endswith(".json") else yaml.safe_load(text))
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{entry.uri} cannot be read ({' '.join(str(error).split())}); correct it") from error
+    return check_class_list(content, entry.uri)
+
+
+def check_class_list(content: Any, uri: str) -> ClassList:
+    """The class list of the fields in `content`, which come from `uri`; raises UserError."""
+    try:
         return ClassList.model_validate(content)
     except ValidationError as error:
         problems = "; ".join(
@@ -114,10 +122,8 @@ def read_class_list(tree: FileTree, path: str) -> ClassList:
             for item in error.errors()[:5]
         )
         raise UserError(
-            f"{entry.uri}: {problems}; it holds names and, if wanted, palette, ids, ignore_ids, ignore_colours"
+            f"{uri}: {problems}; it holds names and, if wanted, palette, ids, ignore_ids, ignore_colours"
         ) from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{entry.uri} cannot be read ({' '.join(str(error).split())}); correct it") from error
 
 
 def _of_tree(content: Any) -> Any:

@@ -20,7 +20,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import IO, Any, NamedTuple, overload
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,7 @@ from pipeline.datasets.json_stream import Element, as_text, read_elements
 from pipeline.datasets.objects import ObjectClasses, object_classes
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, read_label, refuse_outside, to_sample
 from pipeline.datasets.rasterise import checked_size, draw_segmentation
-from pipeline.datasets.raw import LabelIds, RawSample, digest_of
+from pipeline.datasets.raw import LabelIds, LazySamples, RawSample, digest_of
 from pipeline.datasets.splits import SPLITS, draw_val
 from pipeline.datasets.tree import Entry
 from pipeline.errors import UserError
@@ -101,7 +101,7 @@ class Coco(PairedDataset):
     def samples(self, split: str) -> Sequence[RawSample]:
         """All images of `split` in the file's order, made one by one as they are asked for."""
         pair_at, places = self._pairs(split)
-        return _LazySamples(lambda place: to_sample(pair_at(place), self.settings), places)
+        return LazySamples(lambda place: to_sample(pair_at(place), self.settings), places)
 
     def find_pairs(self, split: str) -> Iterable[Pair]:
         """An image and the places of its annotations in the file each, in the file's order."""
@@ -186,26 +186,6 @@ class _Finder:
             path = self.by_last.get(path.rpartition("/")[2]) or path
         name = path.rpartition(".")[0] or path
         return name, self.files.get(path) or storage.join(self.uri, path)
-
-
-class _LazySamples(Sequence[RawSample]):
-    """Samples that are made when they are asked for: their places in the file are many more bytes than an index."""
-
-    def __init__(self, make: Callable[[int], RawSample], places: Sequence[int]) -> None:
-        self._make = make
-        self._places = places
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> RawSample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[RawSample]: ...
-    def __getitem__(self, index: int | slice) -> RawSample | Sequence[RawSample]:
-        if isinstance(index, slice):
-            return _LazySamples(self._make, self._places[index])
-        return self._make(self._places[index])
 
 
 def _per_split(given: str | PerSplit) -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import FolderConfig
-from pipeline.datasets.class_list import read_class_list
+from pipeline.datasets.class_list import ClassList, read_class_list
 from pipeline.datasets.paired import read_label
 from pipeline.datasets.raw import LabelIds, Palette, RawSample, RejectedSampleError, digest_of
 from pipeline.datasets.split_folders import SplitFolders
@@ -36,32 +36,47 @@ class Folder(SplitFolders):
         tree = self.arrange(root, config, seed)
         classes = read_class_list(tree, config.classes)
         _refuse_other_classes(tree, config.classes)
+        self.settings = digest_of([classes.model_dump(mode="json")])[:16]
+        self.listed = ListedIds(classes, config.classes, self.section)
+        palette = classes.palette or default_palette(len(classes.names))
+        super().__init__("folder", root, classes.names, palette, self.listed.ids)
+
+    def read_ids(self, sample: RawSample) -> LabelPicture:
+        """Ids as they are, or by colour where the classes file has colours and the label map does, too."""
+        return self.listed.of_picture(read_label_picture(read_label(sample)[0]), sample.label)
+
+
+class ListedIds:
+    """The ids in label maps whose classes the file `source` names; `section` of the experiment file says which that is.
+
+    Attributes:
+        ids: from them to class ids.
+    """
+
+    def __init__(self, classes: ClassList, source: str, section: str) -> None:
+        self.source = source
+        self.section = section
         raw_ids = classes.raw_ids()
         ignored = ", ".join(map(str, classes.ignore_ids)) or "none"
         listed = f"0-{len(raw_ids) - 1}" if classes.ids is None else "the ids of"
-        self.settings = digest_of([classes.model_dump(mode="json")])[:16]
+        self.ids = LabelIds(
+            {raw: class_id for class_id, raw in enumerate(raw_ids)},
+            ignored=classes.ignore_ids,
+            rule=f"{listed} {source}, ignored: {ignored}",
+        )
         self.ignored = classes.ignore_ids
         self.colour_of = dict(zip(raw_ids, classes.palette or (), strict=False))
         # Pixels without a class get the first id that means so.
         nothing = dict.fromkeys(classes.ignore_colours, classes.ignore_ids[0] if classes.ignore_ids else -1)
         self.id_of = {colour: raw for raw, colour in self.colour_of.items()} | nothing
-        super().__init__(
-            "folder",
-            root,
-            classes.names,
-            classes.palette or default_palette(len(classes.names)),
-            LabelIds(
-                {raw: class_id for class_id, raw in enumerate(raw_ids)},
-                ignored=classes.ignore_ids,
-                rule=f"{listed} {config.classes}, ignored: {ignored}",
-            ),
-        )
 
-    def read_ids(self, sample: RawSample) -> LabelPicture:
-        """Ids as they are, or by colour where the classes file has colours and the label map does, too."""
-        picture = read_label_picture(read_label(sample)[0])
+    def of_picture(self, picture: LabelPicture, file: str) -> LabelPicture:
+        """The ids in a label map, by colour where the classes file has colours and it does, too.
+
+        Raises RejectedSampleError, which names `file`, for colours that no class has.
+        """
         if picture.kind == "colours":
-            return LabelPicture("grey", self._by_colour(picture.values, sample.label))
+            return LabelPicture("grey", self._by_colour(picture.values, file))
         if picture.kind == "grey" or not self.colour_of:
             return picture
         wrong = {
@@ -78,15 +93,11 @@ class Folder(SplitFolders):
                 ids[index] = self.id_of[colour]
             return LabelPicture("grey", ids[picture.values])
         index, colour = next(iter(wrong.items()))
-        says = (
-            f"{self.config.classes} says {list(self.colour_of[index])}"
-            if index in self.colour_of
-            else "no class has it"
-        )
+        says = f"{self.source} says {list(self.colour_of[index])}" if index in self.colour_of else "no class has it"
         raise RejectedSampleError(
-            sample.label,
+            file,
             f"has the colour {list(colour)} at index {index} of its palette, where {says}",
-            f"correct the colours in {self.config.classes}, or take them out to read indices as ids",
+            f"correct the colours in {self.source}, or take them out to read indices as ids",
         )
 
     def _by_colour(self, codes: NDArray[np.integer], file: str) -> NDArray[np.int32]:
@@ -94,8 +105,8 @@ class Folder(SplitFolders):
         if not self.colour_of:
             raise RejectedSampleError(
                 file,
-                f"is a colour picture, and {self.config.classes} gives its classes no colours",
-                "name a classes file with a palette in data.folder.classes, or export ids",
+                f"is a colour picture, and {self.source} gives its classes no colours",
+                f"name a classes file with a palette in {self.section}.classes, or export ids",
             )
         found, places, counts = np.unique(codes, return_inverse=True, return_counts=True)
         colours = [(int(code) >> 16, int(code) >> 8 & 255, int(code) & 255) for code in found]
@@ -109,7 +120,7 @@ class Folder(SplitFolders):
             raise RejectedSampleError(
                 file,
                 f"has {len(unknown)} colour(s) that no class has: {listed}",
-                f"add them to {self.config.classes}, as ignore_colours where they mean no class; blended colours at "
+                f"add them to {self.source}, as ignore_colours where they mean no class; blended colours at "
                 "edges come from smoothing: export without it",
                 {str(colour): count for count, colour in unknown},
             )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,26 @@ class RawSample:
     label_extents: tuple[Extent, ...] = ()
     image_bytes: int = 0
     max_long_side: int | None = None
+
+
+class LazySamples(Sequence[RawSample]):
+    """Samples that are made when they are asked for: where they lie is many more bytes than their numbers."""
+
+    def __init__(self, make: Callable[[int], RawSample], places: Sequence[int]) -> None:
+        self._make = make
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, index: int) -> RawSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RawSample]: ...
+    def __getitem__(self, index: int | slice) -> RawSample | Sequence[RawSample]:
+        if isinstance(index, slice):
+            return LazySamples(self._make, self._places[index])
+        return self._make(self._places[index])
 
 
 Colour = tuple[int, int, int]

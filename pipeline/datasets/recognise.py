@@ -19,8 +19,10 @@ from pipeline.datasets.class_list import read_class_list
 from pipeline.datasets.coco import read_index
 from pipeline.datasets.coco_stuff import CocoStuff10K
 from pipeline.datasets.paired import IMAGE_SUFFIXES, PairedDataset
+from pipeline.datasets.parquet import files_by_split, find_classes, find_columns
+from pipeline.datasets.parquet_rows import read_head
 from pipeline.datasets.pascal_context import CONVERTED, DETAIL, PascalContext
-from pipeline.datasets.splits import SPLITS, split_of
+from pipeline.datasets.splits import SPLITS, split_in, split_of
 from pipeline.datasets.tree import Entry, FileTree
 from pipeline.errors import UserError
 
@@ -318,7 +320,7 @@ def _find_coco(place: _Place) -> Recognised | None:
     files = [path for path in files if "instances" in path.lower()] or files
     found: dict[str, str] = {}
     for path in files:
-        split = _split_in(path)
+        split = split_in(path)
         if split is not None:
             found.setdefault(split, path)
     if "train" in found:
@@ -342,15 +344,10 @@ def _find_coco(place: _Place) -> Recognised | None:
     return Recognised(place.to_config("coco", coco=settings), tuple(why))
 
 
-def _split_in(path: str) -> str | None:
-    """The split that a part of `path` is called by: instances_train2017.json, valid/_annotations.coco.json."""
-    return next(filter(None, map(split_of, re.split("[^A-Za-z]+", path))), None)
-
-
 def _image_folder(place: _Place, split: str | None) -> str:
     """The folder of the images of `split`, or of all: images, or else the root."""
     folders = {path.rpartition("/")[0] for path in place.images}
-    own = sorted(folder for folder in folders if split is not None and _split_in(folder) == split)
+    own = sorted(folder for folder in folders if split is not None and split_in(folder) == split)
     if own:
         return min(own, key=len)
     return "images" if any(f"{folder}/".startswith("images/") for folder in folders) else "."
@@ -377,15 +374,37 @@ def _find_labelme(place: _Place) -> Recognised | None:
     return Recognised(place.to_config("labelme", labelme=settings), tuple(why))
 
 
+def _find_parquet(place: _Place) -> Recognised | None:
+    """Parquet files with pictures in their rows."""
+    paths = [path for path in place.files if path.lower().endswith(".parquet")]
+    if not paths or not read_head(place.files[paths[0]]).pictures:
+        return None
+    files = files_by_split(place.tree)
+    settings = {} if "val" in files else {"val_fraction": VAL_FRACTION}
+    config = place.to_config("parquet", parquet=settings)
+    columns = find_columns(place.files[paths[0]], config.parquet)
+    num_rows = {split: sum(read_head(entry).num_rows for entry in entries.values()) for split, entries in files.items()}
+    shown = ", ".join(f"{number} of {split}" for split, number in num_rows.items())
+    classes, source = find_classes(place.tree, files, columns, None)
+    why = [
+        *place.why,
+        f"{len(paths)} Parquet files hold rows with pictures in {columns.image} and {columns.label}: {shown}",
+        *([] if "val" in files else [_say_drawn("parquet")]),
+        f"{source} names {len(classes.names)} classes",
+    ]
+    return Recognised(config, tuple(why))
+
+
 _FINDERS: tuple[Callable[[_Place], Recognised | None], ...] = (
     _find_published,
     _find_folder,
     _find_coco,
     _find_labelme,
+    _find_parquet,
 )
 KNOWN = (
     "images and label maps as PNG (folders, split folders, one folder with _mask, VOC, CVAT, Roboflow); "
-    "COCO's JSON, labelme's JSON; ade20k, camvid, cityscapes, coco_stuff10k, pascal_context"
+    "COCO's JSON, labelme's JSON, Parquet; ade20k, camvid, cityscapes, coco_stuff10k, pascal_context"
 )
 
 

@@ -24,6 +24,11 @@ def split_of(name: str) -> str | None:
     return _SPLIT_NAMES.get(name.lower())
 
 
+def split_in(path: str) -> str | None:
+    """The split that a part of `path` is called by: instances_train2017.json, valid/_annotations.coco.json."""
+    return next(filter(None, map(split_of, re.split("[^A-Za-z]+", path))), None)
+
+
 def folders_by_split(names: Iterable[str], where: str) -> dict[str, str]:
     """Those of `names` that are called as splits are, train first; raises UserError for two of one split."""
     found: dict[str, str] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -12,6 +14,7 @@ from pipeline import storage
 from pipeline.datasets import open_dataset
 from pipeline.datasets.recognise import Recognised, recognise
 from pipeline.errors import UserError
+from segvit.image_files import encode_png
 from tests.pipeline.datasets.layouts import LAYOUTS, VOC, label_of, make_splits, make_voc, pack, put, write_labelme
 
 
@@ -216,3 +219,26 @@ def test_labelme__beside_the_images(tmp_path: Path, folders: tuple[str, ...]) ->
     assert found.config.labelme.val_fraction == (0.2 if len(folders) == 1 else None)
     assert found.why[0] == f"{3 * len(folders)} of {4 * len(folders)} images have a JSON file of labelme's beside them"
     assert sum(map(len, opened(found).values())) == 3 * len(folders)
+
+
+@pytest.mark.parametrize("val", ["validation", None])
+def test_parquet__with_classes_beside_it(tmp_path: Path, val: str | None) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for start, split in ((0, "train"), *([(4, val)] if val else [])):
+        labels = [encode_png(label_of(number)) for number in range(start, start + 4)]
+        rows = {name: [{"bytes": cell, "path": None} for cell in labels] for name in ("image", "mask")}
+        pq.write_table(pa.table(rows, pa.schema([(name, kind) for name in rows])), tmp_path / f"{split}.parquet")
+    (tmp_path / "id2label.json").write_text('{"0": "ground", "1": "thing"}')
+    found = recognise(str(tmp_path))
+    assert found.config.parquet.model_dump(exclude_defaults=True) == ({} if val else {"val_fraction": 0.2})
+    assert sum(map(len, opened(found).values())) == (8 if val else 4)
+    assert found.why == (
+        f"{2 if val else 1} Parquet files hold rows with pictures in image and mask: 4 of train"
+        + (", 4 of val" if val else ""),
+        *(
+            []
+            if val
+            else ["nothing says what is val: 20% are drawn (data.parquet.group keeps frames of one video together)"]
+        ),
+        "id2label.json names 2 classes",
+    )
