@@ -7,6 +7,7 @@ from pipeline.config.data import (
     DrawnSplit,
     FolderConfig,
     LabelmeConfig,
+    LabelStudioConfig,
     ParquetConfig,
     SplitFoldersConfig,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "ExperimentConfig",
     "FolderConfig",
     "InferenceConfig",
+    "LabelStudioConfig",
     "LabelmeConfig",
     "LossConfig",
     "ModelSection",

@@ -143,6 +143,21 @@ class LabelmeConfig(SplitFoldersConfig):
     unlabelled: Unlabelled = "background"
 
 
+class LabelStudioConfig(DrawnSplit):
+    """Objects in Label Studio's JSON export; all paths are below data.root, and `.` is the root itself.
+
+    `images`: the folder that the tasks' images are looked for in, by the last part of their path or more of it.
+    `tasks`: the JSON file. It needs `val_fraction`.
+    `classes`: a file with their names; left out, the labels of all tasks, sorted.
+    `unlabelled`: pixels without an object are class `background`, the first, or `ignore`d.
+    """
+
+    images: str = "images"
+    tasks: str = "tasks.json"
+    classes: str | None = None
+    unlabelled: Unlabelled = "background"
+
+
 class ParquetConfig(DrawnSplit):
     """Images and label maps in the rows of Parquet files below data.root, as Hugging Face writes them.
 
@@ -189,6 +204,7 @@ class DataConfig(Section):
     folder: FolderConfig = FolderConfig()
     coco: CocoConfig = CocoConfig()
     labelme: LabelmeConfig = LabelmeConfig()
+    label_studio: LabelStudioConfig = LabelStudioConfig()
     parquet: ParquetConfig = ParquetConfig()
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from pipeline.datasets.coco import Coco
 from pipeline.datasets.coco_stuff import CocoStuff10K
 from pipeline.datasets.digits import Digits
 from pipeline.datasets.folder import Folder
+from pipeline.datasets.label_studio import LabelStudio
 from pipeline.datasets.labelme import Labelme
 from pipeline.datasets.parquet import Parquet
 from pipeline.datasets.pascal_context import PascalContext
@@ -44,6 +45,7 @@ _DATASETS: dict[str, Callable[[DataConfig], RawDataset]] = {
     "coco_stuff10k": lambda config: CocoStuff10K(_root(config)),
     "digits": _open_digits,
     "folder": lambda config: Folder(_root(config), config.folder, config.seed),
+    "label_studio": lambda config: LabelStudio(_root(config), config.label_studio, config.seed),
     "labelme": lambda config: Labelme(_root(config), config.labelme, config.seed),
     "parquet": lambda config: Parquet(_root(config), config.parquet, config.seed),
     "pascal_context_59": lambda config: PascalContext(_root(config), with_background=False),

@@ -15,7 +15,6 @@ alone has that. Images that the file does not list are left out; listed ones wit
 from __future__ import annotations
 
 import functools
-import io
 import json
 from array import array
 from collections import Counter
@@ -28,12 +27,12 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.config import CocoConfig
 from pipeline.config.data import PerSplit
-from pipeline.datasets import archive
-from pipeline.datasets.archive import Extent, ExtentError
+from pipeline.datasets.archive import Extent
 from pipeline.datasets.folder import default_palette
+from pipeline.datasets.json_parts import open_json, read_parts, to_extents
 from pipeline.datasets.json_stream import Element, as_text, read_elements
 from pipeline.datasets.objects import ObjectClasses, object_classes
-from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, read_label, refuse_outside, to_sample
+from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, refuse_outside, to_sample
 from pipeline.datasets.rasterise import checked_size, draw_segmentation
 from pipeline.datasets.raw import LabelIds, LazySamples, RawSample, digest_of
 from pipeline.datasets.splits import SPLITS, draw_val
@@ -111,7 +110,7 @@ class Coco(PairedDataset):
     def decode_label(self, sample: RawSample) -> NDArray[np.integer]:
         """(H, W) class ids, drawn."""
         try:
-            return draw_objects(_read_parts(sample), self.classes, self.class_of, self.config.on_top)
+            return draw_objects(read_parts(sample), self.classes, self.class_of, self.config.on_top)
         except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, DecodeError):
                 raise
@@ -155,7 +154,7 @@ class Coco(PairedDataset):
             image = index.images[place]
             name, found = find(image.file_name)
             spans = [(image.offset, image.size), *index.spans[index.starts[place] : index.starts[place + 1]].tolist()]
-            return Pair(name, found, Entry(f"{entry.uri}#{image.file_name}", entry.stamp, _extents(entry, spans)))
+            return Pair(name, found, Entry(f"{entry.uri}#{image.file_name}", entry.stamp, to_extents(entry, spans)))
 
         places = range(len(index.images))
         if not is_drawn:
@@ -271,12 +270,8 @@ def read_index(entry: Entry) -> CocoIndex:
 @functools.lru_cache(maxsize=4)
 def _read_index(uri: str, stamp: str, extents: tuple[Extent, ...]) -> CocoIndex:
     try:
-        if extents:
-            return index_coco(io.BytesIO(archive.read_extent(extents[0])))
-        with storage.open_uri(uri) as file:
+        with open_json(uri, extents) as file:
             return index_coco(file)
-    except ExtentError as error:
-        raise UserError(f"{uri} {error}; unpack the archive and set data.root to the folder") from error
     except ValueError as error:
         raise UserError(f"{uri} cannot be read as COCO's JSON ({error}); export it again") from error
 
@@ -286,29 +281,3 @@ def _field(element: Element, name: str, kind: Any) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"the element of {element.key} at byte {element.offset} has no {name}")
     return value
-
-
-def _extents(entry: Entry, spans: Iterable[tuple[int, int]]) -> tuple[Extent, ...]:
-    """The parts of the JSON file; behind the file itself where it is compressed and has to be read as a whole."""
-    if not entry.extents:
-        return tuple(Extent(entry.uri, offset, size, size) for offset, size in spans)
-    whole = entry.extents[0]
-    if whole.kind == "range":
-        return tuple(Extent(whole.uri, whole.offset + offset, size, size) for offset, size in spans)
-    return (whole, *(Extent(whole.uri, offset, size, size) for offset, size in spans))
-
-
-def _read_parts(sample: RawSample) -> list[bytes]:
-    """The texts of the image and of its annotations; raises RejectedSampleError."""
-    if not sample.label_extents or sample.label_extents[0].kind == "range":
-        return read_label(sample)
-    try:
-        text = _read_whole(sample.label_extents[0])
-    except (ExtentError, OSError) as error:
-        raise DecodeError(str(error)) from error
-    return [text[extent.offset : extent.offset + extent.size] for extent in sample.label_extents[1:]]
-
-
-@functools.lru_cache(maxsize=2)
-def _read_whole(extent: Extent) -> bytes:
-    return archive.read_extent(extent)

@@ -1,4 +1,4 @@
-"""A large JSON object read in one pass and in little memory, with the position of each array element in the file."""
+"""A large JSON file read in one pass and in little memory, with the position of each array element in it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Element(NamedTuple):
-    """One element of an array that is a value of the outermost object."""
+    """One element of the outermost array, or of one that is a value of the outermost object."""
 
     key: str  # of the array
     value: Any
@@ -33,16 +33,26 @@ def read_elements(file: IO[bytes]) -> Iterator[Element]:
         key, _, _ = stream.value()
         stream.expect(":")
         if stream.peek() == "[":
-            stream.expect("[")
-            while stream.peek() != "]":
-                yield Element(str(key), *stream.value())
-                if stream.peek() == ",":
-                    stream.expect(",")
-            stream.expect("]")
+            yield from _items(stream, str(key))
         else:
             stream.value()
         if stream.peek() == ",":
             stream.expect(",")
+
+
+def read_items(file: IO[bytes]) -> Iterator[Element]:
+    """All elements of the outermost array; their `key` is empty. Raises ValueError where the file is no array."""
+    stream = _Stream(file)
+    yield from _items(stream, "")
+
+
+def _items(stream: _Stream, key: str) -> Iterator[Element]:
+    stream.expect("[")
+    while stream.peek() != "]":
+        yield Element(key, *stream.value())
+        if stream.peek() == ",":
+            stream.expect(",")
+    stream.expect("]")
 
 
 def as_text(latin: str) -> str:

@@ -69,7 +69,7 @@ class PairedDataset(ABC):
 
     def read(self, sample: RawSample) -> RawPair:
         """The image file's bytes and the label map as class ids; raises RejectedSampleError."""
-        image = _read(sample.image, "image", sample.image_extent)
+        image = read_image(sample)
         try:
             raw = self.read_ids(sample)
         except DecodeError as error:
@@ -162,6 +162,11 @@ def put_stem(uri: str, stem: str) -> str:
     """`uri` with `stem` at its last `{}`; a path may hold braces of its own."""
     before, _, after = uri.rpartition("{}")
     return f"{before}{stem}{after}"
+
+
+def read_image(sample: RawSample) -> bytes:
+    """The image file of `sample`; raises RejectedSampleError."""
+    return _read(sample.image, "image", sample.image_extent)
 
 
 def read_label(sample: RawSample) -> list[bytes]:

@@ -23,8 +23,8 @@ from pipeline.datasets.tree import Entry
 from pipeline.errors import UserError
 from segvit.image_files import one_line
 
-# Of the pictures of a row group, unpacked: one page may hold them all.
-MAX_GROUP_BYTES = 1 << 30
+# Of the pictures of a row group, unpacked: one page may hold them all, and is in the memory three times.
+MAX_GROUP_BYTES = 1 << 29
 _MAX_PATH_BYTES = 1 << 24  # of the paths of a row group, unpacked
 _PATHS_AT_ONCE = 16
 _BUFFER_BYTES = 1 << 20
@@ -222,6 +222,6 @@ def _picture(column: pa.Array) -> bytes | None:
     return picture
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def _open_rows(uri: str, stamp: str, columns: tuple[str, ...]) -> _Rows:
     return _Rows(uri, stamp, columns)

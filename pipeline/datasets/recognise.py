@@ -18,6 +18,7 @@ from pipeline.datasets.cityscapes import Cityscapes
 from pipeline.datasets.class_list import read_class_list
 from pipeline.datasets.coco import read_index
 from pipeline.datasets.coco_stuff import CocoStuff10K
+from pipeline.datasets.label_studio import read_tasks
 from pipeline.datasets.paired import IMAGE_SUFFIXES, PairedDataset
 from pipeline.datasets.parquet import files_by_split, find_classes, find_columns
 from pipeline.datasets.parquet_rows import read_head
@@ -43,6 +44,11 @@ _CLASS_FILES = (
     *("classes.json", "classes.yaml", "classes.yml", "id2label.json", "labels.json", "data.yaml", "dataset.yaml"),
 )
 _COCO_HEAD = re.compile(r'\s*\{\s*"(info|licenses|images|annotations|categories|type)"\s*:')
+_LABEL_STUDIO_HEADS = (
+    re.compile(r"\A\s*\[\s*\{"),
+    re.compile(r'"annotations"\s*:\s*\['),
+    re.compile(r'"(completed_by|was_cancelled|result|file_upload|drafts|predictions)"\s*:'),
+)
 _LABELME_HEAD = re.compile(r'"(shapes|imagePath)"\s*:')
 
 
@@ -374,6 +380,23 @@ def _find_labelme(place: _Place) -> Recognised | None:
     return Recognised(place.to_config("labelme", labelme=settings), tuple(why))
 
 
+def _find_label_studio(place: _Place) -> Recognised | None:
+    """One JSON file of Label Studio's tasks."""
+    heads = {path: place.read_head(path) for path in place.files if path.lower().endswith(".json")}
+    files = [path for path, head in heads.items() if all(pattern.search(head) for pattern in _LABEL_STUDIO_HEADS)]
+    if len(files) != 1:
+        return None
+    index = read_tasks(place.files[files[0]])
+    settings: dict[str, Any] = {"tasks": files[0], "images": _image_folder(place, None), "val_fraction": VAL_FRACTION}
+    why = [*place.why, f"{files[0]} holds {len(index.paths)} annotated tasks of Label Studio's"]
+    if any(name in place.files for name in _CLASS_FILES):
+        classes, named = _find_classes(place)
+        settings |= classes
+        why += named
+    why.append(_say_drawn("label_studio"))
+    return Recognised(place.to_config("label_studio", label_studio=settings), tuple(why))
+
+
 def _find_parquet(place: _Place) -> Recognised | None:
     """Parquet files with pictures in their rows."""
     paths = [path for path in place.files if path.lower().endswith(".parquet")]
@@ -400,11 +423,12 @@ _FINDERS: tuple[Callable[[_Place], Recognised | None], ...] = (
     _find_folder,
     _find_coco,
     _find_labelme,
+    _find_label_studio,
     _find_parquet,
 )
 KNOWN = (
     "images and label maps as PNG (folders, split folders, one folder with _mask, VOC, CVAT, Roboflow); "
-    "COCO's JSON, labelme's JSON, Parquet; ade20k, camvid, cityscapes, coco_stuff10k, pascal_context"
+    "COCO's JSON, labelme's and Label Studio's JSON, Parquet; ade20k, camvid, cityscapes, coco_stuff10k, pascal_context"
 )
 
 

@@ -1,4 +1,4 @@
-"""Arrays of a large JSON object, element by element, with their places."""
+"""Arrays of a large JSON file, element by element, with their places."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.datasets import json_stream
-from pipeline.datasets.json_stream import read_elements
+from pipeline.datasets.json_stream import read_elements, read_items
 from tests.examples import num_examples
 
 VALUES = st.recursive(
@@ -56,3 +56,13 @@ def test_read_elements__an_endless_value_does_not_fill_the_memory(monkeypatch: p
     with pytest.raises(ValueError, match="is no JSON or exceeds"):
         list(read_elements(file))
     assert file.tell() < 5000
+
+
+def test_read_items__of_the_outermost_array_and_their_bytes() -> None:
+    values = [{"a": [1, 2]}, [], "x", 3]
+    data = json.dumps(values, indent=1).encode()
+    items = list(read_items(io.BytesIO(data)))
+    assert [item.value for item in items] == values
+    assert [json.loads(data[item.offset : item.offset + item.size]) for item in items] == values
+    with pytest.raises(ValueError, match=r"byte 0 is '\{' and should be '\['"):
+        list(read_items(io.BytesIO(b"{}")))

@@ -242,3 +242,26 @@ def test_parquet__with_classes_beside_it(tmp_path: Path, val: str | None) -> Non
         ),
         "id2label.json names 2 classes",
     )
+
+
+@pytest.mark.parametrize("folder", ["images", "."])
+def test_label_studio__one_export_beside_its_images(tmp_path: Path, folder: str) -> None:
+    names = put_images(tmp_path / folder, 4)
+    box = {"x": 0, "y": 0, "width": 50, "height": 50, "rectanglelabels": ["thing"]}
+    region = {"type": "rectanglelabels", "original_width": 12, "original_height": 8, "value": box}
+    tasks = [
+        {"id": 1, "annotations": [{"id": 1, "result": [region]}], "data": {"image": f"/data/upload/1/{name}"}}
+        for name in names[:3]
+    ]
+    (tmp_path / "project-1.json").write_text(json.dumps(tasks))
+    found = recognise(str(tmp_path))
+    assert found.config.label_studio.model_dump(exclude_defaults=True) == {
+        "tasks": "project-1.json",
+        "val_fraction": 0.2,
+        **({} if folder == "images" else {"images": "."}),
+    }
+    assert found.why == (
+        "project-1.json holds 3 annotated tasks of Label Studio's",
+        "nothing says what is val: 20% are drawn (data.label_studio.group keeps frames of one video together)",
+    )
+    assert sum(map(len, opened(found).values())) == 3
