@@ -33,6 +33,7 @@ _LABEL_COLUMNS = ("mask", "label", "labels", "annotation", "segmentation")
 _CLASS_FILES = ("id2label.json", "classes.txt")
 _PART = re.compile(r"(.*?)-?(\d+)-of-(\d+)")
 _MAX_NAME = 200  # characters
+_MAX_DEPTH = 16  # of features in features
 
 
 class Columns(NamedTuple):
@@ -286,11 +287,13 @@ def _names_in_metadata(entry: Entry, columns: Columns) -> list[str] | None:
     return found[0] if found and all(names == found[0] for names in found) else None
 
 
-def _class_labels(feature: Any, is_of_pixels: bool) -> Iterator[list[str]]:
-    """The names of all ClassLabels in `feature`, at any depth, that are in a sequence or `is_of_pixels`."""
+def _class_labels(feature: Any, is_of_pixels: bool, depth: int = 0) -> Iterator[list[str]]:
+    """The names of all ClassLabels in `feature` that are in a sequence or `is_of_pixels`."""
+    if depth > _MAX_DEPTH:
+        return
     if isinstance(feature, list):
         for inner in feature:
-            yield from _class_labels(inner, True)
+            yield from _class_labels(inner, True, depth + 1)
     elif isinstance(feature, dict):
         names, kind = feature.get("names"), feature.get("_type")
         if kind == "ClassLabel" and isinstance(names, list):
@@ -298,4 +301,4 @@ def _class_labels(feature: Any, is_of_pixels: bool) -> Iterator[list[str]]:
                 yield names
             return
         for inner in feature.values():
-            yield from _class_labels(inner, is_of_pixels or kind in ("Sequence", "List", "LargeList"))
+            yield from _class_labels(inner, is_of_pixels or kind in ("Sequence", "List", "LargeList"), depth + 1)

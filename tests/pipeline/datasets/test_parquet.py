@@ -168,9 +168,13 @@ def test_classes__of_pixels_in_the_metadata(tmp_path: Path, features: Any) -> No
 
 
 def test_classes__of_images_are_none_of_pixels(tmp_path: Path) -> None:
-    write(tmp_path / "train.parquet", rows_of([0, 1]), {"scene": SCENES})
-    with pytest.raises(UserError, match=r"nothing names the classes of .*: write id2label\.json or classes\.txt"):
-        open_parquet(tmp_path)
+    deep: Any = [CLASSES]
+    for _ in range(500):
+        deep = [deep]
+    for features in ({"scene": SCENES}, {"deep": deep}, [CLASSES], {"a": [CLASSES], "b": [SCENES]}):
+        write(tmp_path / "train.parquet", rows_of([0, 1]), features)
+        with pytest.raises(UserError, match=r"nothing names the classes of .*: write id2label\.json or classes\.txt"):
+            open_parquet(tmp_path)
     write(tmp_path / "train.parquet", rows_of([0, 1]), {"classes": [CLASSES]})
     write(tmp_path / "val.parquet", rows_of([2]), {"classes": [SCENES]})
     with pytest.raises(UserError, match=r"train\.parquet and .*val\.parquet name other classes"):
