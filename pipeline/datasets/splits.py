@@ -10,6 +10,7 @@ from pipeline.config import DrawnSplit
 from pipeline.errors import UserError
 
 SPLITS = ("train", "val", "test")
+MOST_SHARE = 1.5  # of the fraction that is asked for
 # By what folders and lists are called, in lower case.
 _SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -42,8 +43,9 @@ def folders_by_split(names: Iterable[str], where: str) -> dict[str, str]:
 def draw_val(names: Iterable[str], config: DrawnSplit, seed: int, section: str) -> set[str]:
     """Those of `names` that a hash draws for val: by the name, or its group, and the seed alone.
 
-    Where the hash draws none or all of a few, the nearest to the bound changes sides. `section` is the section of the
-    experiment file that `config` is. Raises UserError for a name without a group, and where there is one unit alone.
+    Of a few the hash may draw none, or most: one is always drawn, and never more than half as many again as asked for.
+    `section` is the section of the experiment file that `config` is. Raises UserError for a name without a group, and
+    where there is one unit alone.
     """
     assert config.val_fraction is not None
     units: dict[str, list[str]] = {}
@@ -54,11 +56,10 @@ def draw_val(names: Iterable[str], config: DrawnSplit, seed: int, section: str) 
         what = "image" if config.group is None else "group"
         raise UserError(f"{section}.val_fraction has one {what} to draw from, {unit!r}; add others")
     number = {unit: _hash(f"{seed}:{unit}") for unit in units}
-    bound = config.val_fraction * 2**64
-    if units:
-        smallest, *_, largest = sorted(units, key=number.__getitem__)
-        number |= {smallest: -1, largest: 1 << 64}
-    return {name for unit, members in units.items() if number[unit] < bound for name in members}
+    num_drawn = sum(value < config.val_fraction * 2**64 for value in number.values())
+    most = min(max(1, round(MOST_SHARE * config.val_fraction * len(units))), len(units) - 1)
+    drawn = sorted(units, key=number.__getitem__)[: min(max(num_drawn, 1), most)]
+    return {name for unit in drawn for name in units[unit]}
 
 
 def _unit(name: str, group: str | None, section: str) -> str:

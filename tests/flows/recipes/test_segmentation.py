@@ -114,8 +114,9 @@ def test_run__report_and_prediction(flow_run: FlowRun, capfd: pytest.CaptureFixt
         "--workspace",
         str(workspace),
     )
-    assert Path(written[0]["overlay"]).is_file()
-    assert sum(written[0]["classes"].values()) == pytest.approx(1.0)
+    (predicted,) = written["predicted"]
+    assert Path(predicted["overlay"]).is_file()
+    assert sum(predicted["classes"].values()) == pytest.approx(1.0)
 
 
 def test_run__a_variant_starts_from_the_champion_and_another_from_that(

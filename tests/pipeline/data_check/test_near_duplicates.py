@@ -52,7 +52,7 @@ def test_hash__an_image_without_structure_has_none() -> None:
 def test_matches__camvid_val_is_of_other_drives_than_train() -> None:
     root = Path(os.environ["SEGVIT_DATA"]) / "camvid"
     train, val = (
-        hashes(*(Image.open(file) for file in sorted((root / split).iterdir()))) for split in ("train", "val")
+        hashes(*(Image.open(file) for file in sorted((root / split).iterdir())[::4])) for split in ("train", "val")
     )
     assert not list(find_matches(val, train))
     # A second before, on the same drive.
