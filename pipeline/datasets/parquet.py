@@ -124,7 +124,7 @@ class Parquet:
                 f"{entry.uri} has no pictures in a column {missing[0]!r}, which other files have; it has "
                 f"{_say_columns(read_head(entry))}"
             )
-        refuse_large_groups(entry, self.columns)
+        refuse_large_groups(entry)
 
 
 class _Rows:
@@ -156,8 +156,7 @@ class _Rows:
         file, row = self._find(place)
         entry, head = self.entries[file], self.heads[file]
         group = head.group_of(row)
-        stored = head.packed_bytes[group][head.pictures[self.columns.image]]
-        num_bytes = stored // (head.starts[group + 1] - head.starts[group])
+        num_bytes = head.group_bytes[group] // (head.starts[group + 1] - head.starts[group])
         return RawSample(
             key=sample_key(self.name(place)),
             image=f"{entry.uri}#{row}/{self.columns.image}",

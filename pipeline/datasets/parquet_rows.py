@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +24,8 @@ from pipeline.datasets.tree import Entry
 from pipeline.errors import UserError
 from segvit.image_files import one_line
 
-# Of the pictures of a row group, unpacked: one page may hold them all, and is in the memory three times.
+# Of a row group, unpacked: one page may hold all pictures, and is in the memory three times.
 MAX_GROUP_BYTES = 1 << 29
-_MAX_PATH_BYTES = 1 << 24  # of the paths of a row group, unpacked
 _PATHS_AT_ONCE = 16
 _BUFFER_BYTES = 1 << 20
 _NOT_READABLE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError)
@@ -39,8 +39,7 @@ class ParquetHead(NamedTuple):
         pictures: names of those that hold pictures, each with the column, as Parquet names it, of the bytes.
         paths: likewise of their paths, where they have such.
         starts: the number of the first row of each row group, and that of all rows.
-        packed_bytes: of each row group, the bytes of each of its columns as they are stored.
-        unpacked_bytes: as they are when unpacked.
+        group_bytes: of all columns of each row group, unpacked.
         features: what Hugging Face's metadata say of the columns, by name.
     """
 
@@ -48,8 +47,7 @@ class ParquetHead(NamedTuple):
     pictures: Mapping[str, str]
     paths: Mapping[str, str]
     starts: Sequence[int]
-    packed_bytes: Sequence[Mapping[str, int]]
-    unpacked_bytes: Sequence[Mapping[str, int]]
+    group_bytes: Sequence[int]
     features: Mapping[str, Any]
 
     @property
@@ -69,15 +67,14 @@ def read_head(entry: Entry) -> ParquetHead:
     return _read_head(entry.uri, entry.stamp)
 
 
-def refuse_large_groups(entry: Entry, columns: Sequence[str]) -> None:
-    """Raise UserError where a row group of `entry` holds more in the picture `columns` than the memory may take."""
+def refuse_large_groups(entry: Entry) -> None:
+    """Raise UserError where a row group of the file `entry` holds more than the memory may take."""
     head = read_head(entry)
-    for sizes, start, end in zip(head.unpacked_bytes, head.starts, head.starts[1:], strict=False):
-        num_bytes = sum(sizes[head.pictures[column]] for column in columns)
+    for num_bytes, start, end in zip(head.group_bytes, head.starts, head.starts[1:], strict=False):
         if num_bytes > MAX_GROUP_BYTES:
             raise UserError(
-                f"{entry.uri} holds {num_bytes} bytes of pictures in one row group, more than the {MAX_GROUP_BYTES} "
-                "allowed; write it with row_group_size=100"
+                f"{entry.uri} holds {num_bytes} bytes in one row group, more than the {MAX_GROUP_BYTES} allowed; write "
+                "it with row_group_size=100"
             )
         # The shortest code of a row is a bit.
         if not 0 <= end - start <= 8 * num_bytes:
@@ -85,13 +82,9 @@ def refuse_large_groups(entry: Entry, columns: Sequence[str]) -> None:
 
 
 def read_paths(entry: Entry, column: str) -> list[str | None] | None:
-    """The path of each row in the struct `column`; None where there are none, or more text than paths are.
-
-    Raises UserError.
-    """
-    head = read_head(entry)
-    leaf = head.paths.get(column)
-    if leaf is None or any(sizes[leaf] > _MAX_PATH_BYTES for sizes in head.unpacked_bytes):
+    """The path of each row in the struct `column`; None where there are none. Raises UserError."""
+    leaf = read_head(entry).paths.get(column)
+    if leaf is None:
         return None
     paths: list[str | None] = []
     try:
@@ -151,17 +144,14 @@ def _to_head(parquet: pq.ParquetFile) -> ParquetHead:
             }
             if _is_bytes(inner.get("bytes")):
                 pictures[field.name] = f"{field.name}.bytes"
-                if pa.types.is_string(inner.get("path")) or pa.types.is_large_string(inner.get("path")):
+                if inner.get("path") in (pa.string(), pa.large_string()):
                     paths[field.name] = f"{field.name}.path"
-    starts, packed, unpacked = [0], list[dict[str, int]](), list[dict[str, int]]()
-    for number in range(footer.num_row_groups):
-        group = footer.row_group(number)
-        chunks = [group.column(index) for index in range(group.num_columns)]
-        starts.append(starts[-1] + group.num_rows)
-        packed.append({chunk.path_in_schema: chunk.total_compressed_size for chunk in chunks})
-        unpacked.append({chunk.path_in_schema: chunk.total_uncompressed_size for chunk in chunks})
+    # Not by column: Arrow ends the process where the footer of a damaged file describes one that cannot be.
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    starts = [0, *itertools.accumulate(group.num_rows for group in groups)]
     columns = {field.name: str(field.type) for field in schema}
-    return ParquetHead(columns, pictures, paths, starts, packed, unpacked, _features(schema.metadata or {}))
+    features = _features(schema.metadata or {})
+    return ParquetHead(columns, pictures, paths, starts, [group.total_byte_size for group in groups], features)
 
 
 def _is_bytes(kind: pa.DataType | None) -> bool:

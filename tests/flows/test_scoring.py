@@ -216,7 +216,10 @@ def test_evaluate__a_file_with_code_in_it_is_refused_in_one_line(
             r"nothing is no checkpoint folder, it has no model.safetensors; a model is",
         ),
         (("{tmp}/nothing.pth", "{config}"), r"^no file at .*nothing.pth; a model is models:/NAME@ALIAS, a checkpoint"),
-        (("{file}", "{tmp}"), r"^no shard set at .*DATA is an experiment file, a shard set's folder or a version that was scored on one$"),
+        (
+            ("{file}", "{tmp}"),
+            r"^no shard set at .*DATA is an experiment file, a shard set's folder or a version that was scored on one$",
+        ),
         (
             ("{file}", "{config}", "--variant", "fast"),
             r"^no variant 'fast' in published; .*--variant published$",
