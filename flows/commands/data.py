@@ -106,8 +106,8 @@ def init(
         found = check_source(limited, layout, SAMPLES_FOR_DRAFT)
     except UserError as error:
         raise _with_layout(error, config, layout) from error
-    if not any(split.num_good for split in found.splits):
-        raise UserError(f"no sample of {source} can be used: {found.problems[0].example}")
+    if not found.splits[0].num_good:
+        raise UserError(f"no sample of {source} can be trained on: {found.problems[0].example}")
     try:
         machine = Machine.here() or Machine(1, 1)
         text = draft_experiment(experiment_name(root), config, found, machine, timm_name, why)

@@ -54,3 +54,17 @@ def test_check__without_names_tells_layout_and_ids(tmp_path: Path, capsys: pytes
         assert "images/ and labels/ hold 2 pairs" in said
         assert "2 label maps that were read hold 4, 6" in said
     assert not (tmp_path / "e.yaml").exists()
+
+
+def test_init__without_a_sample_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate("abcd"):
+        put(tmp_path, f"images/{'train' if number < 2 else 'val'}/{name}.png", label(number, 9))
+        put(tmp_path, f"labels/{'train' if number < 2 else 'val'}/{name}.png", label(0, 1))
+    (tmp_path / "classes.txt").write_text("sky\nroad\n")
+    for name in "ab":
+        (tmp_path / f"images/train/{name}.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="1"):
+        main(["init", str(tmp_path), "--out", str(tmp_path / "e.yaml")])
+    said = capsys.readouterr().err
+    assert f"no sample of {tmp_path} can be trained on: {tmp_path}/images/train/a.png cannot be decoded" in said
+    assert not (tmp_path / "e.yaml").exists()
