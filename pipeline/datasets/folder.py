@@ -31,7 +31,7 @@ class Folder(SplitFolders):
         self.config = config
         self.layout = (
             f"{config.images}/NAME.jpg with {config.labels}/NAME{config.label_suffix}.png and {config.classes}; the "
-            "folders may hold, or be in, train, val and test"
+            "folders may hold, or be in, train, val and test. segvit init tells what lies there"
         )
         tree = self.arrange(root, config, seed)
         classes = read_class_list(tree, config.classes)
