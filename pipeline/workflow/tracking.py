@@ -11,23 +11,22 @@ import json
 import logging
 import os
 import re
-import shlex
 import socket
-import sqlite3
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.workflow.moved_store import ARTIFACTS, local_folder, require_not_moved
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,7 +43,6 @@ MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000
 CONNECT_TIMEOUT_S = 5.0
 # The folder beside a sqlite store.
-ARTIFACTS = "mlartifacts"
 # How long whoever is at work already waits for a server that has stopped to answer.
 PATIENCE_S = 240.0
 # MLflow's own retries, 0 + 2 + 4 + ... + 120 s: as long as that.
@@ -138,11 +136,11 @@ class Tracking:
                     "give the address of a tracking server"
                 )
             folder = storage.local_path(workspace).absolute()
-            _require_not_moved(folder / "mlflow.db", experiment)
+            require_not_moved(folder / "mlflow.db", experiment)
             return cls(f"sqlite:///{folder / 'mlflow.db'}", experiment, str(folder / ARTIFACTS))
         if uri.startswith("sqlite:///"):
             path = Path(uri.removeprefix("sqlite:///")).absolute()
-            _require_not_moved(path, experiment)
+            require_not_moved(path, experiment)
             return cls(f"sqlite:///{path}", experiment, str(path.parent / ARTIFACTS))
         if "://" not in uri:
             raise UserError(f"tracking URI {uri!r} has no scheme; use sqlite:///FILE or http://HOST:PORT")
@@ -241,7 +239,7 @@ class Tracking:
         from mlflow.exceptions import MlflowException
 
         place = artifact_uri or str(self.client().get_run(run_id).info.artifact_uri)
-        local = _local_folder(place)
+        local = local_folder(place)
         if local is not None:
             try:
                 return (local / name).read_text(encoding="utf-8")
@@ -370,44 +368,6 @@ def current_user() -> str:
     with suppress(KeyError, OSError):
         return getpass.getuser()
     return "unknown"
-
-
-def _require_not_moved(database: Path, experiment: str) -> None:
-    """Raise UserError where a store lies elsewhere than when it was made: the paths in it are absolute.
-
-    MLflow's own tools read those paths, too, so that only a link at the old place mends all of them. The table is read
-    as it is, since MLflow takes seconds to start. Artifacts that were put elsewhere on purpose are left alone.
-    """
-    here = database.parent / ARTIFACTS
-    if not database.is_file() or not here.is_dir():
-        return
-    query = "SELECT artifact_location FROM experiments WHERE name = ?"
-    try:
-        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
-            found = connection.execute(query, (experiment,)).fetchone()
-    except sqlite3.Error:
-        # Being made, locked or of another kind: MLflow will say it.
-        return
-    made = None if found is None else _local_folder(str(found[0]))
-    if made is None or made.name != ARTIFACTS or (made.exists() and made.samefile(here)):
-        return
-    old, new = made.parent, here.parent
-    link = shlex.join(["ln", "-s", str(new), str(old)])
-    if old.exists():
-        raise UserError(
-            f"{new} is a copy of {old}, and its records and models name the files there; use {old}, or remove that and "
-            f"run {link}"
-        )
-    raise UserError(
-        f"{new} was moved from {old}, and its records and models name the files there; move it back, or run {link}"
-    )
-
-
-def _local_folder(artifact_uri: str) -> Path | None:
-    parts = urlsplit(artifact_uri)
-    if parts.scheme in ("", "file"):
-        return Path(unquote(parts.path) if parts.scheme else artifact_uri)
-    return None
 
 
 def _quiet_client(uri: str) -> MlflowClient:

@@ -12,7 +12,8 @@ from PIL import Image
 
 from pipeline import storage
 from pipeline.datasets import open_dataset
-from pipeline.datasets.recognise import Recognised, recognise
+from pipeline.datasets.place import Recognised
+from pipeline.datasets.recognise import recognise
 from pipeline.errors import UserError
 from segvit.image_files import encode_png
 from tests.pipeline.datasets.layouts import LAYOUTS, VOC, label_of, make_splits, make_voc, pack, put, write_labelme
