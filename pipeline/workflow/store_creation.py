@@ -65,9 +65,10 @@ def _make(file: Path, experiment: str, artifact_location: str | None) -> None:
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     # As MLflow's own client would, with the artifacts of its default experiment, which we do not use, beside.
-    store = SqlAlchemyStore(f"sqlite:///{file}", artifact_location or str(file.parent / "mlruns"))
+    root = artifact_location or str(file.parent / "mlruns")
+    store = SqlAlchemyStore(f"sqlite:///{file}", root)  # type: ignore[no-untyped-call]
     try:
-        store.create_experiment(experiment, artifact_location=artifact_location)
+        store.create_experiment(experiment, artifact_location=artifact_location)  # type: ignore[no-untyped-call]
     finally:
         store.engine.dispose()
     # The rename publishes what is on disk.
