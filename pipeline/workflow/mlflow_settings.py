@@ -6,8 +6,8 @@ import logging
 import os
 
 _SETTINGS = {
-    # MLflow's own retries, 0 + 2 + 4 + ... + 120 s: as long as pipeline.workflow.tracking.PATIENCE_S.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "8",
+    # MLflow's own retries, 0 + 2 + 4 + ... + 120 + 120 s: as long as pipeline.workflow.tracking.PATIENCE_S.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "9",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     # Else it asks the server first what it can do, once for each file that is read.
     "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",

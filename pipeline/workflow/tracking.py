@@ -44,7 +44,7 @@ MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000
 CONNECT_TIMEOUT_S = 5.0
 # How long whoever is at work already waits for a server that has stopped to answer.
-PATIENCE_S = 240.0
+PATIENCE_S = 360.0
 
 
 class Tag:
