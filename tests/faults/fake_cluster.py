@@ -152,7 +152,7 @@ class FakeCluster:
             )
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline and self.is_up:
-            if _listens(self.port) and _listens(self.dashboard_port) and self.head_processes("autoscaler"):
+            if listens(self.port) and listens(self.dashboard_port) and self.head_processes("autoscaler"):
                 return
             time.sleep(0.2)
         self.stop()
@@ -221,7 +221,8 @@ def free_port() -> int:
         return int(unused.getsockname()[1])
 
 
-def _listens(port: int) -> bool:
+def listens(port: int) -> bool:
+    """Whether somebody listens on a port of loopback."""
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex(("127.0.0.1", port)) == 0
