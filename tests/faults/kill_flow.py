@@ -5,9 +5,9 @@
 A flow of nine steps, from raw images to a promoted model, is run until it ends, and one process of it is killed at
 a random instant of each step: the driver, the process of a step, a trial's, a training worker, the raylet, Ray's
 global control service, or all of the local cluster at once. Then the same command is given again. For every kill it
-is shown that what is visible on storage and in the registry is complete, and that no process outlives the driver by
-half a minute or listens beyond loopback; for every rerun that each step has been finished once and not executed again, and that the registry
-and the published files are those of an undisturbed run.
+is shown that what is visible on storage and in the registry is complete, that nothing listens beyond loopback, and
+that no process outlives the driver by half a minute; for every rerun that each step has been finished once and not
+executed again, and that the registry and the published files are those of an undisturbed run.
 """
 
 from __future__ import annotations
