@@ -11,6 +11,8 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 from flows.jobs.follow import cause_of_end
 from flows.jobs.server import connect
 
+PATIENCE_S = 10.0
+
 
 class JobSummary(NamedTuple):
     """One job.
@@ -37,7 +39,7 @@ class JobSummary(NamedTuple):
 def list_jobs(address: str | None) -> list[JobSummary]:
     """The jobs that were submitted to the cluster, newest first; raises UserError where its server does not answer."""
     server = connect(address)
-    found = server.patiently(server.list_jobs, lambda _line: None, 0.0)
+    found = server.patiently(server.list_jobs, lambda _line: None, PATIENCE_S)
     jobs = [info for info in found if info.type == JobType.SUBMISSION]
     return [_summary(info) for info in sorted(jobs, key=lambda info: info.start_time or 0, reverse=True)]
 

@@ -100,9 +100,9 @@ def _checked(request: Request) -> tuple[Experiment, dict[str, str], list[str]]:
     tree = read_tree(request.config, request.overrides, expand=False)
     runtime = tree.get("runtime")
     listed = runtime.get("env") if isinstance(runtime, dict) else None
-    variables = environment.asked_environment(request.variables, listed if isinstance(listed, list) else ())
-    # Others than those that are sent are the cluster's to fill in.
-    experiment = parse_experiment(expand_variables(tree, variables), str(request.config))
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    variables = environment.asked_environment(request.variables, names)
+    experiment = _parse(tree, variables, str(request.config))
     experiment.check(None)
     if problems := environment.path_problems(experiment.config, variables):
         raise UserError("\n  ".join([f"{request.config}: {len(problems)} problem(s)", *problems]))
@@ -118,6 +118,19 @@ def _checked(request: Request) -> tuple[Experiment, dict[str, str], list[str]]:
             f"with --image the values of {', '.join(variables)} are readable in Ray's job information and logs"
         )
     return experiment, variables, notes
+
+
+def _parse(tree: dict[str, Any], variables: Mapping[str, str], source: str) -> Experiment:
+    """The experiment with the variables that are sent; others are the cluster's to fill in."""
+    try:
+        return parse_experiment(expand_variables(tree, variables), source)
+    except UserError as error:
+        waiting = [name for name in sorted(variables_in(tree)) if f"${{{name}}}" in str(error)]
+        if not waiting:
+            raise
+        raise UserError(
+            f"{error}\n  the cluster fills in {', '.join(waiting)}, which goes for text only; send it along: --env NAME"
+        ) from error
 
 
 def _source(request: Request) -> Source:

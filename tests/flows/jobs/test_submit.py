@@ -72,12 +72,17 @@ def test_submit__sends_source_and_variables_and_no_value_in_the_open(
 
 
 def test_submit__what_is_wrong_here_is_told_before_the_cluster_is_asked(
-    config: Path, server: FakeJobServer, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    config: Path, server: FakeJobServer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     server.requests.clear()
     for arguments, message in (
         (["--set", "train.stepz=7"], "train.stepz: unknown key; remove it or correct its spelling"),
         (["--set", "model.image_size=[112,110]"], "image_size 110 is not a multiple of"),
+        (
+            ["--set", "train.batch_size=${PROBE_SIZE}"],
+            "the cluster fills in PROBE_SIZE, which goes for text only; send",
+        ),
+        (["--env", "PROBE_SIZE=0", "--set", "train.batch_size=${PROBE_SIZE}"], "'0': Input should be greater than 0"),
         (["--env", "NOT_SET_HERE"], "--env NOT_SET_HERE is not set here; export it, or give NOT_SET_HERE=VALUE"),
         (["--env", "RAY_ADDRESS=x"], "--env RAY_ADDRESS cannot be sent: the cluster's own value counts there"),
         (["--env", "a b"], "--env 'a b' is no variable's name; give NAME or NAME=VALUE"),
@@ -135,7 +140,13 @@ def test_submit__ctrl_c_leaves_the_job_and_says_how_to_go_on(config: Path, serve
     server.log = "first line\n"
     command = [sys.executable, "-m", "flows.cli", "submit", str(config), "--address", server.address]
     child = subprocess.Popen(
-        [*command, "--workspace", "/mnt/ws"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--workspace", "/mnt/ws"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests may be deaf to it, as what a shell starts in the background is.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert child.stdout is not None
     while child.stdout.readline() != "first line\n":
