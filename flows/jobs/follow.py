@@ -80,13 +80,13 @@ class LogLines:
     """Whole lines of a log that is sent from its beginning, again and again; each is passed on once.
 
     Attributes:
-        last: the last KEPT_LINES lines.
+        num_passed: characters of the lines that were passed on.
     """
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log = log
         self._last: deque[str] = deque(maxlen=KEPT_LINES)
-        self._passed = 0  # characters of whole lines
+        self.num_passed = 0
         self._to_skip = 0
         self._partial = ""
 
@@ -97,7 +97,7 @@ class LogLines:
 
     def restart(self) -> None:
         """The log comes from its beginning again."""
-        self._to_skip, self._partial = self._passed, ""
+        self._to_skip, self._partial = self.num_passed, ""
 
     def feed(self, text: str) -> None:
         """A further piece of the log, cut anywhere."""
@@ -114,7 +114,7 @@ class LogLines:
             self._partial = ""
 
     def _pass_on(self, line: str) -> None:
-        self._passed += len(line) + 1
+        self.num_passed += len(line) + 1
         self._last.append(line)
         self._log(line)
 
@@ -122,7 +122,7 @@ class LogLines:
 def _follow(server: JobServer, job: str, lines: LogLines, log: Callable[[str], None]) -> JobDetails:
     delay = FIRST_DELAY_S
     while True:
-        broken = False
+        broken, before = False, lines.num_passed
         lines.restart()
         try:
             asyncio.run(_tail(server, job, lines))
@@ -142,8 +142,8 @@ def _follow(server: JobServer, job: str, lines: LogLines, log: Callable[[str], N
             whole = server.patiently(lambda: server.get_job_logs(job), log)
             lines.restart()
             lines.feed(whole)
+        delay = FIRST_DELAY_S if lines.num_passed > before else min(delay * 2, LAST_DELAY_S)
         time.sleep(delay)
-        delay = min(delay * 2, LAST_DELAY_S) if broken else FIRST_DELAY_S
 
 
 async def _tail(server: JobServer, job: str, lines: LogLines) -> None:

@@ -58,5 +58,5 @@ def _summary(info: JobDetails) -> JobSummary:
         workspace=told.get("segvit.workspace", ""),
         code=told.get("segvit.code", ""),
         # Of a failed job, the server keeps its log's last lines.
-        message=cause_of_end(info, (info.message or "").splitlines()).splitlines()[0] if failed else "",
+        message=" ".join(cause_of_end(info, (info.message or "").splitlines()).split()) if failed else "",
     )
