@@ -26,6 +26,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,19 +93,19 @@ DRIVER_LIMIT_S = 180
 
 
 class Flow:
-    """One `segvit run` of the experiment in `workspace`, and its processes."""
+    """One `segvit run` of the experiment in `workspace`, and its processes; in `environment`, where it is given."""
 
-    def __init__(self, config: Path, workspace: Path) -> None:
+    def __init__(self, config: Path, workspace: Path, environment: Mapping[str, str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self.started = time.monotonic()
         self.moments: dict[str, float] = {}
         self.states: dict[str, str] = {}
         self.lines: list[str] = []
-        environment = os.environ | {MARK: self.mark, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        own = {MARK: self.mark, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "run", str(config), "--workspace", str(workspace)],
             cwd=REPOSITORY,
-            env=environment,
+            env={**os.environ, **(environment or {}), **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

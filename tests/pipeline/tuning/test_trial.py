@@ -37,7 +37,6 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What trials of this process report."""
     rows: list[dict[str, Any]] = []
     monkeypatch.setattr(ray.tune, "report", rows.append)
-    monkeypatch.setattr(search_trial, "wants_gpu", lambda runtime: False)
     return rows
 
 
