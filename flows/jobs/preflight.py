@@ -57,7 +57,7 @@ def cluster_findings(runtime: RuntimeConfig, resources: ClusterResources | None)
     lacks = _lacks(runtime, resources)
     if resources.is_fixed or lacks is None:
         return ([f"{lacks[0]}; {lacks[1]}"] if lacks else []), []
-    return [], [f"{lacks[0]} as it is now; the job waits for nodes that an autoscaler may add, if it has such nodes"]
+    return [], [f"{lacks[0]} as it is now; the job asks its autoscaler for more"]
 
 
 def _lacks(runtime: RuntimeConfig, resources: ClusterResources) -> tuple[str, str] | None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
@@ -41,6 +40,7 @@ class Source(NamedTuple):
         packages: names of what travels, for people.
         digest: of the files' paths and contents; empty where none travels.
         version: the release that the cluster must have installed; None where the source travels.
+        left_out: names of plugins that lie here and cannot travel: they have compiled code, or are no one folder.
     """
 
     files: Mapping[str, Path]
@@ -48,6 +48,7 @@ class Source(NamedTuple):
     packages: tuple[str, ...]
     digest: str
     version: str | None
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         sent = f"source {self.digest[:8]} of {', '.join(self.packages)}" if self.packages else ""
@@ -56,31 +57,28 @@ class Source(NamedTuple):
 
 
 def find_source(code: Code) -> Source:
-    """What travels; nothing is copied yet.
-
-    Raises UserError for more than MAX_SOURCE_BYTES, and for a plugin with compiled code, which runs on one kind of
-    machine only.
-    """
-    root = PACKAGES[0].parent
+    """What travels; nothing is copied yet. Raises UserError for more than MAX_SOURCE_BYTES."""
     files: dict[str, Path] = {}
     information: dict[str, str] = {}
     packages: list[str] = []
-    if _travels(root, code):
+    left_out: list[str] = []
+    version: str | None = None
+    if _travels(PACKAGES[0].parent, code):
         packages.append(start.DISTRIBUTION)
         for package in PACKAGES:
             files.update(_files_of(package))
-    for distribution in metadata.distributions():
-        points = [point for point in distribution.entry_points if point.group in PLUGIN_GROUPS]
-        if not points or distribution.name == start.DISTRIBUTION:
-            continue
-        found = _plugin_files(distribution, {point.module.partition(".")[0] for point in points}, code)
-        if found:
+    else:
+        version = release()
+    for distribution, modules in _plugins():
+        found = _plugin_files(modules, code)
+        if found is None:
+            left_out.append(distribution.name)
+        elif found:
             packages.append(distribution.name)
             files.update(found)
             information.update(_information(distribution))
     _check_size(files)
-    sent = start.DISTRIBUTION in packages
-    return Source(files, information, tuple(packages), _digest(files) if files else "", None if sent else release())
+    return Source(files, information, tuple(packages), _digest(files) if files else "", version, tuple(left_out))
 
 
 def release() -> str:
@@ -107,31 +105,35 @@ def write_folder(folder: Path, source: Source, experiment: bytes, environment: M
     job_file.write_text(json.dumps({"version": source.version, "environment": dict(environment)}), encoding="utf-8")
 
 
-def _travels(place: Path, code: Code) -> bool:
+def _travels(folder: Path, code: Code) -> bool:
+    """Whether what lies in a folder of the import path travels."""
     if code is Code.AUTO:
-        installed = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
-        return place.resolve() not in installed and not {"site-packages", "dist-packages"} & set(place.resolve().parts)
+        return not {"site-packages", "dist-packages"} & set(folder.resolve().parts)
     return code is Code.SOURCE
 
 
-def _plugin_files(distribution: metadata.Distribution, modules: set[str], code: Code) -> dict[str, Path]:
-    """The files of a package whose entry points add parts, and those that make its entry points known."""
+def _plugins() -> Iterator[tuple[metadata.Distribution, list[str]]]:
+    """The packages whose entry points add parts, with the names of the modules that they are loaded from."""
+    seen = {start.DISTRIBUTION}
+    for distribution in metadata.distributions():
+        points = [point for point in distribution.entry_points if point.group in PLUGIN_GROUPS]
+        if points and distribution.name not in seen:
+            seen.add(distribution.name)
+            yield distribution, sorted({point.module.partition(".")[0] for point in points})
+
+
+def _plugin_files(modules: Sequence[str], code: Code) -> dict[str, Path] | None:
+    """The files of modules that travel; None where they cannot."""
     files: dict[str, Path] = {}
-    for module in sorted(modules):
+    for module in modules:
         spec = find_spec(module)
         if spec is None or spec.origin is None:
-            continue  # whoever uses it is told
+            return None
         place = Path(spec.origin)
         is_package = spec.submodule_search_locations is not None
-        if not _travels(place.parents[1] if is_package else place.parent, code):
-            continue
-        files.update(_files_of(place.parent) if is_package else {place.name: place})
-    if compiled := next((name for name in files if name.endswith(_COMPILED)), None):
-        raise UserError(
-            f"{distribution.name} has compiled code ({compiled}), which does not travel; install it on the cluster "
-            "and submit with --code installed"
-        )
-    return files
+        if _travels(place.parents[1] if is_package else place.parent, code):
+            files.update(_files_of(place.parent) if is_package else {place.name: place})
+    return None if any(name.endswith(_COMPILED) for name in files) else files
 
 
 def _information(distribution: metadata.Distribution) -> dict[str, str]:

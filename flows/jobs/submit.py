@@ -62,6 +62,8 @@ def submit_experiment(address: str | None, request: Request, *, wait: bool, log:
     _check_workspace(request.workspace)
     experiment, variables, notes = _checked(request)
     source = _source(request)
+    if source.left_out:
+        notes.append(f"{', '.join(source.left_out)} cannot travel and must be installed on the cluster")
     server = connect(address)
     problems, more = cluster_findings(experiment.config.runtime, ask_resources(server))
     if problems:
