@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import aiohttp
+from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus
 
 from flows.jobs.server import FIRST_DELAY_S, LAST_DELAY_S, JobServer, ServerAwayError, connect, last_line
@@ -51,9 +52,10 @@ def follow_job(server: JobServer, job: str, log: Callable[[str], None]) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; job {job} goes on\n{how_to_go_on(server.address, job)}") from None
     except UserError as error:
-        raise UserError(
-            f"job {job} is no longer followed, and may run on: {error}\n{how_to_go_on(server.address, job)}"
-        ) from error
+        if not isinstance(error.__cause__, ServerAwayError | RayError):
+            raise
+        going_on = how_to_go_on(server.address, job)
+        raise UserError(f"job {job} is no longer followed, and may run on: {error}\n{going_on}") from error
     if info.status != JobStatus.SUCCEEDED:
         raise UserError(f"job {job} {info.status.lower()}: {cause_of_end(info, lines.last)}")
 

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,11 @@ def _read_job() -> dict[str, Any]:
     if JOB_VARIABLE in os.environ:
         content = base64.b64decode(os.environ[JOB_VARIABLE])
     else:
-        content = Path(__file__).with_name(JOB_FILE).read_bytes()
+        file = Path(__file__).with_name(JOB_FILE)
+        with suppress(PermissionError):
+            # Ray unpacks it for every user of the node to read.
+            file.chmod(0o600)
+        content = file.read_bytes()
     job: dict[str, Any] = json.loads(content)
     return job
 

@@ -127,7 +127,9 @@ class FakeJobServer:
         return web.json_response({"job_id": job["submission_id"], "submission_id": job["submission_id"]})
 
     def _details(self, job: dict[str, Any]) -> dict[str, Any]:
-        known = {key: job[key] for key in ("submission_id", "entrypoint", "metadata", "runtime_env") if key in job}
+        known: dict[str, Any] = {
+            key: job[key] for key in ("submission_id", "entrypoint", "metadata", "runtime_env") if key in job
+        }
         ended = self.status in ("SUCCEEDED", "FAILED", "STOPPED")
         times = {"start_time": 1_700_000_000_000, "end_time": 1_700_000_075_000 if ended else None}
         exit_code = {"FAILED": 1, "SUCCEEDED": 0}.get(self.status)

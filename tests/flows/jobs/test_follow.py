@@ -97,7 +97,7 @@ def test_follow__a_head_that_forgot_the_job_is_told(job: FakeJobServer) -> None:
     job.jobs.clear()
     job.start()
     following.end()
-    assert f"the cluster at {job.address} knows no job {JOB}" in str(following.error)
+    assert str(following.error).startswith(f"the cluster at {job.address} knows no job {JOB} (")
     assert "submit again and that is reused" in str(following.error)
 
 

@@ -14,6 +14,7 @@ import pytest
 from flows.cli import main
 from flows.jobs import source, start
 from flows.jobs.code import Code
+from pipeline.errors import UserError
 from tests.flows.jobs.fake_server import FakeJobServer
 
 ROOT = Path(__file__).parents[3]
@@ -214,14 +215,14 @@ def test_submit__image_carries_the_experiment_and_asks_for_the_release(
     monkeypatch.chdir(tmp_path)
     ran: list[tuple[list[str], bytes]] = []
     monkeypatch.setattr("flows.cli.main", lambda given: ran.append((given, Path("experiment.yaml").read_bytes())))
-    monkeypatch.setattr(start.metadata, "version", lambda _name: "9.8.6")
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: "9.8.6")
     with pytest.raises(SystemExit) as ended:
         start.main(["run", "experiment.yaml"])
     assert ended.value.code == 1
     assert "error: the cluster has segvit-pipeline 9.8.6 installed and this job was submitted by 9.8.7; install" in (
         capfd.readouterr().err
     )
-    monkeypatch.setattr(start.metadata, "version", lambda _name: "9.8.7")
+    monkeypatch.setattr("importlib.metadata.version", lambda _name: "9.8.7")
     start.main(["run", "experiment.yaml"])
     assert ran == [(["run", "experiment.yaml"], config.read_bytes())]
 
@@ -265,7 +266,7 @@ def test_source__a_plugin_beside_the_checkout_travels_with_its_entry_points(
 
 def test_source__a_data_set_among_the_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "MAX_SOURCE_BYTES", 1 << 10)
-    with pytest.raises(source.UserError, match=r"more than 0 MiB travel with a job; move out .* \(0 MiB\)"):
+    with pytest.raises(UserError, match=r"more than 0 MiB travel with a job; move out .* \(0 MiB\)"):
         source.find_source(Code.SOURCE)
 
 
@@ -273,8 +274,11 @@ def test_start__workers_take_the_variables_from_the_jobs_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(start.JOB_VARIABLE, raising=False)
-    (tmp_path / "segvit_job.json").write_text(json.dumps({"version": None, "environment": {"PROBE_TOKEN": SECRET}}))
+    job_file = tmp_path / "segvit_job.json"
+    job_file.write_text(json.dumps({"version": None, "environment": {"PROBE_TOKEN": SECRET}}))
+    job_file.chmod(0o644)
     monkeypatch.setattr(start, "__file__", str(tmp_path / "segvit_job.py"))
     monkeypatch.setenv("PROBE_TOKEN", "another")
     start.load_environment()
     assert os.environ["PROBE_TOKEN"] == SECRET
+    assert stat.S_IMODE(job_file.stat().st_mode) == 0o600
