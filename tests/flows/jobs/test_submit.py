@@ -264,6 +264,17 @@ def test_source__a_plugin_beside_the_checkout_travels_with_its_entry_points(
     assert (found.packages, found.left_out) == (("segvit-pipeline",), ("my-stairs",))
 
 
+def test_source__of_an_installed_client_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "site-packages" / "segvit"
+    installed.mkdir(parents=True)
+    (installed / "model.py").write_text("")
+    monkeypatch.setattr(source, "PACKAGES", (installed,))
+    monkeypatch.setattr(source, "release", lambda: "9.8.7")
+    assert source.find_source(Code.AUTO) == source.Source({}, {}, (), "", "9.8.7")
+    sent = source.find_source(Code.SOURCE)
+    assert (list(sent.files), sent.version) == (["segvit/model.py"], None)
+
+
 def test_source__a_data_set_among_the_packages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "MAX_SOURCE_BYTES", 1 << 10)
     with pytest.raises(UserError, match=r"more than 0 MiB travel with a job; move out .* \(0 MiB\)"):
