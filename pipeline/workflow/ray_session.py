@@ -45,6 +45,9 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(CONTROL_TIMEOUT_S))
+        # The node's address is then 127.0.0.1, as where Ray knows no clusters of several machines, and all its sockets
+        # are bound to that; else its services and metrics, which ask for no token, listen at every interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():

@@ -6,7 +6,7 @@ A flow of nine steps, from raw images to a promoted model, is run until it ends,
 a random instant of each step: the driver, the process of a step, a trial's, a training worker, the raylet, Ray's
 global control service, or all of the local cluster at once. Then the same command is given again. For every kill it
 is shown that what is visible on storage and in the registry is complete, and that no process outlives the driver by
-half a minute; for every rerun that each step has been finished once and not executed again, and that the registry
+half a minute or listens beyond loopback; for every rerun that each step has been finished once and not executed again, and that the registry
 and the published files are those of an undisturbed run.
 """
 
@@ -38,7 +38,7 @@ from pipeline.registry.models import list_models
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.storage import PARTIAL
 from pipeline.workflow.tracking import RunState, Tag, Tracking
-from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
+from tests.faults.processes import MARK, command_line, marked_processes, require_loopback, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "kills"
@@ -296,6 +296,7 @@ def disturb(
             flow = Flow(config, workspace)
             if not flow.wait_for(label):
                 raise SystemExit(f"the rerun ended before {label}:\n{flow.tail()}")
+        require_loopback(flow.mark)
         moment = rng.uniform(0, seconds[label])
         time.sleep(moment)
         while not (count := flow.kill(kind)) and not flow.ended and flow.states[label] == "running":
