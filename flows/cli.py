@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import typer
 
 from flows.commands.data import check, data, flops, init
-from flows.commands.experiment import plan, run, submit
+from flows.commands.experiment import plan, run
 from flows.commands.inference import export, predict, serve
+from flows.commands.jobs import jobs, submit
 from flows.commands.model import compare, models, promote, rollback
 from flows.commands.runs import cancel, runs, show
 from flows.commands.score import evaluate, register
@@ -25,6 +26,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     run,
     plan,
     submit,
+    jobs,
     runs,
     show,
     cancel,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flows.recipes import RECIPES, Recipe
 from pipeline.config import ExperimentConfig
@@ -51,22 +51,15 @@ class Experiment(NamedTuple):
         return planned
 
 
-def load_experiment(path: Path, overrides: Sequence[str] = (), *, expand: bool = True) -> Experiment:
-    """Read an experiment file and look up its recipe; raises UserError with every problem of the file's own.
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file and look up its recipe; raises UserError with every problem of the file's own."""
+    return parse_experiment(read_tree(path, overrides), str(path))
 
-    `expand`: whether `${NAME}` stands for this process's environment.
-    """
-    tree = read_tree(path, overrides, expand=expand)
+
+def parse_experiment(tree: dict[str, Any], source: str) -> Experiment:
+    """An experiment file that was read, checked as a whole; raises UserError as `load_experiment` does."""
     try:
         recipe = RECIPES.get(str(tree.get("recipe", "segmentation")))
     except ValueError as error:
-        raise UserError(f"{path}: recipe: {error}") from error
-    return Experiment(str(path), recipe, parse_as(recipe.config, tree, str(path)))
-
-
-def check_before_submit(path: Path, overrides: Sequence[str]) -> None:
-    """What can be told here of an experiment that will run elsewhere, where data, weights and machine are others.
-
-    Raises UserError as `load_experiment` does, and for misfits of the configuration and its models.
-    """
-    load_experiment(path, overrides, expand=False).check(None)
+        raise UserError(f"{source}: recipe: {error}") from error
+    return Experiment(source, recipe, parse_as(recipe.config, tree, source))

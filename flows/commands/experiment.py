@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from flows.commands.options import WORKSPACE, Config, Json, Overrides, TrackingUri, Workspace, facts_output
 
 
@@ -73,32 +69,6 @@ def plan(
             console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
         console.print(present.plan_tree(experiment.config.name, planned.steps, planned.complete))
         give([step.model_dump(mode="json") for step in planned.steps])
-
-
-def submit(
-    config: Config,
-    address: Annotated[str, typer.Option(metavar="URL", help="The cluster's job server, as http://127.0.0.1:8265.")],
-    workspace: Annotated[
-        str, typer.Option(metavar="DIR", help="Where steps keep their outputs; all nodes must reach it.")
-    ],
-    overrides: Overrides = None,
-    tracking_uri: Annotated[
-        str | None, typer.Option(metavar="URI", help="MLflow store as the cluster's head sees it.")
-    ] = None,
-) -> None:
-    """Run an experiment as a job on a Ray cluster, following its log; fails when the job does."""
-    from flows.experiment import check_before_submit
-    from flows.submit import submit_experiment
-
-    check_before_submit(config, overrides or ())
-    submit_experiment(
-        config,
-        overrides or [],
-        address=address,
-        workspace=workspace,
-        tracking_uri=tracking_uri,
-        log=lambda line: print(line, flush=True),
-    )
 
 
 def _tracking_view(uri: str) -> str:

@@ -25,6 +25,14 @@ TrackingUri = Annotated[
     str | None,
     typer.Option(envvar="MLFLOW_TRACKING_URI", metavar="URI", help="MLflow store; default: a file in the workspace."),
 ]
+JobServerAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="URL",
+        help="The cluster's job server, as http://127.0.0.1:8265; default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the facts as JSON on standard output, all else on error.")]
 
 WORKSPACE = ".segvit"

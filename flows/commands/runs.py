@@ -39,21 +39,30 @@ def show(
 
 
 def cancel(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, its beginning, or 'latest'.")],
+    run_id: Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run's id, its beginning, or 'latest'; or a job.")],
     workspace: Workspace = WORKSPACE,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
+    address: Annotated[
+        str | None, typer.Option(metavar="URL", help="The job server of the cluster, where a job is to end.")
+    ] = None,
 ) -> None:
-    """End a running flow, wherever its driver is; a later run goes on with what had finished."""
-    from pipeline.workflow.runs import cancel_run
-    from pipeline.workflow.tracking import Tracking, current_user
-
-    tracking = Tracking.for_workspace(workspace, tracking_uri)
+    """End a running flow, wherever its driver is, or a job; a later run goes on with what had finished."""
     with facts_output(as_json) as (console, give):
 
         def log(line: str) -> None:
             console.print(line, markup=False, soft_wrap=True)
 
-        ended = cancel_run(tracking, run_id, current_user(), log=log)
+        if address is not None:
+            from flows.jobs.cancel import cancel_job
+
+            job = cancel_job(address, run_id, log)
+            log(f"job {run_id} is {job.status.lower()}")
+            give({"job": run_id, "state": job.status.lower()})
+            return
+        from pipeline.workflow.runs import cancel_run
+        from pipeline.workflow.tracking import Tracking, current_user
+
+        ended = cancel_run(Tracking.for_workspace(workspace, tracking_uri), run_id, current_user(), log=log)
         log(f"run {ended.run_id[:12]} of flow {ended.flow} is {ended.state} ({ended.error or 'it ended by itself'})")
         give(ended.model_dump(mode="json"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from pipeline.config.former import rename_former_keys
 from pipeline.errors import UserError
 
 C = TypeVar("C", bound=ExperimentConfig)
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = (), *, expand: bool = True) -> dict[str, Any]:
@@ -99,19 +100,34 @@ def _number(value: Any) -> Any:
     return value
 
 
-def expand_variables(node: Any) -> Any:
-    """`node` with each `${NAME}` in its strings replaced; raises UserError for a variable that is not set."""
+def expand_variables(node: Any, variables: Mapping[str, str] | None = None) -> Any:
+    """`node` with each `${NAME}` in its strings replaced, from this process's environment.
+
+    With `variables` only those are known, and other names stay: they are for another machine to fill in. Raises
+    UserError for a variable that is not set.
+    """
     if isinstance(node, dict):
-        return {key: expand_variables(value) for key, value in node.items()}
+        return {key: expand_variables(value, variables) for key, value in node.items()}
     if isinstance(node, list):
-        return [expand_variables(value) for value in node]
+        return [expand_variables(value, variables) for value in node]
     if not isinstance(node, str):
         return node
 
     def replace(found: re.Match[str]) -> str:
         name = found.group(1)
+        if variables is not None:
+            return variables.get(name, found.group())
         if name not in os.environ:
             raise UserError(f"the config refers to ${{{name}}}, which is not set; export {name} or write the value")
         return os.environ[name]
 
-    return _number(re.sub(r"\$\{(\w+)\}", replace, node))
+    return _number(_VARIABLE.sub(replace, node))
+
+
+def variables_in(node: Any) -> set[str]:
+    """The names that strings of `node` refer to as `${NAME}`."""
+    if isinstance(node, dict):
+        return set().union(*(variables_in(value) for value in node.values()))
+    if isinstance(node, list):
+        return set().union(*(variables_in(value) for value in node))
+    return set(_VARIABLE.findall(node)) if isinstance(node, str) else set()

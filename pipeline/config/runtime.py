@@ -21,6 +21,8 @@ class RuntimeConfig(Section):
         trials_at_once: concurrent trials of the search.
         trainings_at_once: concurrent training runs of a flow; left out, as many as the cluster has room for when they
             are asked for. Give it for clusters that grow.
+        env: names of variables of the caller's environment that `segvit submit` sends along; their values are in no
+            experiment file.
     """
 
     num_workers: Positive | tuple[Positive, Positive] = 1
@@ -33,6 +35,7 @@ class RuntimeConfig(Section):
     prepare_tasks: Positive = 8
     log_every_steps: Positive = 10
     max_failures: Annotated[int, Field(ge=-1)] = 2
+    env: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = ()
 
     @field_validator("num_workers")
     @classmethod

@@ -25,7 +25,7 @@ FROZEN_OPTIONS = {
     "plan": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
     "runs": {"--workspace", "--tracking-uri", "--json"},
     "show": {"run_id", "--workspace", "--tracking-uri", "--json"},
-    "cancel": {"run_id", "--workspace", "--tracking-uri", "--json"},
+    "cancel": {"run_id", "--workspace", "--tracking-uri", "--json", "--address"},
     "search": {"run_id", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
     "evaluate": {
         *("model", "data", "--split", "--resize", "--scales", "--flip", "--window", "--stride", "--variant", "--set"),
@@ -46,7 +46,10 @@ FROZEN_OPTIONS = {
     "serve": {"model", "--port", "--host", "--workspace", "--tracking-uri"},
     "data": {"shard_set", "--out", "--overwrite", "--json"},
     "flops": {"presets", "--published", "--size", "--json"},
-    "submit": {"config", "--address", "--workspace", "--set", "--tracking-uri"},
+    "submit": {
+        *("config", "--address", "--workspace", "--set", "--tracking-uri", "--env", "--code", "--image", "--no-wait"),
+    },
+    "jobs": {"--address", "--json"},
 }
 
 

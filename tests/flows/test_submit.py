@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -16,8 +19,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-CONFIG = Path(__file__).parents[2] / "flows" / "configs" / "quickstart.yaml"
-START_TIMEOUT_S = 90.0
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "flows" / "configs" / "quickstart.yaml"
+CHANGE = """
+def prepare_shard(*_arguments):
+    import hashlib, os
+    from pipeline.errors import UserError
+    seen = hashlib.sha256(os.environ["PROBE_TOKEN"].encode()).hexdigest()
+    raise UserError(f"changed line of {__file__} with {seen}")
+"""
+START_TIMEOUT_S = 180.0
 
 
 def free_port() -> int:
@@ -63,6 +74,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
     (folder / "token").write_text(secrets.token_hex(32))
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "SEGVIT_"))}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    # A busy machine takes longer than Ray waits for its own processes.
+    environment["RAY_raylet_start_wait_time_s"] = str(int(START_TIMEOUT_S))
+    # The nodes have what is installed, and its Python.
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    environment.pop("PYTHONPATH", None)
     gcs, dashboard = free_port(), free_port()
     # A short path, for the names of the sockets in it; and no trace where others look for a running cluster.
     scratch = tempfile.mkdtemp(prefix="ray-")
@@ -73,15 +89,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
         f"--dashboard-port={dashboard}",
         "--dashboard-host=127.0.0.1",
         "--num-cpus=1",
+        f"--dashboard-agent-listen-port={free_port()}",
         f"--temp-dir={scratch}",
         environment=environment,
     )
     nodes = [head]
     try:
         wait_for(gcs)
-        nodes.append(ray_start(f"--address=127.0.0.1:{gcs}", "--num-cpus=1", environment=environment))
+        agent = f"--dashboard-agent-listen-port={free_port()}"
+        nodes.append(ray_start(f"--address=127.0.0.1:{gcs}", "--num-cpus=1", agent, environment=environment))
         wait_for(dashboard)
-        yield f"http://127.0.0.1:{dashboard}", environment
+        yield f"http://127.0.0.1:{dashboard}", environment | {"SCRATCH": scratch}
     finally:
         for node in reversed(nodes):
             stop(node)
@@ -89,23 +107,56 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dic
 
 
 def submit(
-    address: str, environment: dict[str, str], workspace: Path, *overrides: str
+    address: str, environment: dict[str, str], workspace: Path, *options: str, checkout: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flows.cli", "submit", str(CONFIG), "--address", address]
-    command += ["--workspace", str(workspace), *(word for value in overrides for word in ("--set", value))]
-    return subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
-    )
+    command += ["--workspace", str(workspace), *options]
+    environment = environment | {"PYTHONPATH": str(checkout)}
+    return subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, timeout=300)
 
 
-def test_submit__failed_job_exits_1_with_its_cause(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+def test_submit__a_changed_source_runs_in_workers_with_the_callers_variables(
+    cluster: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
     address, environment = cluster
-    ended = submit(address, environment, tmp_path / "ws", "data.dataset=camvid", "data.root=/no/such/folder")
+    checkout, secret = tmp_path / "checkout", secrets.token_hex(16)
+    for package in ("segvit", "pipeline", "flows"):
+        shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("__pycache__"))
+    changed = checkout / "pipeline" / "shards" / "shard_task.py"
+    changed.write_text(changed.read_text().replace("def prepare_shard(", f"{CHANGE}\n\ndef _former(", 1))
+    ended = submit(
+        address,
+        environment | {"PROBE_TOKEN": secret},
+        tmp_path / "ws",
+        "--env",
+        "PROBE_TOKEN",
+        "--set",
+        "runtime.cpus_per_worker=1",
+        checkout=checkout,
+    )
     assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert "error: job " in ended.stderr, ended.stdout + ended.stderr
-    message = ended.stderr[ended.stderr.index("error: job ") :]
-    assert "/no/such/folder" in message
+    assert re.match(r"error: job quickstart-\S+ failed: ", ended.stderr), ended.stdout + ended.stderr
+    assert re.search(
+        rf"changed line of \S+/working_dir_files/\S+/pipeline/shards/shard_task.py with "
+        rf"{hashlib.sha256(secret.encode()).hexdigest()}",
+        ended.stderr,
+    )
     assert "Traceback" not in ended.stderr
+    listed = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "jobs", "--address", address, "--json"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    [job] = json.loads(listed.stdout)
+    assert (job["state"], job["flow"]) == ("failed", "quickstart")
+    assert "changed line of " in job["message"]
+    # Ray keeps what it is told of a job, the variables of its runtime environment among them, in logs on every node.
+    logs = [file for file in Path(environment["SCRATCH"]).glob("session_2*/logs/**/*") if file.is_file()]
+    assert any(job["job"] in file.name for file in logs)
+    assert not [file for file in logs if secret in file.read_text(errors="replace")]
 
 
 def test_submit__without_the_token_is_refused(cluster: tuple[str, dict[str, str]], tmp_path: Path) -> None:
@@ -113,6 +164,6 @@ def test_submit__without_the_token_is_refused(cluster: tuple[str, dict[str, str]
     (tmp_path / "token").write_text("wrong" * 8)
     ended = submit(address, environment | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, tmp_path / "ws")
     assert ended.returncode == 1
-    assert "error: " in ended.stderr
+    assert f"error: the job server at {address} refuses this user's token" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "ws").exists()
