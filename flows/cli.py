@@ -15,6 +15,7 @@ from flows.commands.runs import cancel, runs, show
 from flows.commands.score import evaluate, register
 from flows.commands.search import search
 from flows.ending import ending_in_time
+from pipeline.causes import one_line
 from pipeline.errors import UserError
 
 INTERRUPTED = 130
@@ -67,6 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 raise
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
+        except OSError as error:
+            # The file system's or the network's own word, told with the file.
+            print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt as stop:
             print(str(stop) or "interrupted", file=sys.stderr)

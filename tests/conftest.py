@@ -19,6 +19,7 @@ REPOSITORY = Path(__file__).parents[1]
 ON_RAY = (
     "faults/",
     "flows/test_extending.py",
+    "flows/test_growing_cluster.py",
     "flows/test_own_data.py",
     "flows/test_scoring.py",
     "flows/test_submit.py",

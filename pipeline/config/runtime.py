@@ -17,7 +17,7 @@ class RuntimeConfig(Section):
         num_workers: training processes of one training run, one a GPU; or [least, most], as many as there is room
             for: a run goes on with fewer when nodes are lost, and with more when they come. The global batch stays.
         cpus_per_worker: CPU cores reserved for, and threads used by, each.
-        use_gpu: None means: when the machine (or the cluster) has one.
+        use_gpu: None means: when the machine has one, or the cluster has one or starts a node with one when asked to.
         loader_workers: loader processes beside each training process.
         trials_at_once: concurrent trials of the search.
         trainings_at_once: concurrent training runs of a flow; left out, as many as the cluster has room for when they

@@ -113,7 +113,8 @@ def _train_here(job: TrainJob, uris: TrialUris, number: int) -> None:
             if metrics[METRIC] >= 0 or pace.is_due():
                 ray.tune.report({STEP: metrics[STEP], METRIC: metrics[METRIC]})
 
-        device = torch.device("cuda", 0) if wants_gpu(job.runtime.use_gpu) else torch.device("cpu")
+        # Ray hides the GPUs that a process has not asked for.
+        device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         run_training(
             job,
             DistributedContext(0, 1, device),

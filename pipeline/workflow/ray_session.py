@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 
 from pipeline.errors import UserError
+from pipeline.workflow import cluster_growth
 
 STEPS_PER_CORE = 4
 CANCEL_TIMEOUT_S = 3.0
@@ -44,6 +45,9 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(CONTROL_TIMEOUT_S))
+        # The node's address is then 127.0.0.1, as where Ray knows no clusters of several machines, and all its sockets
+        # are bound to that; else its services and metrics, which ask for no token, listen at every interface.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
@@ -81,13 +85,25 @@ def stop() -> None:
 
 
 def wants_gpu(use_gpu: bool | None) -> bool:
-    """`use_gpu`, or whether the cluster has a GPU where it is None; raises UserError for one it lacks."""
+    """`use_gpu`, or where it is None whether the cluster has a GPU or starts a node with one when it is asked for.
+
+    Raises UserError for a GPU that is neither there nor can come.
+    """
+    if use_gpu is False:
+        return False
     import ray
 
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0  # type: ignore[no-untyped-call]
-    if use_gpu and not has_gpu:
-        raise UserError("runtime.use_gpu is true but this cluster has no GPU; set it to false or add GPU workers")
-    return has_gpu if use_gpu is None else use_gpu
+    if ray.cluster_resources().get("GPU", 0) > 0:  # type: ignore[no-untyped-call]
+        return True
+    if cluster_growth.will_come({"GPU": 1}):
+        print("no node with a GPU is up; the autoscaler starts one, which takes minutes", flush=True)
+        return True
+    if use_gpu:
+        raise UserError(
+            "runtime.use_gpu is true, but this cluster has no GPU and no node type with one; set it to false or add "
+            "GPU workers"
+        )
+    return False
 
 
 def workers_that_fit(use_gpu: bool | None, cpus: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import getpass
 import json
 import logging
-import os
 import re
 import socket
 import tempfile
@@ -26,7 +25,9 @@ from urllib.parse import urlsplit
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.workflow.mlflow_settings import import_mlflow
 from pipeline.workflow.moved_store import ARTIFACTS, local_folder, require_not_moved
+from pipeline.workflow.store_creation import create_store
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,11 +43,8 @@ MAX_KEY_LENGTH = 250
 MAX_PARAM_LENGTH = 6000
 MAX_TAG_LENGTH = 5000
 CONNECT_TIMEOUT_S = 5.0
-# The folder beside a sqlite store.
 # How long whoever is at work already waits for a server that has stopped to answer.
-PATIENCE_S = 240.0
-# MLflow's own retries, 0 + 2 + 4 + ... + 120 s: as long as that.
-_HTTP_RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "8", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1"}
+PATIENCE_S = 360.0
 
 
 class Tag:
@@ -174,7 +172,9 @@ class Tracking:
         with _clients_lock:
             if self.uri not in _clients:
                 self._require_answer()
-                _clients[self.uri] = _quiet_client(self.uri)
+                if (path := self._sqlite_path()) is not None:
+                    create_store(path, self.experiment, self.artifact_location)
+                _clients[self.uri] = _new_client(self.uri)
             return _clients[self.uri]
 
     def find_experiment(self) -> str | None:
@@ -193,8 +193,6 @@ class Tracking:
 
     def experiment_id(self) -> str:
         """The experiment's id; store and experiment are created where they do not exist."""
-        if (path := self._sqlite_path()) is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
         client = self.client()
         found = self.find_experiment()
         if found is not None:
@@ -371,19 +369,8 @@ def current_user() -> str:
     return "unknown"
 
 
-def _quiet_client(uri: str) -> MlflowClient:
-    for name, value in _HTTP_RETRIES.items():
-        os.environ.setdefault(name, value)
-    # Else it asks the server first what it can do, once for each file that is read.
-    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+def _new_client(uri: str) -> MlflowClient:
+    import_mlflow()
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It prints the traceback of every error that it raises.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return MlflowClient(uri, registry_uri=uri)

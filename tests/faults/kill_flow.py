@@ -6,7 +6,7 @@ A flow of nine steps, from raw images to a promoted model, is run until it ends,
 a random instant of each step: the driver, the process of a step, a trial's, a training worker, the raylet, Ray's
 global control service, or all of the local cluster at once. Then the same command is given again. For every kill it
 is shown that what is visible on storage and in the registry is complete, and that no process outlives the driver by
-half a minute; for every rerun that each step has been finished once and not executed again, and that the registry
+half a minute or listens beyond loopback; for every rerun that each step has been finished once and not executed again, and that the registry
 and the published files are those of an undisturbed run.
 """
 
@@ -26,6 +26,7 @@ import threading
 import time
 import uuid
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from pipeline.registry.models import list_models
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.storage import PARTIAL
 from pipeline.workflow.tracking import RunState, Tag, Tracking
-from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
+from tests.faults.processes import MARK, command_line, marked_processes, require_loopback, wait_until_gone
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "kills"
@@ -92,19 +93,19 @@ DRIVER_LIMIT_S = 180
 
 
 class Flow:
-    """One `segvit run` of the experiment in `workspace`, and its processes."""
+    """One `segvit run` of the experiment in `workspace`, and its processes; in `environment`, where it is given."""
 
-    def __init__(self, config: Path, workspace: Path) -> None:
+    def __init__(self, config: Path, workspace: Path, environment: Mapping[str, str] | None = None) -> None:
         self.mark = uuid.uuid4().hex
         self.started = time.monotonic()
         self.moments: dict[str, float] = {}
         self.states: dict[str, str] = {}
         self.lines: list[str] = []
-        environment = os.environ | {MARK: self.mark, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        own = {MARK: self.mark, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "run", str(config), "--workspace", str(workspace)],
             cwd=REPOSITORY,
-            env=environment,
+            env={**os.environ, **(environment or {}), **own},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -295,6 +296,7 @@ def disturb(
             flow = Flow(config, workspace)
             if not flow.wait_for(label):
                 raise SystemExit(f"the rerun ended before {label}:\n{flow.tail()}")
+        require_loopback(flow.mark)
         moment = rng.uniform(0, seconds[label])
         time.sleep(moment)
         while not (count := flow.kill(kind)) and not flow.ended and flow.states[label] == "running":

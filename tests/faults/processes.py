@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from ipaddress import ip_address
 
 import psutil
 
@@ -29,6 +30,18 @@ def wait_until_gone(mark: str) -> None:
         if time.monotonic() > deadline:
             raise SystemExit(f"processes outlived the one that was killed: {[command_line(one) for one in left]}")
         time.sleep(0.2)
+
+
+def require_loopback(mark: str) -> None:
+    """Raise SystemExit where a process that bears `mark` listens at an address that other machines can reach."""
+    for process in marked_processes(mark):
+        try:
+            sockets = process.net_connections("inet")
+        except psutil.Error:
+            continue
+        for one in sockets:
+            if one.status == psutil.CONN_LISTEN and not ip_address(one.laddr.ip).is_loopback:
+                raise SystemExit(f"{command_line(process)} listens at {one.laddr.ip}:{one.laddr.port}")
 
 
 def command_line(process: psutil.Process) -> str:

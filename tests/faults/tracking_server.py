@@ -17,10 +17,18 @@ START_TIMEOUT_S = 300.0
 
 
 class TrackingServer:
-    """One server process group over a sqlite file in `folder`; a context manager."""
+    """One server process group; a context manager.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where it runs, and where its log lies.
+        backend: SQLAlchemy's address of the database; None: a sqlite file in the folder.
+        artifacts: where it keeps artifacts; None: in the folder.
+    """
+
+    def __init__(self, folder: Path, backend: str | None = None, artifacts: str | None = None) -> None:
         self.folder = folder
+        self.backend = backend or f"sqlite:///{folder / 'server.db'}"
+        self.artifacts = artifacts or str(folder / "artifacts")
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             self.port = int(unused.getsockname()[1])
@@ -38,8 +46,8 @@ class TrackingServer:
         """Start it and wait until it answers; raises SystemExit with its log where it does not."""
         self.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts"), "--serve-artifacts"]
+        command += ["--backend-store-uri", self.backend, "--workers", "1"]
+        command += ["--artifacts-destination", self.artifacts, "--serve-artifacts"]
         with (self.folder / "server.log").open("ab") as log:
             environment = os.environ | {
                 "MLFLOW_DISABLE_TELEMETRY": "true",

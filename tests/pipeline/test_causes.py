@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from mlflow.exceptions import MlflowException
@@ -36,3 +39,39 @@ ROOM = "free some space or choose another workspace, then run again"
 )
 def test_one_line__what_a_person_can_mend(error: Exception, expected: str) -> None:
     assert one_line(error) == expected
+
+
+def read_nothing(checkpoint_uri: str) -> None:
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+
+def caught(function: Callable[..., object], *arguments: object) -> Exception:
+    try:
+        function(*arguments)
+    except Exception as error:
+        return error
+    raise AssertionError
+
+
+def test_one_line__a_system_error_without_a_file_names_what_was_worked_on() -> None:
+    line = one_line(caught(read_nothing, "s3://key:secret@host/model"))
+    assert re.fullmatch(
+        r"FileNotFoundError: \[Errno 2\] No such file or directory "
+        r"\(at s3://host/model, pipeline/test_causes\.py line \d+\)",
+        line,
+    )
+
+
+def test_one_line__a_system_error_of_another_process_names_the_code() -> None:
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    error.traceback_str = 'File "/a/pipeline/store.py", line 7, in register\nFileNotFoundError'  # type: ignore[attr-defined]
+    assert one_line(error).endswith("No such file or directory (in register, pipeline/store.py line 7)")
+    assert one_line(OSError(errno.EIO, os.strerror(errno.EIO))).endswith("error (of which file is not known)")
+
+
+def test_one_line__a_removed_working_directory_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    assert "the working directory of the process was removed" in one_line(caught(Path("x").absolute))

@@ -42,7 +42,6 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             rows.append(row)
 
     monkeypatch.setattr(ray.tune, "report", report)
-    monkeypatch.setattr(search_trial, "wants_gpu", lambda runtime: False)
     return rows
 
 
@@ -177,7 +176,6 @@ def test_run_trial__tells_between_scores_how_far_it_is(
 ) -> None:
     rows: list[dict[str, Any]] = []
     monkeypatch.setattr(ray.tune, "report", rows.append)
-    monkeypatch.setattr(search_trial, "wants_gpu", lambda runtime: False)
     monkeypatch.setattr(search_trial, "REPORT_EVERY_S", 0.0)
     run_trial(SAMPLED, make_job(), TUNE, uris)
     assert [(row["step"], row["val_miou"] >= 0) for row in rows] == [

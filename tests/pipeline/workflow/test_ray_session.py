@@ -7,7 +7,7 @@ import pytest
 import ray
 
 from pipeline.errors import UserError
-from pipeline.workflow import ray_session
+from pipeline.workflow import cluster_growth, ray_session
 
 
 def test_default_options__local_dashboard_on_loopback_else_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,4 +72,35 @@ def test_workers_that_fit__by_gpus_or_else_by_cpus(
     monkeypatch: pytest.MonkeyPatch, resources: dict[str, float], use_gpu: bool | None, cpus: int, fit: int
 ) -> None:
     monkeypatch.setattr(ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr(cluster_growth, "will_come", lambda _: False)
     assert ray_session.workers_that_fit(use_gpu, cpus) == fit
+
+
+@pytest.mark.parametrize(
+    ("there", "can_come", "use_gpu", "wanted"),
+    [
+        (1.0, None, None, True),
+        (1.0, None, False, False),
+        (0.0, None, False, False),
+        (0.0, True, None, True),
+        (0.0, True, True, True),
+        (0.0, False, None, False),
+    ],
+)
+def test_wants_gpu__counts_what_the_autoscaler_would_start(
+    monkeypatch: pytest.MonkeyPatch, there: float, can_come: bool | None, use_gpu: bool | None, wanted: bool
+) -> None:
+    def will_come(resources: dict[str, float]) -> bool:
+        assert (resources, can_come is not None) == ({"GPU": 1}, True), "asked without need"
+        return bool(can_come)
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": there})
+    monkeypatch.setattr(cluster_growth, "will_come", will_come)
+    assert ray_session.wants_gpu(use_gpu) is wanted
+
+
+def test_wants_gpu__one_that_can_never_come_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    monkeypatch.setattr(cluster_growth, "will_come", lambda _: False)
+    with pytest.raises(UserError, match=r"no GPU and no node type with one; set it to false or add GPU workers"):
+        ray_session.wants_gpu(True)

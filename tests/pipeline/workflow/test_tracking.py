@@ -126,7 +126,7 @@ def test_client__a_patient_one_waits_for_the_server_to_come(monkeypatch: pytest.
         threading.Timer(1.0, listener.listen).start()
         tracking.patient()._require_answer()
         assert tracking.is_reachable()
-    assert tracking.patient().patience_s == 240
+    assert tracking.patient().patience_s == 360
 
 
 def test_create_run__the_twin_of_a_lost_answer_is_deleted(tracking: Tracking, monkeypatch: pytest.MonkeyPatch) -> None:
