@@ -74,9 +74,17 @@ def find_problems(config: ExperimentConfig, workspace: str | None) -> list[str]:
         problems += _of_weights(config)
         problems += _of_start_files(config)
         problems += _of_machine(config, Machine.here())
+        problems += _of_notify(config)
         if not problems and source is not None:
             problems += _of_disk(config, source, workspace)
     return problems
+
+
+def _of_notify(config: ExperimentConfig) -> Iterator[str]:
+    """A hook whose program is not there would be missed when the flow has ended."""
+    notify = config.runtime.notify
+    if isinstance(notify, tuple) and shutil.which(notify[0]) is None:
+        yield f"runtime.notify: there is no program {notify[0]}; correct the first word, or give its whole path"
 
 
 def _of_variants(config: ExperimentConfig, num_classes: int) -> list[str]:

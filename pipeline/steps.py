@@ -69,7 +69,13 @@ def prepare(context: StepContext, config: DataConfig, source_digest: str) -> Sha
     from pipeline.shards.prepare import prepare_shards
 
     runtime = _runtime(context)
-    return prepare_shards(config, context.output_uri(), max_tasks=runtime.prepare_tasks, lease=context.lease)
+    return prepare_shards(
+        config,
+        context.output_uri(),
+        max_tasks=runtime.prepare_tasks,
+        lease=context.lease,
+        step=context.progress,
+    )
 
 
 def _verify_backbone(record: BackboneRecord, _tracking: Tracking, _arguments: Mapping[str, Any]) -> str | None:
@@ -197,6 +203,7 @@ def tune(
         tracking=context.tracking,
         parent_run_id=context.run_id,
         lease=context.lease,
+        progress=context.progress,
     )
 
 
@@ -233,6 +240,7 @@ def train(
         target_uri=context.output_uri(),
         log=MetricLog(context.tracking, context.run_id),
         lease=context.lease,
+        progress=context.progress,
     )
 
 
@@ -242,7 +250,13 @@ def evaluate(context: StepContext, checkpoint: Checkpoint, shard_set: ShardSet, 
     from pipeline.evaluation.evaluate import evaluate_checkpoint
 
     evaluation = evaluate_checkpoint(
-        checkpoint, shard_set, config, _runtime(context), context.output_uri(), lease=context.lease
+        checkpoint,
+        shard_set,
+        config,
+        _runtime(context),
+        context.output_uri(),
+        lease=context.lease,
+        progress=context.progress,
     )
     _log_figures(context, evaluation, checkpoint.step)
     return evaluation
@@ -283,6 +297,7 @@ def rescore_champion(
         target_uri=context.output_uri(),
         run_id=context.run_id,
         lease=context.lease,
+        progress=context.progress,
     )
     if record.evaluation is not None:
         _log_figures(context, record.evaluation, 0)

@@ -14,6 +14,7 @@ def run(
 ) -> None:
     """Run an experiment, by default from raw images to a promoted model; what is finished already is reused."""
     from flows.experiment import load_experiment
+    from flows.notify import notifying
     from flows.present import results
     from flows.present import runs as present
     from pipeline.errors import UserError
@@ -40,7 +41,11 @@ def run(
             runtime=experiment.config.runtime,
             on_event=lambda event: present.print_event(console, event),
         )
-        with flow:
+
+        def warn(line: str) -> None:
+            console.print(line, style="yellow", markup=False, soft_wrap=True)
+
+        with notifying(experiment.config.runtime.notify, flow, warn), flow:
             experiment.build(flow)
         records = flow.wait()
         results.print_results(console, records)

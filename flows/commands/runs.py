@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.options import WORKSPACE, Json, TrackingUri, Workspace, facts_output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pipeline.workflow.tracking import Tracking
 
 
 def runs(workspace: Workspace = WORKSPACE, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
@@ -23,19 +28,39 @@ def runs(workspace: Workspace = WORKSPACE, tracking_uri: TrackingUri = None, as_
 
 def show(
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, its beginning, or 'latest'.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show it as it goes on until it ends; fails unless it finished.")
+    ] = False,
     workspace: Workspace = WORKSPACE,
     tracking_uri: TrackingUri = None,
     as_json: Json = False,
 ) -> None:
-    """Show a run's steps: state, duration, cause of failure."""
+    """Show a run's steps: state, duration, progress, cause of failure."""
     from flows.present import runs as present
     from pipeline.workflow.runs import run_tree
-    from pipeline.workflow.tracking import Tracking
+    from pipeline.workflow.tracking import RunState, Tracking
 
-    tree = run_tree(Tracking.for_workspace(workspace, tracking_uri), run_id, records=as_json)
+    tracking = Tracking.for_workspace(workspace, tracking_uri)
     with facts_output(as_json) as (console, give):
-        console.print(present.run_tree_view(tree))
+        if follow:
+            run_id = _follow(console, tracking, run_id)
+        tree = run_tree(tracking, run_id, records=as_json)
+        if not follow:
+            console.print(present.run_tree_view(tree))
         give(tree.model_dump(mode="json"))
+    if follow and tree.run.state != RunState.FINISHED:
+        raise typer.Exit(1)
+
+
+def _follow(console: Console, tracking: Tracking, run_id: str) -> str:
+    """Show the run until it ends; returns its whole id."""
+    from flows.present.following import show_looks
+    from pipeline.workflow.following import follow_run
+
+    try:
+        return show_looks(console, follow_run(tracking, run_id)).run.run_id
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("no longer followed; the flow goes on") from None
 
 
 def cancel(

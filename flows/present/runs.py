@@ -15,6 +15,7 @@ from pipeline.records import Evaluation, ModelVersion, PromotionDecision, latenc
 from pipeline.registry.models import VersionSummary
 from pipeline.storage.names import QUARANTINE
 from pipeline.workflow.flow import FlowEvent
+from pipeline.workflow.progress import Part, Progress
 from pipeline.workflow.runs import PlannedStep, RunSummary, RunTree, StepSummary
 from pipeline.workflow.tracking import RunState
 
@@ -224,8 +225,21 @@ def run_tree_view(tree: RunTree) -> Tree:
     nodes: dict[str, Tree] = {}
     for step in tree.steps:
         known = [label for label in step.depends_on if label in nodes]
-        nodes[step.label] = (nodes[known[-1]] if known else root).add(step_line(step))
+        nodes[step.label] = node = (nodes[known[-1]] if known else root).add(step_line(step))
+        if step.progress is not None:
+            node.add(progress_view(step.progress))
     return root
+
+
+def progress_view(progress: Progress) -> Group:
+    """How far a step is, with a bar, and below it its workers or trials."""
+    line = Text.assemble((bar(progress.fraction).ljust(BAR_WIDTH, "·"), "yellow"), "  ", progress.line())
+    return Group(line, *(Text(f"  {part_line(part)}", style="dim") for part in progress.parts))
+
+
+def part_line(part: Part) -> str:
+    """A worker or a trial in a line."""
+    return "  ".join(word for word in (part.name, part.state, part.text) if word)
 
 
 def step_line(step: StepSummary) -> str:

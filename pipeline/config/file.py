@@ -72,7 +72,8 @@ def explain_problem(problem: Any) -> str:
         return "missing; add it"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
-    return message if isinstance(value, dict | BaseModel) else f"{value!r}: {message}"
+    may_be_shown = not isinstance(value, dict | BaseModel) and problem["loc"][-1:] != ("notify",)
+    return f"{value!r}: {message}" if may_be_shown else str(message)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_serializer, field_validator
 
+from pipeline.config.notify import Notify, check_notify, hidden
 from pipeline.config.section import Positive, Section
 
 
@@ -23,6 +24,8 @@ class RuntimeConfig(Section):
             are asked for. Give it for clusters that grow.
         env: names of variables of the caller's environment that `segvit submit` sends along; their values are in no
             experiment file.
+        notify: whom to tell of the flow's end: a command, as a list of words, that reads JSON from standard input; or
+            a URL to which the JSON is posted. Both may hold secrets, so it is written nowhere as it is.
     """
 
     num_workers: Positive | tuple[Positive, Positive] = 1
@@ -36,6 +39,16 @@ class RuntimeConfig(Section):
     log_every_steps: Positive = 10
     max_failures: Annotated[int, Field(ge=-1)] = 2
     env: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], ...] = ()
+    notify: Notify | None = Field(default=None, repr=False)
+
+    @field_validator("notify", mode="before")
+    @classmethod
+    def _command_or_url(cls, notify: Any) -> Notify | None:
+        return check_notify(notify)
+
+    @field_serializer("notify")
+    def _hide(self, notify: Notify | None) -> Notify | None:
+        return None if notify is None else hidden(notify)
 
     @field_validator("num_workers")
     @classmethod

@@ -23,6 +23,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.latency import Latency, machine_lock, time_prediction
 from pipeline.evaluation.per_image import ImageCounts, write_counts
 from pipeline.evaluation.scoring import confusion_of_split
+from pipeline.evaluation.tally import RankCount, ScoreMeter, Tally, wait_for_scores
 from pipeline.records import Checkpoint, Evaluation, ShardSet
 from pipeline.shards.loader import EvalLoader, EvalSample
 from pipeline.shards.shard_check import check_shard_set
@@ -39,6 +40,7 @@ from pipeline.storage.names import (
     SCORES_FILE,
 )
 from pipeline.workflow.lease import Lease
+from pipeline.workflow.progress import StepProgress
 from pipeline.workflow.ray_session import wants_gpu
 from segvit.checkpoint import read_config
 from segvit.flops import model_cost
@@ -83,14 +85,19 @@ def evaluate_part(
     rank: int,
     world_size: int,
     runtime: RuntimeConfig,
+    tally: Any = None,
 ) -> SplitPart:
-    """Score one of `world_size` contiguous slices of the split; over all ranks each sample is scored once."""
+    """Score one of `world_size` contiguous slices of the split; over all ranks each sample is scored once.
+
+    `tally`: the actor that is told how far it is.
+    """
     model, device = _load_model(checkpoint_uri, runtime)
     boundary = BoundaryIoU(model.num_classes)
     scores: list[ImageScore] = []
     counts: list[ImageCounts] = []
     examples: list[Example] = []
     probe: list[Example] = []
+    count = RankCount(tally, rank)
 
     def visit(sample: EvalSample, predicted: Tensor) -> None:
         boundary.update(predicted, sample.label.to(predicted.device))
@@ -107,6 +114,7 @@ def evaluate_part(
         examples.sort(key=lambda kept: kept.score.miou)
         if len(examples) > 2 * config.num_examples:
             del examples[config.num_examples : -config.num_examples or None]
+        count.add_one()
 
     loader = EvalLoader(
         shard_set, split=config.split, rank=rank, world_size=world_size, num_workers=runtime.loader_workers
@@ -150,10 +158,11 @@ def evaluate_checkpoint(
     target_uri: str,
     *,
     lease: Lease | None = None,
+    progress: StepProgress | None = None,
 ) -> Evaluation:
     """Score on the cluster, one task a worker, then time the model, and publish the evaluation folder to `target_uri`.
 
-    Where others may do the same, `lease` is the right to write there.
+    Where others may do the same, `lease` is the right to write there. `progress` is told how far it is.
 
     Raises UserError for a split that the shard set lacks or a model of other classes, and LeaseLost.
     """
@@ -167,11 +176,18 @@ def evaluate_checkpoint(
     check_classes(checkpoint, checkpoint_config, shard_set.name, manifest["classes"])
     _compare_ranges(checkpoint, checkpoint_config["metadata"].get("grey_range"), manifest)
     model_config = segvit.ModelConfig.from_dict(checkpoint_config["model"])
-    world_size = min(runtime.max_workers, shard_set.splits[config.split].num_samples)
+    num_images = shard_set.splits[config.split].num_samples
+    world_size = min(runtime.max_workers, num_images)
     on_worker = ray.remote(num_cpus=runtime.cpus_per_worker, num_gpus=1 if wants_gpu(runtime.use_gpu) else 0)
     score = on_worker(evaluate_part)
-    parts: list[SplitPart] = ray.get(
-        [score.remote(checkpoint.uri, shard_set, config, rank, world_size, runtime) for rank in range(world_size)]
+    tally = ray.remote(num_cpus=0)(Tally).remote()
+    parts: list[SplitPart] = wait_for_scores(
+        [
+            score.remote(checkpoint.uri, shard_set, config, rank, world_size, runtime, tally)
+            for rank in range(world_size)
+        ],
+        tally,
+        ScoreMeter(progress, config.split, num_images),
     )
     latency: Latency = ray.get(
         on_worker(time_checkpoint).remote(checkpoint.uri, config, model_config.image_size, runtime)

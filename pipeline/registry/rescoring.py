@@ -21,6 +21,7 @@ from pipeline.registry.gate import scoring_differences
 from pipeline.registry.models import ModelReference, fetch_checkpoint
 from pipeline.registry.store import CHAMPION
 from pipeline.workflow.lease import Lease
+from pipeline.workflow.progress import StepProgress
 from pipeline.workflow.tracking import Tracking
 
 KEPT = "segvit.also_evaluated"
@@ -108,6 +109,7 @@ def rescore_champion(
     target_uri: str,
     run_id: str,
     lease: Lease,
+    progress: StepProgress | None = None,
 ) -> RescoredChampion:
     """Score the champion on the shard set that candidates were scored on, where nothing comparable is on record.
 
@@ -126,7 +128,7 @@ def rescore_champion(
     folder = storage.join(target_uri, digest[:16])
     checkpoint = fetch_checkpoint(tracking, standing.source, digest, storage.join(folder, "checkpoint"), lease)
     evaluation = evaluate_checkpoint(
-        checkpoint, shard_set, config, runtime, storage.join(folder, "evaluation"), lease=lease
+        checkpoint, shard_set, config, runtime, storage.join(folder, "evaluation"), lease=lease, progress=progress
     )
     lease.check()
     keep_evaluation(tracking, standing.champion, evaluation, run_id)

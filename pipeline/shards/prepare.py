@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline import storage
+from pipeline import exported_metrics, storage
 from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, open_dataset
 from pipeline.errors import UserError
@@ -43,6 +43,7 @@ from pipeline.shards.shard_task import (
 from pipeline.shards.shards import INDEX_SCHEMA, QUARANTINE_SCHEMA, Manifest, ShardEntry, ShardSetError, read_manifest
 from pipeline.storage.names import INDEX, MANIFEST, QUARANTINE
 from pipeline.workflow.lease import Lease
+from pipeline.workflow.progress import Progress, StepProgress, eta_text, percent_text
 from segvit.grey_range import GreyRange
 from segvit.image_files import IGNORE_INDEX
 
@@ -62,6 +63,7 @@ def prepare_shards(
     max_tasks: int = 8,
     progress: Report | None = None,
     lease: Lease | None = None,
+    step: StepProgress | None = None,
 ) -> ShardSet:
     """Write the shard set that `config` describes to the folder `target`; what is there and valid is kept.
 
@@ -69,7 +71,8 @@ def prepare_shards(
     `progress` gets a line every few seconds and one with the sums at the end; None prints them. Raises UserError
     for a missing data root, for a bad sample under the policy `fail`, for more of them than the policy `quarantine`
     allows, and for classes without a pixel unless these are allowed. A duplicate image is a bad sample, too. Where
-    others may write to `target`, `lease` is the right to do so; raises LeaseLost where it went to another.
+    others may write to `target`, `lease` is the right to do so; raises LeaseLost where it went to another. Where a flow
+    runs it, `step` is told how far it is.
     """
     report = progress or (lambda line: print(line, flush=True))
     if storage.is_local(target):
@@ -84,7 +87,7 @@ def prepare_shards(
         run = _Run(dataset, listing, target, config, max_tasks, lease)
         run.check_lease()
         storage.remove_files(target, [MANIFEST])
-        results = _check_all(run, report)
+        results = _check_all(run, report, step)
         grey_range = common_range(dataset.name, config, results.values(), report)
         _revise_shards(run, results, grey_range, report)
         run.check_lease()
@@ -147,9 +150,9 @@ class _Run:
                 ray.cancel(reference)
 
 
-def _check_all(run: _Run, report: Report) -> Results:
+def _check_all(run: _Run, report: Report, step: StepProgress | None) -> Results:
     """All shards, checked sample by sample and published, duplicates still in them, images of 16 bits perhaps not."""
-    meter = _Meter(run.dataset.name, run.listing, report)
+    meter = _Meter(run.dataset.name, run.listing, report, step)
     results: Results = {}
     bad: list[dict[str, str]] = []
     colours: dict[str, tuple[list[int], str]] = {}
@@ -341,14 +344,16 @@ def _sweep(target: str, keep: set[str]) -> None:
 
 
 class _Meter:
-    """Counts what is done and reports it with the rate and the time left."""
+    """Counts what is done and reports it with the rate and the time left; `step` is told more often."""
 
-    def __init__(self, dataset: str, listing: Listing, report: Report) -> None:
+    def __init__(self, dataset: str, listing: Listing, report: Report, step: StepProgress | None) -> None:
         self.dataset = dataset
         self.num_shards = len(listing.shards)
         self.num_samples = listing.num_samples
         self.num_rejected = 0
         self._report = report
+        self._step = step
+        self._splits = {shard.name: shard.split for shard in listing.shards}
         self._start = self._last = time.monotonic()
         self._shards = self._done = 0
 
@@ -358,13 +363,32 @@ class _Meter:
         self._done += result.num_samples + result.num_quarantined
         self.num_rejected += result.num_rejected
         now = time.monotonic()
+        rate = self._done / max(now - self._start, 1e-9)
+        left = (self.num_samples - self._done) / max(rate, 1e-9)
+        if self._step is not None:
+            self._tell(self._step, result, rate, left)
         if self._shards < self.num_shards and now - self._last < PROGRESS_INTERVAL_S:
             return
         self._last = now
-        rate = self._done / max(now - self._start, 1e-9)
-        left = round((self.num_samples - self._done) / max(rate, 1e-9))
         self._report(
             f"prepare {self.dataset}: {self._shards}/{self.num_shards} shards, "
-            f"{self._done}/{self.num_samples} images, {self.num_rejected} rejected, "
-            f"{rate:.0f} images/s, ETA {left // 60}:{left % 60:02d}"
+            f"{self._done}/{self.num_samples} images ({percent_text(self._done / self.num_samples)}), "
+            f"{self.num_rejected} rejected, {rate:.0f} images/s, ETA {eta_text(left)}"
+        )
+
+    def _tell(self, step: StepProgress, result: ShardResult, rate: float, seconds_left: float) -> None:
+        split = {"split": self._splits[result.name]}
+        step.export(exported_metrics.PREPARED_SAMPLES, result.num_samples + result.num_quarantined, split)
+        step.export(exported_metrics.REJECTED_SAMPLES, result.num_rejected, split)
+        step.export(exported_metrics.PREPARE_RATE, rate)
+        rejected = f", {self.num_rejected} rejected" if self.num_rejected else ""
+        step.tell(
+            Progress(
+                done=self._done,
+                total=self.num_samples,
+                unit="images",
+                rate=rate,
+                seconds_left=seconds_left,
+                note=f"{self._shards}/{self.num_shards} shards{rejected}",
+            )
         )

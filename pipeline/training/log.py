@@ -12,7 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.training.job import DistributedContext, TrainJob
+from pipeline.training.live import LIVE, worker_figures
 from pipeline.training.train_checkpoint import TrainState
+from pipeline.workflow.progress import LINE_EVERY_S, Pace, eta_text, percent_text
 
 _ROW_FIGURES = ("step", "total", "learning_rate", "images_per_s", "seconds")
 
@@ -25,9 +27,10 @@ class TrainingLog:
 
     Args:
         report: receives `step`, `val_miou` (-1 where the step was not validated), the step's other metrics, and as
-            `earlier` a list of rows that no report has carried yet.
-        log: prints a line.
+            `earlier` a list of rows that no report has carried yet, and as `live` this worker's figures of now.
+        log: prints a line; of training steps one every few seconds, and the last.
         report_every_s: rows wait for the next validation, checkpoint or last step, but no longer than this.
+        say_validations: whether validations are printed, too.
     """
 
     def __init__(
@@ -38,9 +41,14 @@ class TrainingLog:
         report: Reporter,
         log: Callable[[str], None],
         report_every_s: float,
+        say_validations: bool = True,
     ) -> None:
         self.job, self.context, self.state = job, context, state
         self._report, self._print, self._report_every_s = report, log, report_every_s
+        self._say_validations = say_validations
+        self._pace = Pace(LINE_EVERY_S)
+        self._seconds_left: float | None = None
+        self._waited = self._wait_share = 0.0
         now = time.monotonic()
         self._started = self._log_started = self._reported = now
         self._first_step = self._log_step = state.step
@@ -52,6 +60,10 @@ class TrainingLog:
     def stamp(self) -> None:
         """Bring the state's training time up to now."""
         self.state.train_seconds = self._seconds_before + time.monotonic() - self._started
+
+    def waited(self, seconds: float) -> None:
+        """Note that a step waited so long for its images."""
+        self._waited += seconds
 
     def log(self, terms: dict[str, Tensor], learning_rate: float) -> None:
         """Take in a step's loss terms of this rank; a collective call."""
@@ -65,9 +77,11 @@ class TrainingLog:
         row["images_per_s"] = (step - self._log_step) * self.job.train.batch_size / (now - self._log_started)
         row["seconds"] = self.state.train_seconds
         self._add(row)
-        pace = (now - self._started - self._validating) / (step - self._first_step)
-        if self.context.rank == 0:
-            self._print(_progress_line(self.job.variant, step, steps, row, pace * (steps - step)))
+        seconds_a_step = (now - self._started - self._validating) / (step - self._first_step)
+        self._seconds_left = seconds_a_step * (steps - step)
+        self._wait_share, self._waited = min(self._waited / (now - self._log_started), 1.0), 0.0
+        if self.context.rank == 0 and (self._pace.is_due() or step == steps):
+            self._print(_progress_line(self.job.variant, step, steps, row, self._seconds_left))
         self._log_started, self._log_step = time.monotonic(), step
 
     def validated(self, miou: float, seconds: float) -> None:
@@ -77,7 +91,7 @@ class TrainingLog:
         self.state.val_miou = miou
         self.state.best_miou = max(self.state.best_miou, miou)
         self._add({"val_miou": miou})
-        if self.context.rank == 0:
+        if self.context.rank == 0 and self._say_validations:
             self._print(
                 f"{self.job.variant}  step {self.state.step}/{self.job.train.steps}  val mIoU {miou:.4f}  "
                 f"best {self.state.best_miou:.4f}"
@@ -98,6 +112,9 @@ class TrainingLog:
         metrics["step"] = float(state.step)
         if earlier:
             metrics["earlier"] = earlier
+        metrics[LIVE] = worker_figures(self.context.device, self._wait_share)
+        if self._seconds_left is not None:
+            metrics[LIVE]["seconds_left"] = self._seconds_left
         self._waiting.clear()
         self._overdue, self._reported = False, time.monotonic()
         self._report(metrics, folder)
@@ -129,12 +146,9 @@ def _summed_terms(terms: dict[str, float]) -> dict[str, float]:
 
 
 def _progress_line(variant: str, step: int, steps: int, row: dict[str, float], seconds_left: float) -> str:
-    minutes, seconds = divmod(round(seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
-    eta = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
     # All that is no figure of the row itself is a loss term.
     terms = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in _ROW_FIGURES)
     return (
-        f"{variant}  step {step}/{steps}  loss {row['total']:.3f} ({terms})  "
-        f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.1f} images/s  ETA {eta}"
+        f"{variant}  step {step}/{steps} ({percent_text(step / steps)})  loss {row['total']:.3f} ({terms})  "
+        f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.1f} images/s  ETA {eta_text(seconds_left)}"
     )

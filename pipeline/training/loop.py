@@ -25,6 +25,7 @@ def run_training(
     work_folder: Path | None = None,
     run_uri: str | None = None,
     report_every_s: float = 0.0,
+    say_validations: bool = True,
 ) -> TrainState:
     """Train to the job's last step, reporting, validating and checkpointing on the way.
 
@@ -33,10 +34,11 @@ def run_training(
         context: this worker.
         report: receives metrics and, on rank 0, checkpoint folders; called equally often on every rank.
         resume_from: checkpoint folder to continue from.
-        log: prints a progress line (rank 0 only).
+        log: prints a progress line (rank 0 only), not more than one every few seconds.
         work_folder: where checkpoint folders are written before they are reported; needed if they are saved.
         run_uri: the run's folder in storage, which receives a batch that makes the loss non-finite.
         report_every_s: the most that rows of metrics wait for a report that comes anyway.
+        say_validations: whether `log` gets a line for each validation, too.
 
     Raises:
         UserError: the loss or its gradient is not finite; on all ranks at the same step.
@@ -55,7 +57,7 @@ def run_training(
         if trainer.fitted is not None:
             before, after = trainer.fitted
             log(f"{job.variant}  fitted to its features: error of what was left out {before:.3f} -> {after:.3f}")
-    training_log = TrainingLog(job, context, state, report, log, report_every_s)
+    training_log = TrainingLog(job, context, state, report, log, report_every_s, say_validations)
 
     def finish_step(*, validate: bool, save: bool) -> None:
         step, folder = state.step, None
@@ -74,7 +76,10 @@ def run_training(
         return state
     batches = micro_batches(job, context, state.step)
     while state.step < train.steps:
-        terms = trainer.train_step([next(batches) for _ in range(train.accumulation_steps)])
+        started = time.monotonic()
+        step_batches = [next(batches) for _ in range(train.accumulation_steps)]
+        training_log.waited(time.monotonic() - started)
+        terms = trainer.train_step(step_batches)
         step, last = state.step, state.step == train.steps
         due_log = last or step % job.runtime.log_every_steps == 0
         due_validation = last or step % train.validate_every_steps == 0

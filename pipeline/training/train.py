@@ -24,12 +24,14 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchTrainer
 
 from pipeline import storage
+from pipeline.causes import one_line
 from pipeline.config import RuntimeConfig
 from pipeline.errors import UserError, root_cause
 from pipeline.records import Checkpoint
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 from pipeline.training.job import DistributedContext, TrainJob
+from pipeline.training.live import LIVE, TrainingView
 from pipeline.training.train_run import (
     SavedCheckpoint,
     chosen_checkpoint,
@@ -38,6 +40,7 @@ from pipeline.training.train_run import (
     usable_checkpoints,
 )
 from pipeline.workflow.lease import Lease
+from pipeline.workflow.progress import StepProgress
 from pipeline.workflow.ray_session import wants_gpu
 from pipeline.workflow.tracking import MetricLog
 
@@ -53,16 +56,21 @@ class MetricsToTracking(UserCallback):
     Args:
         log: the MLflow run.
         logged_step: the last step that it has already; a resumed run passes some steps a second time.
+        view: shows the run while it goes on.
     """
 
-    def __init__(self, log: MetricLog, logged_step: int = -1) -> None:
+    def __init__(self, log: MetricLog, logged_step: int = -1, view: TrainingView | None = None) -> None:
         self.log = log
         self.logged_step = logged_step
+        self.view = view
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Log the metrics of rank 0 at their steps."""
-        reported = dict(metrics[0])
-        for row in [*reported.pop("earlier", []), reported]:
+        reported = {name: value for name, value in metrics[0].items() if name != LIVE}
+        rows = [*reported.pop("earlier", []), reported]
+        if self.view is not None:
+            self.view.reported(rows, [one[LIVE] for one in metrics if LIVE in one])
+        for row in rows:
             step = int(row["step"])
             values = {name: value for name, value in row.items() if name != "step"}
             if values.get("val_miou", 0.0) < 0:
@@ -70,6 +78,11 @@ class MetricsToTracking(UserCallback):
             if step > self.logged_step and values:
                 self.log.metrics(values, step)
                 self.logged_step = step
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Show that workers failed, from which the run may recover."""
+        if self.view is not None and worker_exceptions:
+            self.view.failed({rank: one_line(error) for rank, error in worker_exceptions.items()})
 
 
 class StopOnUserError(UserCallback):
@@ -100,7 +113,8 @@ def scaling(runtime: RuntimeConfig, cpus: float | None = None) -> ScalingConfig:
 def train_worker(loop_config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: the `job`, under a `lease`; it resumes from the run's last whole checkpoint.
 
-    Rows of metrics wait for one another up to `report_every_s`, if that is given.
+    Rows of metrics wait for one another up to `report_every_s`, if that is given; validations are printed unless
+    `say_validations` is False.
     """
     # Here, so that the processes that only lead the workers load no model.
     from pipeline.training.loop import run_training
@@ -128,6 +142,7 @@ def train_worker(loop_config: dict[str, Any]) -> None:
                 work_folder=uploads.folder,
                 run_uri=run_uri,
                 report_every_s=loop_config.get("report_every_s", 0.0),
+                say_validations=loop_config.get("say_validations", True),
             )
         finally:
             # After an error, too: no upload may lose its files, and its own error would hide the first one.
@@ -210,7 +225,14 @@ def _resume_folder(job: TrainJob, run_uri: str, rank: int, work: Path) -> Path |
 
 
 def train_variant(
-    job: TrainJob, *, run_name: str, storage_uri: str, target_uri: str, lease: Lease, log: MetricLog
+    job: TrainJob,
+    *,
+    run_name: str,
+    storage_uri: str,
+    target_uri: str,
+    lease: Lease,
+    log: MetricLog,
+    progress: StepProgress | None = None,
 ) -> Checkpoint:
     """Train `job` on the cluster and publish the chosen checkpoint to `target_uri`.
 
@@ -223,6 +245,7 @@ def train_variant(
         target_uri: folder to publish to.
         lease: the right to write to both.
         log: where metrics go.
+        progress: where to tell how far it is.
 
     Raises:
         UserError: training failed; the message is the worker's own cause in one line.
@@ -240,13 +263,22 @@ def train_variant(
         # Here, not in the workers: none of them waits in a collective for another one's check.
         check_shard_set(job.shard_set, ["train", "val"], log=print)
         try:
-            _fit(job, run_name, storage_uri, lease, MetricsToTracking(log, logged_step))
+            view = _view(job, progress, saved) if progress is not None else None
+            _fit(job, run_name, storage_uri, lease, MetricsToTracking(log, logged_step, view))
         except ray.exceptions.RayActorError as error:
             print(f"{job.variant}  the process that leads the workers died ({type(error).__name__})", flush=True)
     raise UserError(
         f"training of {job.variant} ended {MAX_FITS} times without a whole last checkpoint in {run_uri}; "
         "look for a full or failing disk, or for processes killed for want of memory"
     )
+
+
+def _view(job: TrainJob, progress: StepProgress, saved: Sequence[SavedCheckpoint]) -> TrainingView:
+    last = saved[-1] if saved else None
+    scores = (last.val_miou, last.best_miou) if last else (-1.0, -1.0)
+    view = TrainingView(progress, job.train.steps, *scores)
+    view.begin(last.step if last else 0)
+    return view
 
 
 def _fit(job: TrainJob, run_name: str, storage_uri: str, lease: Lease, metrics: MetricsToTracking) -> None:

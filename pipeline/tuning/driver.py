@@ -20,10 +20,12 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from pipeline.config import TuneConfig
+from pipeline.tuning.progress import TrialLog
 from pipeline.tuning.proposals import METRIC, STEP, Rungs, propose
 from pipeline.tuning.record import SearchRecord, TrialRecord, TrialScore, TrialState, max_failed
 from pipeline.tuning.tracking import TrialRuns
 from pipeline.tuning.trial import CAUSE, NUMBER, VALUES
+from pipeline.workflow.progress import StepProgress
 from pipeline.workflow.tracking import MAX_TAG_LENGTH
 
 PROCESS_DIED = "its process died"
@@ -38,6 +40,7 @@ class SearchDriver:
         record: what is known so far, with the right to save.
         runs: the trials' MLflow runs.
         ended: called with the number of each trial that has ended.
+        progress: where to tell how far the search is.
     """
 
     def __init__(
@@ -47,12 +50,14 @@ class SearchDriver:
         record: SearchRecord,
         runs: TrialRuns,
         ended: Callable[[int], None],
+        progress: StepProgress | None = None,
     ) -> None:
         self.tune = tune
         self.configured = configured
         self.record = record
         self.runs = runs
         self._ended = ended
+        self._log = TrialLog(tune, record.trials, progress)
         self._rungs = Rungs(tune, record.trials.values())
         self._waiting = [
             number
@@ -86,6 +91,7 @@ class SearchDriver:
         self._since[number] = time.monotonic()
         trial = self.record.change(number, attempts=self.record.trials[number].attempts + 1)
         self.runs.start(trial)
+        self._log.started(trial)
 
     def score(self, number: int, step: int, miou: float) -> bool:
         """Record a score; whether the trial is to stop."""
@@ -99,9 +105,14 @@ class SearchDriver:
         state: TrialState = "finished" if step >= self.tune.steps else "stopped" if stopped else "running"
         trial = self.record.change(number, scores=(*trial.scores, score), seconds=self._seconds(trial), state=state)
         self.runs.score(trial, score)
+        self._log.scored(trial)
         if state != "running":
             self._end(trial)
         return stopped
+
+    def passed(self, number: int, step: int) -> None:
+        """Note how far a trial is between two scores; nothing depends on it."""
+        self._log.passed(number, step)
 
     def failed(self, number: int, cause: str) -> None:
         """Record a failure, unless the trial had already ended."""
@@ -109,7 +120,7 @@ class SearchDriver:
         if trial.state == "running":
             cause = cause[:MAX_TAG_LENGTH]
             trial = self.record.change(number, state="failed", cause=cause, seconds=self._seconds(trial))
-            print(f"trial {number} failed: {cause}", flush=True)
+            self._log.failed(trial)
             self._end(trial)
 
     def _end(self, trial: TrialRecord) -> None:
@@ -150,11 +161,13 @@ class RecordedScheduler(FIFOScheduler):
         self.driver = driver
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Record a score or a failure."""
+        """Record a score or a failure, or how far the trial is."""
         number = int(trial.config[NUMBER])
         if CAUSE in result:
             self.driver.failed(number, str(result[CAUSE]))
-        elif result[METRIC] >= 0 and self.driver.score(number, int(result[STEP]), float(result[METRIC])):
+        elif result[METRIC] < 0:
+            self.driver.passed(number, int(result[STEP]))
+        elif self.driver.score(number, int(result[STEP]), float(result[METRIC])):
             return str(TrialScheduler.STOP)
         return str(TrialScheduler.CONTINUE)
 

@@ -33,6 +33,7 @@ from pipeline.tuning.space import default_space
 from pipeline.tuning.tracking import TrialRuns
 from pipeline.tuning.trial import run_trial, trial_resources
 from pipeline.workflow.lease import Lease
+from pipeline.workflow.progress import StepProgress
 from pipeline.workflow.tracking import Tracking
 
 
@@ -46,6 +47,7 @@ def search_settings(
     lease: Lease,
     tracking: Tracking,
     parent_run_id: str,
+    progress: StepProgress | None = None,
 ) -> SearchResult:
     """Search the settings of `tune.space`, by default the loss weights, for the highest val mIoU.
 
@@ -58,6 +60,7 @@ def search_settings(
         lease: the right to write to both.
         tracking: the MLflow store.
         parent_run_id: the step's run, below which the trials' runs go.
+        progress: where to tell how far it is.
 
     Raises:
         UserError: more trials failed than `tune` allows, or all; the message carries the first one's cause. The next
@@ -72,7 +75,7 @@ def search_settings(
     runs = TrialRuns(tracking, parent_run_id, run_name)
     runs.settle(record.trials.values())
     configured = {path: job.settings.value(path) for path in tune.space}
-    driver = SearchDriver(tune, configured, record, runs, ended=uris.discard)
+    driver = SearchDriver(tune, configured, record, runs, uris.discard, progress)
     if driver.num_waiting:
         _print_restored(record)
         # Ray Tune's own progress table repeats what the trials print.

@@ -22,13 +22,14 @@ from pipeline.config import RuntimeConfig, TuneConfig
 from pipeline.errors import UserError
 from pipeline.storage.names import HISTORY_FILE
 from pipeline.training.job import DistributedContext, TrainJob
-from pipeline.training.train import StopOnUserError, scaling, train_worker
+from pipeline.training.train import REPORT_EVERY_S, StopOnUserError, scaling, train_worker
 from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.train_run import repair_run
 from pipeline.tuning.proposals import METRIC, STEP
 from pipeline.tuning.record import TrialUris, remove_folder, trial_name
 from pipeline.tuning.space import values_text
 from pipeline.workflow.lease import LeaseLost
+from pipeline.workflow.progress import Pace
 from pipeline.workflow.ray_session import wants_gpu
 
 TRIAL_CPUS = 0.01
@@ -91,7 +92,7 @@ def run_trial(sampled: dict[str, Any], job: TrainJob, tune: TuneConfig, uris: Tr
 
 
 def _train_here(job: TrainJob, uris: TrialUris, number: int) -> None:
-    # Here, so that the process that leads the search loads no model.
+    # Here, so that the process that leads the search loads no model. The search prints the scores, with the best one.
     from pipeline.training.loop import run_training
 
     folder_uri = uris.trial_uri(number)
@@ -100,19 +101,27 @@ def _train_here(job: TrainJob, uris: TrialUris, number: int) -> None:
         if resume is not None:
             _report_again(str(resume))
 
+        # Between scores, the search only shows how far the trial is.
+        pace = Pace(REPORT_EVERY_S)
+
         def report(metrics: dict[str, float], checkpoint: Path | None) -> None:
             if checkpoint is not None:
                 uris.lease.check()
                 _publish_checkpoint(checkpoint, folder_uri)
                 _remove_local(checkpoint)
             # Told last: what the search has heard of, the trial can continue from.
-            if metrics[METRIC] >= 0:
+            if metrics[METRIC] >= 0 or pace.is_due():
                 ray.tune.report({STEP: metrics[STEP], METRIC: metrics[METRIC]})
 
         # Ray hides the GPUs that a process has not asked for.
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
         run_training(
-            job, DistributedContext(0, 1, device), report, resume_from=resume, work_folder=Path(folder) / "work"
+            job,
+            DistributedContext(0, 1, device),
+            report,
+            resume_from=resume,
+            work_folder=Path(folder) / "work",
+            say_validations=False,
         )
 
 
@@ -127,7 +136,7 @@ def _train_on_workers(job: TrainJob, tune: TuneConfig, uris: TrialUris, number: 
             return
     TorchTrainer(
         train_worker,
-        train_loop_config={"job": job.model_dump(mode="json"), "lease": uris.lease},
+        train_loop_config={"job": job.model_dump(mode="json"), "lease": uris.lease, "say_validations": False},
         scaling_config=scaling(job.runtime, cpus=_cpus_beside_trial(job.runtime.cpus_per_worker)),
         # Ray's type stubs know only the former RunConfig.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]

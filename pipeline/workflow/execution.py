@@ -150,6 +150,7 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
             fingerprint=fingerprint,
             lease=lease,
             runtime=request.runtime,
+            flow=request.flow,
         )
         record = request.step.run(context, arguments)
         checksums = output_checksums(record, context.output_uri())

@@ -31,7 +31,7 @@ from pydantic import BaseModel
 
 from pipeline.errors import UserError
 from pipeline.records import Record
-from pipeline.workflow import execution, liveness, ray_session, runs
+from pipeline.workflow import execution, exported, liveness, ray_session, runs
 from pipeline.workflow.driver_watch import DriverWatch, FlowTerminated
 from pipeline.workflow.execution import Outcome, StepRef, StepRequest
 from pipeline.workflow.graph import Graph, Node, Plan
@@ -303,6 +303,7 @@ class Flow(Graph):
         run_id: str | None = None,
         details: str | None = None,
     ) -> None:
+        exported.record_step(self.name, self.run_id, node.ref.label, state, seconds)
         if self._on_event is not None:
             self._on_event(FlowEvent(node.ref.label, state, node.index, message, seconds, run_id, details))
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.workflow import liveness
+from pipeline.workflow.progress import Progress
 from pipeline.workflow.tracking import PLAN_FILE, RECORD_FILE, RunState, Tag, Tracking, note_tag
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class StepSummary(Record):
         run_id: its own MLflow run; None while it waits for its inputs.
         reused_from: the run that computed the record, where it was reused.
         error: the cause in one line.
+        progress: how far it is, as it told last; None unless it runs.
         record: what it returned, where asked for.
     """
 
@@ -68,6 +70,7 @@ class StepSummary(Record):
     fingerprint: str | None
     reused_from: str | None
     error: str | None
+    progress: Progress | None = None
     record: dict[str, Any] | None = None
 
 
@@ -107,7 +110,11 @@ def list_runs(tracking: Tracking, limit: int = 50) -> list[RunSummary]:
 def run_tree(tracking: Tracking, run_id: str, *, records: bool = False) -> RunTree:
     """A flow's run, found as `find_run` does, with its steps; `records` adds what they returned."""
     mark_abandoned(tracking)
-    run = find_run(tracking, run_id)
+    return tree_of(tracking, find_run(tracking, run_id), records=records)
+
+
+def tree_of(tracking: Tracking, run: Run, *, records: bool = False) -> RunTree:
+    """`run_tree` of a flow's run that is known."""
     steps = {}
     for child in tracking.runs(_steps_filter(run), order_by="attributes.start_time ASC"):
         step = _step_summary(child)
@@ -252,18 +259,20 @@ def _run_summary(run: Run) -> RunSummary:
 
 def _step_summary(run: Run) -> StepSummary:
     tags = run.data.tags
+    state = RunState(tags[Tag.STATE])
     return StepSummary(
         run_id=run.info.run_id,
         label=tags[Tag.LABEL],
         step=tags[Tag.STEP],
         version=int(tags[Tag.VERSION]),
-        state=RunState(tags[Tag.STATE]),
+        state=state,
         depends_on=tuple(json.loads(tags.get(Tag.DEPENDS_ON, "[]"))),
         started=_utc_text(run.info.start_time),
         seconds=_seconds(run),
         fingerprint=tags.get(Tag.FINGERPRINT),
         reused_from=tags.get(Tag.REUSED_FROM),
         error=tags.get(Tag.ERROR),
+        progress=Progress.from_tag(tags.get(Tag.PROGRESS)) if state == RunState.RUNNING else None,
     )
 
 

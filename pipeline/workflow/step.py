@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from pipeline import storage
 from pipeline.records import Record
 from pipeline.workflow.lease import Lease
+from pipeline.workflow.progress import StepProgress
 
 if TYPE_CHECKING:
     from pipeline.workflow.tracking import Tracking
@@ -53,6 +54,7 @@ class StepContext:
         fingerprint: the step's fingerprint.
         lease: the right to write its outputs; check it before each write that another execution could follow.
         runtime: worker counts, devices and the like, as given to the flow.
+        flow: the flow's name.
     """
 
     workspace: str
@@ -64,11 +66,17 @@ class StepContext:
     fingerprint: str
     lease: Lease
     runtime: Any = None
+    flow: str = ""
 
     @property
     def run_name(self) -> str:
         """A name that belongs to this work alone: the same fingerprint gives it again after a crash."""
         return f"{self.step}-{self.fingerprint[:16]}"
+
+    @property
+    def progress(self) -> StepProgress:
+        """Where to tell how far the step is; it can be handed to other processes."""
+        return StepProgress(self.tracking, self.run_id, self.flow, self.flow_run_id, self.label)
 
     def output_uri(self, *parts: str) -> str:
         """A place for outputs that belongs to this fingerprint alone: executing again does no harm."""

@@ -68,6 +68,7 @@ class Tag:
     OUTPUTS = "segvit.outputs_sha256"
     CANCEL = "segvit.cancel_requested_by"
     TOKEN = "segvit.token"
+    PROGRESS = "segvit.progress"
     NOTE = "mlflow.note.content"
     PARENT = "mlflow.parentRunId"
 

@@ -1,4 +1,4 @@
-"""What a command prints with --json, read back."""
+"""What a command prints with --json, read back, and how it ends."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from typing import Any
 import pytest
 
 from flows.cli import main
+
+
+def exit_code(*arguments: str) -> int:
+    """Run a command; the code with which it ends."""
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
 
 
 def facts(capfd: pytest.CaptureFixture[str], *arguments: str) -> Any:

@@ -24,8 +24,8 @@ FROZEN_OPTIONS = {
     "run": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
     "plan": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
     "runs": {"--workspace", "--tracking-uri", "--json"},
-    "show": {"run_id", "--workspace", "--tracking-uri", "--json"},
     "cancel": {"run_id", "--workspace", "--tracking-uri", "--json", "--address"},
+    "show": {"run_id", "--follow", "--workspace", "--tracking-uri", "--json"},
     "search": {"run_id", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
     "evaluate": {
         *("model", "data", "--split", "--resize", "--scales", "--flip", "--window", "--stride", "--variant", "--set"),

@@ -46,6 +46,8 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda function: SimpleNamespace(remote=function)
 
     monkeypatch.setattr(evaluate, "ray", SimpleNamespace(remote=remote, get=lambda found: found))
+    monkeypatch.setattr(evaluate, "Tally", lambda: None)
+    monkeypatch.setattr(evaluate, "wait_for_scores", lambda parts, *_: parts)
     monkeypatch.setattr(evaluate, "wants_gpu", lambda _: False)
     monkeypatch.setattr(evaluate, "time_checkpoint", lambda *_: Latency(12.0, True))
     monkeypatch.setattr(promote, "reproduces", lambda *_: Check(name="artifact", passed=True, detail="trusted"))

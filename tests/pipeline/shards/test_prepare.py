@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,12 +18,14 @@ from pipeline.config import DataConfig, DigitsConfig
 from pipeline.datasets import RawSample
 from pipeline.datasets.digits import Digits
 from pipeline.errors import UserError
+from pipeline.exported_metrics import PREPARED_SAMPLES
 from pipeline.records import ShardSet
 from pipeline.shards import shard_task
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.sample_check import check_sample
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.workflow.lease import LeaseLost, take_lease
+from tests.pipeline.fakes import Told
 
 DIGITS = DataConfig(dataset="digits", samples_per_shard=4, digits=DigitsConfig(num_train=10, num_val=3))
 
@@ -115,7 +118,7 @@ def test_prepare__twice_from_scratch_gives_the_same_bytes(tmp_path: Path) -> Non
     assert (first.digest, first.splits) == (second.digest, second.splits)
     assert (first.splits["train"].num_samples, first.splits["val"].num_samples) == (10, 3)
     assert first == check_shard_set(str(tmp_path / "first")).shard_set
-    assert lines[-3].startswith("prepare digits: 4/4 shards, 13/13 images, 0 rejected, ")
+    assert lines[-3].startswith("prepare digits: 4/4 shards, 13/13 images (100%), 0 rejected, ")
     assert lines[-3].endswith("ETA 0:00")
     assert lines[-2].startswith("prepare digits: val shows no pixel of '")
     place = tmp_path / "first"
@@ -232,7 +235,7 @@ def test_prepare__bad_sample_is_one_clear_error(camvid: Path, tmp_path: Path, da
     lenient = camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.125)
     shard_set, lines = run(lenient, tmp_path / "lenient")
     assert (shard_set.num_quarantined, shard_set.splits["train"].num_samples) == (1, 5)
-    assert "8/8 images, 1 rejected" in lines[-3]
+    assert "8/8 images (100%), 1 rejected" in lines[-3]
     assert "8 images = 7 in 4 shards + 1 in quarantine.parquet" in lines[-1]
     rejected = pq.read_table(tmp_path / "lenient" / "quarantine.parquet").to_pylist()
     assert [(row["split"], row["key"]) for row in rejected] == [("train", "3")]
@@ -416,3 +419,18 @@ def test_prepare__second_pass_copies_and_decodes_nothing(
     monkeypatch.setattr(shard_task, "check_sample", check)
     run(camvid_config(camvid, on_bad_sample="quarantine", max_quarantined_fraction=0.5), tmp_path / "out")
     assert checked == [*(f"train/{number}.png" for number in range(6)), "val/0.png", "val/1.png"]
+
+
+def test_prepare__tells_its_step_of_every_shard(tmp_path: Path) -> None:
+    told: Any = Told()
+    digits = DigitsConfig(num_train=7, num_val=3, image_size=96)
+    config = DataConfig(dataset="digits", samples_per_shard=4, digits=digits)
+    prepare_shards(config, str(tmp_path / "set"), progress=lambda _line: None, step=told)
+    assert [(one.done, one.total, one.unit, one.note) for one in told.progress] == [
+        (4, 10, "images", "1/3 shards"),
+        (7, 10, "images", "2/3 shards"),
+        (10, 10, "images", "3/3 shards"),
+    ]
+    assert told.progress[-1].seconds_left == 0
+    counted = [(value, tags) for metric, value, tags in told.exported if metric is PREPARED_SAMPLES]
+    assert counted == [(4, {"split": "train"}), (3, {"split": "train"}), (3, {"split": "val"})]

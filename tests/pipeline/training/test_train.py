@@ -79,7 +79,7 @@ def test_train_variant__leading_process_that_dies_is_started_again_but_not_for_e
         raise ray.exceptions.ActorDiedError
 
     monkeypatch.setattr(train, "_fit", die)
-    places = {"storage_uri": str(tmp_path), "target_uri": str(tmp_path / "published")}
+    places: dict[str, Any] = {"storage_uri": str(tmp_path), "target_uri": str(tmp_path / "published")}
     log = MetricLog(Tracking("sqlite:///unused"), "unused")
     lease = take_lease(str(tmp_path / "lease"), "training")
     with pytest.raises(UserError, match="training of full ended 3 times without a whole last checkpoint in"):

@@ -34,9 +34,14 @@ def uris(tmp_path: Path) -> TrialUris:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What trials of this process report."""
+    """What trials of this process report, but for how far they are: that comes by the clock."""
     rows: list[dict[str, Any]] = []
-    monkeypatch.setattr(ray.tune, "report", rows.append)
+
+    def report(row: dict[str, Any]) -> None:
+        if row["val_miou"] >= 0 or "cause" in row:
+            rows.append(row)
+
+    monkeypatch.setattr(ray.tune, "report", report)
     return rows
 
 
@@ -164,6 +169,25 @@ def test_run_trial__failure_is_told_in_one_line_and_a_lost_search_ends_it(
         run_trial(SAMPLED, make_job(), TUNE, uris)
     assert len(told) == 1
     assert not Path(uris.trial_uri(2)).exists()
+
+
+def test_run_trial__tells_between_scores_how_far_it_is(
+    make_job: MakeJob, uris: TrialUris, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray.tune, "report", rows.append)
+    monkeypatch.setattr(search_trial, "REPORT_EVERY_S", 0.0)
+    run_trial(SAMPLED, make_job(), TUNE, uris)
+    assert [(row["step"], row["val_miou"] >= 0) for row in rows] == [
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, True),
+        (5, True),
+    ]
+    assert all(set(row) == {"step", "val_miou"} for row in rows)
+    # The search prints the scores.
+    assert "val mIoU" not in capsys.readouterr().out
 
 
 def test_history_scores__are_the_validations() -> None:
