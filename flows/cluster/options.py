@@ -51,8 +51,10 @@ def _without_secrets(uri: str) -> str:
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         raise ValueError("must be the http or https address of a tracking server, as https://mlflow.example.org")
     if parts.username or parts.password or parts.query:
-        raise ValueError("holds credentials, which would be readable; put MLFLOW_TRACKING_USERNAME and "
-                         "MLFLOW_TRACKING_PASSWORD into the environment that the pods or jobs get")
+        raise ValueError(
+            "holds credentials, which would be readable; put MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD into the environment that the pods or jobs get"
+        )
     return uri
 
 
@@ -64,7 +66,9 @@ def _shared_place(workspace: str) -> str:
     return workspace
 
 
-Name = Annotated[str, _matching(NAME_PATTERN, "must be lower-case letters, digits and dashes, 40 at most, from a letter")]
+Name = Annotated[
+    str, _matching(NAME_PATTERN, "must be lower-case letters, digits and dashes, 40 at most, from a letter")
+]
 ObjectName = Annotated[str, _matching(OBJECT_PATTERN, "must be lower-case letters, digits, dots and dashes")]
 Memory = Annotated[str, _matching(MEMORY_PATTERN, "must be a whole number of Mi, Gi or Ti, as 28Gi")]
 Workspace = Annotated[str, AfterValidator(_shared_place)]
@@ -97,7 +101,7 @@ class KubernetesOptions(BaseModel):
     image: Annotated[str, AfterValidator(_tagged)]
     name: Name = "segvit"
     namespace: Annotated[str, _matching(NAMESPACE_PATTERN, "must be lower-case letters, digits and dashes")] = "segvit"
-    # A little less than a machine of 16 cores has, for Kubernetes keeps some of it: a whole one would never be scheduled.
+    # Less than a machine of 16 cores has, for Kubernetes keeps some of it: all of it would never be scheduled.
     cpu_worker_size: Size = Size(cpus=14, memory="28Gi")
     gpu_worker_size: Size = Size(cpus=14, memory="56Gi")
     cpu_workers: int = Field(default=4, ge=0, le=1000)
@@ -109,9 +113,9 @@ class KubernetesOptions(BaseModel):
     storage_size: Memory = "500Gi"
     claim: ObjectName | None = None
     mlflow_uri: Annotated[str, AfterValidator(_without_secrets)] | None = None
-    operator_namespace: Annotated[str, _matching(NAMESPACE_PATTERN, "must be lower-case letters, digits and dashes")] = (
-        "kuberay-operator"
-    )
+    operator_namespace: Annotated[
+        str, _matching(NAMESPACE_PATTERN, "must be lower-case letters, digits and dashes")
+    ] = "kuberay-operator"
     redis: Annotated[str, _matching(HOST_PORT_PATTERN, "must be HOST:PORT, as redis.db:6379")] | None = None
 
     @property
@@ -129,11 +133,17 @@ class KubernetesOptions(BaseModel):
         for pair in self.gpu_selector:
             key, separator, value = pair.partition("=")
             if not (separator and re.fullmatch(SELECTOR_PATTERN, key) and re.fullmatch(LABEL_VALUE_PATTERN, value)):
-                raise ValueError(f"--gpu-selector {pair} must be a node's label, as cloud.google.com/gke-accelerator=nvidia-l4")
+                raise ValueError(
+                    f"--gpu-selector {pair} must be a node's label, as cloud.google.com/gke-accelerator=nvidia-l4"
+                )
         if self.claim is not None and (self.storage_class is not None or "storage_size" in self.model_fields_set):
-            raise ValueError("--claim names a volume claim that exists; --storage-class and --storage-size make one: give either")
+            raise ValueError(
+                "--claim names a volume claim that exists; --storage-class and --storage-size make one: give either"
+            )
         if self.cpu_workers + self.gpu_workers == 0:
-            raise ValueError("--cpu-workers and --gpu-workers are both 0, and the head runs no tasks; allow one at least")
+            raise ValueError(
+                "--cpu-workers and --gpu-workers are both 0, and the head runs no tasks; allow one at least"
+            )
         return self
 
 
@@ -145,11 +155,15 @@ class JobOptions(KubernetesOptions):
     @model_validator(mode="after")
     def _check_job(self) -> Self:
         if self.redis is not None:
-            raise ValueError("--redis keeps what a cluster knows while its head is away; a job that lost its head starts "
-                             "a new cluster and goes on in the workspace: leave it out")
+            raise ValueError(
+                "--redis keeps what a cluster knows while its head is away; a job that lost its head starts "
+                "a new cluster and goes on in the workspace: leave it out"
+            )
         if "://" not in self.workspace and not PurePosixPath(self.workspace).is_relative_to(SHARED):
-            raise ValueError(f"--workspace {self.workspace} is on no storage that the pods share; "
-                             f"it must be below {SHARED}, or a URI")
+            raise ValueError(
+                f"--workspace {self.workspace} is on no storage that the pods share; "
+                f"it must be below {SHARED}, or a URI"
+            )
         return self
 
 
@@ -174,7 +188,9 @@ def parse_options(kind: str, options_type: type[Options], given: dict[str, Any])
         return options_type.model_validate(given)
     except ValidationError as error:
         problems = [_explain(kind, problem) for problem in error.errors()]
-        raise UserError("\n  ".join(problems) if len(problems) == 1 else "\n  ".join(["options:", *problems])) from error
+        raise UserError(
+            "\n  ".join(problems) if len(problems) == 1 else "\n  ".join(["options:", *problems])
+        ) from error
 
 
 def _explain(kind: str, problem: Any) -> str:

@@ -20,8 +20,8 @@ def cluster_manifests(config: Path | None, overrides: Sequence[str], given: dict
     """A cluster that stays; raises UserError for wrong options, and for an experiment, which it does not run."""
     if config is not None or overrides:
         raise UserError(
-            f"--kind kuberay renders a cluster, and {config or '--set'} is of an experiment; submit that to the cluster "
-            "with segvit submit, or render --kind rayjob"
+            f"--kind kuberay renders a cluster, and {config or '--set'} is of an experiment; submit that with "
+            "segvit submit, or render --kind rayjob"
         )
     return cluster_files(parse_options("kuberay", KubernetesOptions, given))
 
@@ -53,7 +53,9 @@ def write_files(folder: Path, files: Mapping[str, str], overwrite: bool) -> list
         for target, text in targets.items():
             storage.publish_bytes(str(target), text.encode())
     except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be written ({error.strerror}); give another --out") from error
+        raise UserError(
+            f"{error.filename or folder} cannot be written ({error.strerror}); give another --out"
+        ) from error
     return list(targets)
 
 

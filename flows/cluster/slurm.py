@@ -11,7 +11,7 @@ _END_EARLY_S = 120
 
 _SCRIPT = r"""
 # Partition, account and time limit are yours: sbatch --partition=P --account=A --time=12:00:00 THIS_FILE
-# Where the time limit nears, or the nodes are taken away, the job is queued again and goes on where it was.
+# Where the time limit nears, or the nodes are taken away, it is queued again and goes on where it was.
 set -euo pipefail
 
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
@@ -56,9 +56,17 @@ done
 
 "${flow[@]}" &
 running=$!
-trap 'kill -TERM "$running"; scontrol requeue "$SLURM_JOB_ID"' USR1
-# A signal ends the first wait, not the flow.
-wait "$running" || { code=$?; kill -0 "$running" 2> /dev/null && { wait "$running" || code=$?; }; exit "$code"; }
+again=
+trap 'again=1; kill -TERM "$running"' USR1
+code=0
+wait "$running" || code=$?
+if [ "$again" ]; then
+    # The signal ended the wait above, not yet the flow.
+    code=0
+    wait "$running" || code=$?
+    [ "$code" -eq 0 ] || scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
 """
 
 

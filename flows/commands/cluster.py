@@ -10,7 +10,9 @@ import typer
 
 from flows.commands.options import Overrides
 
-cluster = typer.Typer(name="cluster", help="What a Ray cluster is started from; see docs/cluster.md.", no_args_is_help=True)
+cluster = typer.Typer(
+    name="cluster", help="What a Ray cluster is started from; see docs/cluster.md.", no_args_is_help=True
+)
 
 
 class Kind(StrEnum):

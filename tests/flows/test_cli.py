@@ -47,6 +47,12 @@ FROZEN_OPTIONS = {
     "data": {"shard_set", "--out", "--overwrite", "--json"},
     "flops": {"presets", "--published", "--size", "--json"},
     "submit": {"config", "--address", "--workspace", "--set", "--tracking-uri"},
+    "cluster render": {
+        *("config", "--kind", "--out", "--overwrite", "--set", "--workspace", "--image", "--name", "--namespace"),
+        *("--operator-namespace", "--cpu-workers", "--cpu-worker-size", "--gpu-workers", "--gpu-worker-size"),
+        *("--gpus-per-worker", "--gpu-selector", "--nodes", "--spot", "--storage-class", "--storage-size", "--claim"),
+        *("--mlflow-uri", "--redis"),
+    },
 }
 
 
@@ -59,8 +65,11 @@ def run(*arguments: str) -> int:
 
 
 def test_options__are_frozen() -> None:
-    group = typer.main.get_command(app)
-    commands = group.commands  # type: ignore[attr-defined]
+    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    for name, group in list(commands.items()):
+        if hasattr(group, "commands"):
+            del commands[name]
+            commands |= {f"{name} {inner}": command for inner, command in group.commands.items()}
     found = {
         name: {
             option
