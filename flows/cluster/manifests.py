@@ -11,7 +11,7 @@ import yaml
 from flows.cluster import surroundings
 from flows.cluster.options import JobOptions, KubernetesOptions
 from flows.cluster.pods import Manifest
-from flows.cluster.ray import experiment_map, ray_cluster, ray_job
+from flows.cluster.ray import ray_cluster, ray_job
 
 # Of what is written without quotes, YAML's readers must all think the same: `1e3` and `0o7` are texts to some.
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9./:_-]+")
@@ -34,12 +34,12 @@ _Dumper.add_representer(str, _represent_text)
 
 def cluster_files(options: KubernetesOptions) -> dict[str, str]:
     """File names and texts of a cluster that stays."""
-    return _files(options, {"raycluster.yaml": [ray_cluster(options)]})
+    return _files(options, {"raycluster.yaml": ray_cluster(options)})
 
 
-def job_files(options: JobOptions, experiment: str, overrides: Sequence[str]) -> dict[str, str]:
-    """File names and texts of a job with its own cluster; `experiment` is the experiment file's text."""
-    return _files(options, {"rayjob.yaml": [experiment_map(options, experiment), ray_job(options, overrides)]})
+def job_files(options: JobOptions, name: str, text: str, overrides: Sequence[str]) -> dict[str, str]:
+    """File names and texts of a job with its own cluster; `text` is the experiment file's."""
+    return _files(options, {"rayjob.yaml": ray_job(options, name, text, overrides)})
 
 
 def to_yaml(documents: Sequence[Manifest]) -> str:
@@ -50,7 +50,7 @@ def to_yaml(documents: Sequence[Manifest]) -> str:
 def _files(options: KubernetesOptions, ray: Mapping[str, Sequence[Manifest]]) -> dict[str, str]:
     files: dict[str, Sequence[Manifest]] = {
         "storage.yaml": surroundings.storage(options),
-        "network.yaml": [*surroundings.network(options), *surroundings.disruption(options)],
+        "network.yaml": surroundings.network(options),
         "mlflow.yaml": surroundings.mlflow(options),
         **ray,
     }

@@ -35,6 +35,11 @@ def labels(options: KubernetesOptions, component: str) -> dict[str, str]:
     return {"app.kubernetes.io/part-of": options.name, "app.kubernetes.io/component": component}
 
 
+def cluster_labels(options: KubernetesOptions, cluster: str, component: str) -> dict[str, str]:
+    """Labels of a pod of one of the Ray clusters, which share all else that has the installation's name."""
+    return {**labels(options, component), "app.kubernetes.io/instance": cluster}
+
+
 def metadata(options: KubernetesOptions, name: str, component: str) -> Manifest:
     """Name, namespace and labels of an object."""
     return {"name": name, "namespace": options.namespace, "labels": labels(options, component)}

@@ -12,63 +12,67 @@ from flows.cluster.pods import Manifest
 
 API_VERSION = "ray.io/v1"
 DASHBOARD_PORT = 8265
-EXPERIMENT_FOLDER = "/etc/segvit"
-EXPERIMENT_FILE = "experiment.yaml"
+_EXPERIMENT_FOLDER = "/etc/segvit"
+_EXPERIMENT_FILE = "experiment.yaml"
 _IDLE_S = 600
 _RETRIES = 3
 # Long enough to read the log of what just ended.
 _KEEP_ENDED_S = 900
 
 
-def ray_cluster(options: KubernetesOptions) -> Manifest:
+def ray_cluster(options: KubernetesOptions) -> list[Manifest]:
     """A cluster that stays, for jobs by `segvit submit`."""
-    return {
+    cluster = {
         "apiVersion": API_VERSION,
         "kind": "RayCluster",
         "metadata": pods.metadata(options, options.name, "ray"),
-        "spec": cluster_spec(options),
+        "spec": _cluster_spec(options, options.name),
     }
+    return [_keep_head(options, options.name), cluster]
 
 
-def ray_job(options: JobOptions, overrides: Sequence[str]) -> Manifest:
-    """One `segvit run`, with a cluster that comes and goes with it.
+def ray_job(options: JobOptions, name: str, text: str, overrides: Sequence[str]) -> list[Manifest]:
+    """One `segvit run` of the experiment file's `text`, with a cluster that comes and goes with it.
 
     The operator itself hands the job in: no further pod needs the token. A retry has a new cluster and goes on in the
     workspace.
     """
-    command = ["segvit", "run", f"{EXPERIMENT_FOLDER}/{EXPERIMENT_FILE}", "--workspace", options.workspace]
+    command = ["segvit", "run", f"{_EXPERIMENT_FOLDER}/{_EXPERIMENT_FILE}", "--workspace", options.workspace]
     command += [word for override in overrides for word in ("--set", override)]
-    return {
+    experiment = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": pods.metadata(options, f"{name}-experiment", "ray"),
+        "data": {_EXPERIMENT_FILE: text},
+    }
+    job = {
         "apiVersion": API_VERSION,
         "kind": "RayJob",
-        "metadata": pods.metadata(options, options.name, "ray"),
+        "metadata": pods.metadata(options, name, "ray"),
         "spec": {
             "entrypoint": shlex.join(command),
             "submissionMode": "HTTPMode",
             "backoffLimit": _RETRIES,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": _KEEP_ENDED_S,
-            "rayClusterSpec": cluster_spec(options, experiment=experiment_name(options)),
+            "rayClusterSpec": _cluster_spec(options, name, experiment=f"{name}-experiment"),
         },
     }
+    return [experiment, _keep_head(options, name), job]
 
 
-def experiment_name(options: KubernetesOptions) -> str:
-    """The config map with the experiment file."""
-    return f"{options.name}-experiment"
-
-
-def experiment_map(options: JobOptions, text: str) -> Manifest:
-    """The experiment file, for the head to mount."""
+def _keep_head(options: KubernetesOptions, cluster: str) -> Manifest:
+    """The head is not evicted for maintenance: the drivers of all jobs would go with it."""
+    selector = {"matchLabels": pods.cluster_labels(options, cluster, "head")}
     return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": pods.metadata(options, experiment_name(options), "ray"),
-        "data": {EXPERIMENT_FILE: text},
+        "apiVersion": "policy/v1",
+        "kind": "PodDisruptionBudget",
+        "metadata": pods.metadata(options, f"{cluster}-head", "head"),
+        "spec": {"minAvailable": 1, "selector": selector},
     }
 
 
-def cluster_spec(options: KubernetesOptions, experiment: str | None = None) -> Manifest:
+def _cluster_spec(options: KubernetesOptions, cluster: str, experiment: str | None = None) -> Manifest:
     """A head without GPU, worker groups from zero, and the autoscaler between them.
 
     `experiment`: the config map that the head mounts.
@@ -91,19 +95,19 @@ def cluster_spec(options: KubernetesOptions, experiment: str | None = None) -> M
     if options.redis is not None:
         password = {"secretKeyRef": {"name": f"{options.name}-redis", "key": "password"}}
         spec["gcsFaultToleranceOptions"] = {"redisAddress": options.redis, "redisPassword": {"valueFrom": password}}
-    spec["headGroupSpec"] = _head(options, experiment)
+    spec["headGroupSpec"] = _head(options, cluster, experiment)
     groups = []
     if options.cpu_workers:
-        groups.append(_workers(options, "cpu", options.cpu_workers, options.cpu_worker_size, 0))
+        groups.append(_workers(options, cluster, "cpu", options.cpu_workers, options.cpu_worker_size, 0))
     if options.gpu_workers:
         size, gpus = options.gpu_worker_size, options.gpus_per_worker
-        groups.append(_workers(options, "gpu", options.gpu_workers, size, gpus))
+        groups.append(_workers(options, cluster, "gpu", options.gpu_workers, size, gpus))
     spec["workerGroupSpecs"] = groups
     return spec
 
 
-def _head(options: KubernetesOptions, experiment: str | None) -> Manifest:
-    template = _template(options, "head", options.head_size, 0)
+def _head(options: KubernetesOptions, cluster: str, experiment: str | None) -> Manifest:
+    template = _template(options, cluster, "head", options.head_size, 0)
     pod = template["spec"]
     pod["containers"][0]["ports"] = [
         {"name": "gcs-server", "containerPort": 6379},
@@ -112,7 +116,7 @@ def _head(options: KubernetesOptions, experiment: str | None) -> Manifest:
     pod["volumes"].append(pods.account_volume()[0])
     if experiment is not None:
         pod["volumes"].append({"name": "experiment", "configMap": {"name": experiment}})
-        mount = {"name": "experiment", "mountPath": EXPERIMENT_FOLDER, "readOnly": True}
+        mount = {"name": "experiment", "mountPath": _EXPERIMENT_FOLDER, "readOnly": True}
         pod["containers"][0]["volumeMounts"].append(mount)
     return {
         "serviceType": "ClusterIP",
@@ -122,8 +126,8 @@ def _head(options: KubernetesOptions, experiment: str | None) -> Manifest:
     }
 
 
-def _workers(options: KubernetesOptions, group: str, most: int, size: Size, gpus: int) -> Manifest:
-    template = _template(options, "worker", size, gpus)
+def _workers(options: KubernetesOptions, cluster: str, group: str, most: int, size: Size, gpus: int) -> Manifest:
+    template = _template(options, cluster, "worker", size, gpus)
     template["spec"] |= pods.placement(options, gpu=gpus > 0)
     return {
         "groupName": group,
@@ -135,7 +139,7 @@ def _workers(options: KubernetesOptions, group: str, most: int, size: Size, gpus
     }
 
 
-def _template(options: KubernetesOptions, component: str, size: Size, gpus: int) -> Manifest:
+def _template(options: KubernetesOptions, cluster: str, component: str, size: Size, gpus: int) -> Manifest:
     """A Ray pod; the operator adds command, probes, token and shared memory."""
     found, mounts = pods.volumes(options)
     container = {
@@ -149,7 +153,7 @@ def _template(options: KubernetesOptions, component: str, size: Size, gpus: int)
         "volumeMounts": mounts,
     }
     return {
-        "metadata": {"labels": pods.labels(options, component), "annotations": dict(pods.STAY)},
+        "metadata": {"labels": pods.cluster_labels(options, cluster, component), "annotations": dict(pods.STAY)},
         "spec": {
             # What a job runs has no business with the cluster's own interface.
             "automountServiceAccountToken": False,

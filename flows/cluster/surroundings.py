@@ -82,19 +82,6 @@ def network(options: KubernetesOptions) -> list[Manifest]:
     return found
 
 
-def disruption(options: KubernetesOptions) -> list[Manifest]:
-    """The head is not evicted for maintenance while it is up: with it go the drivers of all jobs."""
-    selector = {"matchLabels": pods.labels(options, "head")}
-    return [
-        {
-            "apiVersion": "policy/v1",
-            "kind": "PodDisruptionBudget",
-            "metadata": pods.metadata(options, f"{options.name}-head", "head"),
-            "spec": {"minAvailable": 1, "selector": selector},
-        }
-    ]
-
-
 def _mlflow_pod(options: KubernetesOptions, name: str) -> Manifest:
     found, mounts = pods.volumes(options)
     hosts = ",".join(f"{host}:*" for host in (name, "localhost", "127.0.0.1"))

@@ -111,6 +111,9 @@ def test_disruption__the_head_and_busy_workers_stay(documents: list[Document]) -
     assert budget["spec"]["minAvailable"] == 1
     chosen = [name for name, one in found.items() if selects(budget["spec"]["selector"], one["metadata"]["labels"])]
     assert chosen == ["head"]
+    # Of this cluster alone: one head that is up does not excuse the eviction of another's.
+    other = {**found["head"]["metadata"]["labels"], "app.kubernetes.io/instance": "other"}
+    assert not selects(budget["spec"]["selector"], other)
     for name, template in found.items():
         if not name.endswith("mlflow"):
             assert template["metadata"]["annotations"]["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
@@ -164,6 +167,7 @@ def test_rayjob__runs_the_experiment_that_it_carries(render: Render) -> None:
         *("segvit", "run", "/etc/segvit/experiment.yaml", "--workspace", "/mnt/segvit/my place", "--set", awkward)
     ]
     assert experiment["data"] == {"experiment.yaml": CONFIG.read_text(encoding="utf-8")}
+    assert job["metadata"]["name"] == "segvit-quickstart"
     found = templates(documents)
     [volume] = [one for one in found["head"]["spec"]["volumes"] if "configMap" in one]
     assert volume["configMap"]["name"] == experiment["metadata"]["name"]
