@@ -129,11 +129,12 @@ def engine() -> bool:
     return subprocess.run(["docker", "info"], capture_output=True, timeout=60).returncode == 0
 
 
+@pytest.mark.timeout(3600)  # PyTorch with CUDA is gigabytes
 def test_dockerfile__image_runs_as_it_will_in_a_cluster() -> None:
     if not engine():
         pytest.skip("no container engine answers to docker info")
     tag = "segvit-test:dockerfile"
-    subprocess.run(["docker", "build", "--quiet", "--tag", tag, str(ROOT)], check=True, timeout=850)
+    subprocess.run(["docker", "build", "--quiet", "--tag", tag, str(ROOT)], check=True, timeout=3000)
     try:
         locked = ("--rm", "--read-only", "--network=none", "--cap-drop=ALL", "--tmpfs=/tmp", "--tmpfs=/home/segvit")
         # As an operator starts it: by a login shell, which has a PATH of its own.

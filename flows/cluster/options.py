@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from flows.cluster.kinds import Spot
 from pipeline.errors import UserError
 
 SHARED = "/mnt/segvit"  # where every node has the shared storage
@@ -16,15 +17,13 @@ SHARED = "/mnt/segvit"  # where every node has the shared storage
 NAME_PATTERN = r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?"
 NAMESPACE_PATTERN = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 OBJECT_PATTERN = r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?"
-IMAGE_PATTERN = r"[a-z0-9]+([._:/-]+[a-zA-Z0-9_]+)*"
+IMAGE_PATTERN = r"[a-z0-9]+([._:/-]+[a-zA-Z0-9]+)*"
 MEMORY_PATTERN = r"[1-9]\d{0,6}(Mi|Gi|Ti)"
 SELECTOR_PATTERN = r"([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-._A-Za-z0-9]{0,61}[A-Za-z0-9])?"
 LABEL_VALUE_PATTERN = r"[A-Za-z0-9]([-._A-Za-z0-9]{0,61}[A-Za-z0-9])?"
-HOST_PORT_PATTERN = r"[A-Za-z0-9]([-.A-Za-z0-9]{0,251}[A-Za-z0-9])?:([1-9]\d{0,4})"
+HOST_PORT_PATTERN = r"[A-Za-z0-9]([-.A-Za-z0-9]{0,251}[A-Za-z0-9])?:(?P<port>[1-9]\d{0,4})"
 
 _PERHAPS_SECRET = ("--mlflow-uri", "--redis")  # not repeated in messages
-
-Spot = Literal["gke", "eks", "karpenter", "aks"]
 
 
 def _matching(pattern: str, rule: str) -> AfterValidator:
@@ -44,6 +43,13 @@ def _tagged(image: str) -> str:
     if not re.fullmatch(IMAGE_PATTERN, name) or (digest and not re.fullmatch(r"sha256:[0-9a-f]{64}", digest)):
         raise ValueError("no image reference; it looks like registry.example.org/segvit:0.1.0")
     return image
+
+
+def _host_and_port(address: str) -> str:
+    found = re.fullmatch(HOST_PORT_PATTERN, address)
+    if found is None or int(found["port"]) > 65535:
+        raise ValueError("must be HOST:PORT, as redis.db:6379; its password goes into a secret")
+    return address
 
 
 def _without_secrets(uri: str) -> str:
@@ -116,7 +122,7 @@ class KubernetesOptions(BaseModel):
     operator_namespace: Annotated[
         str, _matching(NAMESPACE_PATTERN, "must be lower-case letters, digits and dashes")
     ] = "kuberay-operator"
-    redis: Annotated[str, _matching(HOST_PORT_PATTERN, "must be HOST:PORT, as redis.db:6379")] | None = None
+    redis: Annotated[str, AfterValidator(_host_and_port)] | None = None
 
     @property
     def head_size(self) -> Size:

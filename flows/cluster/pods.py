@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flows.cluster.kinds import Spot
 from flows.cluster.options import SHARED, KubernetesOptions, Size
 
 Manifest = dict[str, Any]
@@ -23,10 +24,10 @@ CONTAINER_SECURITY: Manifest = {
 # Asked by both of the autoscalers of nodes that are widespread: no busy pod is moved to save a machine.
 STAY = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
 _SPOT_LABELS = {
-    "gke": ("cloud.google.com/gke-spot", "true"),
-    "eks": ("eks.amazonaws.com/capacityType", "SPOT"),
-    "karpenter": ("karpenter.sh/capacity-type", "spot"),
-    "aks": ("kubernetes.azure.com/scalesetpriority", "spot"),
+    Spot.GKE: ("cloud.google.com/gke-spot", "true"),
+    Spot.EKS: ("eks.amazonaws.com/capacityType", "SPOT"),
+    Spot.KARPENTER: ("karpenter.sh/capacity-type", "spot"),
+    Spot.AKS: ("kubernetes.azure.com/scalesetpriority", "spot"),
 }
 
 

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from flows.cluster.kinds import Kind, Spot
 from flows.commands.options import Overrides
 
 cluster = typer.Typer(
     name="cluster", help="What a Ray cluster is started from; see docs/cluster.md.", no_args_is_help=True
 )
-
-
-class Kind(StrEnum):
-    """What is rendered."""
-
-    KUBERAY = "kuberay"
-    RAYJOB = "rayjob"
-    SLURM = "slurm"
-
-
-class SpotKind(StrEnum):
-    """Whose spot nodes workers go to."""
-
-    GKE = "gke"
-    EKS = "eks"
-    KARPENTER = "karpenter"
-    AKS = "aks"
 
 
 @cluster.command()
@@ -64,7 +47,7 @@ def render(
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label of the nodes with the right GPU.")
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes of a slurm job; default: 1.")] = None,
-    spot: Annotated[SpotKind | None, typer.Option(help="Run workers on spot nodes, labelled as there.")] = None,
+    spot: Annotated[Spot | None, typer.Option(help="Run workers on spot nodes, labelled as there.")] = None,
     storage_class: Annotated[
         str | None, typer.Option(help="Of the shared storage, which must offer ReadWriteMany; default: the cluster's.")
     ] = None,
@@ -96,7 +79,7 @@ def render(
         "gpus_per_worker": gpus_per_worker,
         "gpu_selector": tuple(gpu_selector) if gpu_selector else None,
         "nodes": nodes,
-        "spot": spot.value if spot else None,
+        "spot": spot,
         "storage_class": storage_class,
         "storage_size": storage_size,
         "claim": claim,

@@ -34,6 +34,7 @@ from tests.flows.cluster.rendered import CONFIG, IMAGE, VARIANTS, Render
             "--claim names a volume claim",
         ),
         (["--kind", "kuberay", "--image", IMAGE, "--redis", "redis://h:6379"], "must be HOST:PORT"),
+        (["--kind", "kuberay", "--image", IMAGE, "--redis", "h:70000"], "must be HOST:PORT"),
         (["--kind", "kuberay", "--image", IMAGE, "--nodes", "2"], "--nodes means nothing to --kind kuberay"),
         (["--kind", "kuberay", "--image", IMAGE, str(CONFIG)], "segvit submit, or render --kind rayjob"),
         (["--kind", "rayjob", "--image", IMAGE], "--kind rayjob runs an experiment; name its file"),
