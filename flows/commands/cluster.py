@@ -22,7 +22,7 @@ def render(
         typer.Option(help="kuberay: a cluster that stays; rayjob: one experiment with its own; slurm: a batch script."),
     ],
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="The experiment that a rayjob or slurm runs.")
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="The experiment that a rayjob or slurm runs.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write files there; default: all on standard output.")
