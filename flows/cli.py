@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
+from flows.commands.cluster import cluster
 from flows.commands.data import check, data, flops, init
 from flows.commands.experiment import plan, run
 from flows.commands.inference import export, predict, serve
@@ -54,6 +55,7 @@ app = typer.Typer(
 
 for _command in COMMANDS:
     app.command()(_command)
+app.add_typer(cluster)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
