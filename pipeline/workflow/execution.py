@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.records import Record
+from pipeline.workflow.moved_store import at_its_place
 from pipeline.workflow.output_checksum import changed_outputs, output_checksums
 from pipeline.workflow.step import Step, StepContext
 from pipeline.workflow.step_lease import StepLine, in_line_tags, take_step_lease
@@ -106,7 +107,7 @@ def look_up(tracking: Tracking, step: Step[..., Any], fingerprint: str, argument
             note = f"the record of run {run.info.run_id[:8]} is missing or was changed"
             continue
         try:
-            record = step.record_type.from_json(text)
+            record = step.record_type.from_json(at_its_place(text, run.data.tags))
         except ValidationError:
             note = f"the record of run {run.info.run_id[:8]} is of another form"
             continue

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.workflow import liveness
+from pipeline.workflow.moved_store import at_its_place
 from pipeline.workflow.tracking import PLAN_FILE, RECORD_FILE, RunState, Tag, Tracking, note_tag
 
 if TYPE_CHECKING:
@@ -112,8 +113,8 @@ def run_tree(tracking: Tracking, run_id: str, *, records: bool = False) -> RunTr
     for child in tracking.runs(_steps_filter(run), order_by="attributes.start_time ASC"):
         step = _step_summary(child)
         if records and step.state in (RunState.DONE, RunState.REUSED):
-            text = tracking.read_text(step.reused_from or str(step.run_id), RECORD_FILE)
-            step = step.model_copy(update={"record": json.loads(text) if text else None})
+            holder = tracking.client().get_run(step.reused_from) if step.reused_from else child
+            step = step.model_copy(update={"record": _record_of(tracking, holder)})
         steps[step.label] = step
     summary = _run_summary(run)
     pending = RunState.WAITING if summary.state == RunState.RUNNING else RunState.SKIPPED
@@ -265,6 +266,11 @@ def _step_summary(run: Run) -> StepSummary:
         reused_from=tags.get(Tag.REUSED_FROM),
         error=tags.get(Tag.ERROR),
     )
+
+
+def _record_of(tracking: Tracking, run: Run) -> Any:
+    text = tracking.read_text(run.info.run_id, RECORD_FILE, run.info.artifact_uri)
+    return json.loads(at_its_place(text, run.data.tags)) if text else None
 
 
 def _plan(tracking: Tracking, run: Run) -> list[PlannedStep]:
