@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.records import Record
+from pipeline.storage.file_stamps import folder_bytes
 from pipeline.workflow.moved_store import at_its_place
 from pipeline.workflow.output_checksum import changed_outputs, output_checksums
 from pipeline.workflow.step import Step, StepContext
@@ -98,9 +99,20 @@ class CacheLookup(NamedTuple):
     note: str | None = None
 
 
-def look_up(tracking: Tracking, step: Step[..., Any], fingerprint: str, arguments: Mapping[str, Any]) -> CacheLookup:
-    """Look for a finished execution of a fingerprint whose record is intact and whose outputs verify."""
+def look_up(
+    tracking: Tracking,
+    step: Step[..., Any],
+    fingerprint: str,
+    arguments: Mapping[str, Any],
+    flow_run_id: str | None = None,
+) -> CacheLookup:
+    """Look for a finished execution of a fingerprint whose record is intact and whose outputs verify.
+
+    With the run of a flow that will use it, that is noted there before a last look: whoever removes outputs first
+    takes the mark of a finished step away and then looks for such notes, so that one of both sees the other.
+    """
     note = None
+    used = False
     for run in tracking.first_runs(f"tags.`{Tag.DONE}` = '{fingerprint}'", 3):
         text = tracking.read_text(run.info.run_id, RECORD_FILE, run.info.artifact_uri)
         if text is None or _sha256(text) != run.data.tags.get(Tag.RECORD_DIGEST):
@@ -111,6 +123,13 @@ def look_up(tracking: Tracking, step: Step[..., Any], fingerprint: str, argument
         except ValidationError:
             note = f"the record of run {run.info.run_id[:8]} is of another form"
             continue
+        if flow_run_id is not None:
+            if not used:
+                tracking.client().set_tag(flow_run_id, f"{Tag.USES}.{fingerprint[:16]}", "")
+            used = True
+            if Tag.DONE not in tracking.client().get_run(run.info.run_id).data.tags:
+                note = f"the outputs of run {run.info.run_id[:8]} were removed"
+                continue
         note = step.broken_outputs(record, tracking, arguments) or _changed_outputs(run)
         if note is None:
             return CacheLookup(record, str(run.info.run_id))
@@ -131,14 +150,14 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
         left = running_run(request)
         # Without inputs to wait for, the driver has looked a moment ago.
         if inputs or left is not None:
-            found = look_up(request.tracking, request.step, fingerprint, arguments)
+            found = look_up(request.tracking, request.step, fingerprint, arguments, request.flow_run_id)
             if found.record is not None:
                 return _take_over(request, fingerprint, found, left)
         run_id = _begin(request, arguments, fingerprint, left)
         line = StepLine(request.tracking, run_id, request.label, request.flow_run_id, fingerprint)
         lease = take_step_lease(line, request.workspace, request.step.name)
         # Another may have finished it since the last look, with or without a wait.
-        found = look_up(request.tracking, request.step, fingerprint, arguments)
+        found = look_up(request.tracking, request.step, fingerprint, arguments, request.flow_run_id)
         if found.record is not None:
             return _finish_reused(request, found, run_id)
         context = StepContext(
@@ -156,7 +175,7 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
         checksums = output_checksums(record, context.output_uri())
         # Whoever overtook this execution has its own record of what lies there.
         lease.check()
-        _record_done(request.tracking, run_id, fingerprint, record, checksums)
+        _record_done(request.tracking, run_id, fingerprint, record, checksums, folder_bytes(context.output_uri()))
     except Exception as error:
         return record_failed(request, run_id, one_line(error), traceback.format_exc())
     except BaseException:
@@ -262,7 +281,7 @@ def _begin(request: StepRequest, arguments: Mapping[str, Any], fingerprint: str,
 
 
 def _record_done(
-    tracking: Tracking, run_id: str, fingerprint: str, record: Record, checksums: Mapping[str, str]
+    tracking: Tracking, run_id: str, fingerprint: str, record: Record, checksums: Mapping[str, str], num_bytes: int
 ) -> None:
     text = record.to_json()
     tracking.client().log_text(run_id, text, RECORD_FILE)
@@ -270,6 +289,7 @@ def _record_done(
         Tag.STATE: RunState.DONE,
         Tag.RECORD_DIGEST: _sha256(text),
         Tag.OUTPUTS: json.dumps(checksums),
+        Tag.BYTES: str(num_bytes),
         Tag.DONE: fingerprint,
         **note_tag(RunState.DONE),
     }

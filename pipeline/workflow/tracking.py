@@ -27,6 +27,7 @@ from urllib.parse import urlsplit
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.workflow.moved_store import ARTIFACTS, follow_move, local_folder
+from pipeline.workflow.workspace_format import read_workspace_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -69,6 +70,9 @@ class Tag:
     TICKET = "segvit.ticket"
     OUTPUTS = "segvit.outputs_sha256"
     CANCEL = "segvit.cancel_requested_by"
+    USES = "segvit.uses"
+    CLEANED = "segvit.cleaned"
+    BYTES = "segvit.bytes"
     TOKEN = "segvit.token"
     NOTE = "mlflow.note.content"
     PARENT = "mlflow.parentRunId"
@@ -129,6 +133,8 @@ class Tracking:
         A store that was moved follows its files (`pipeline.workflow.moved_store`). Raises UserError for a URI MLflow
         could not use from every process of a flow, and for a store that is a copy or of a later release.
         """
+        if storage.is_local(workspace):
+            read_workspace_file(workspace)
         if uri is None:
             if not storage.is_local(workspace):
                 raise UserError(
