@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
+from flows.commands.clean import clean
 from flows.commands.data import check, data, flops, init
 from flows.commands.experiment import plan, run, submit
 from flows.commands.inference import export, predict, serve
@@ -27,6 +28,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     runs,
     show,
     cancel,
+    clean,
     search,
     evaluate,
     register,

@@ -33,6 +33,7 @@ class RunSummary(Record):
         error: the root causes of its failure in a line each.
         steps: number of steps by state.
         host, pid: its driver.
+        num_bytes: what it left in storage; None where nobody asked (pipeline.workflow.run_sizes).
     """
 
     run_id: str
@@ -46,6 +47,7 @@ class RunSummary(Record):
     host: str
     pid: int | None
     user: str
+    num_bytes: int | None = None
 
 
 class StepSummary(Record):
@@ -56,6 +58,7 @@ class StepSummary(Record):
         reused_from: the run that computed the record, where it was reused.
         error: the cause in one line.
         record: what it returned, where asked for.
+        cleaned: when its outputs were removed, UTC, ISO 8601; None where they were not.
     """
 
     run_id: str | None
@@ -70,6 +73,7 @@ class StepSummary(Record):
     reused_from: str | None
     error: str | None
     record: dict[str, Any] | None = None
+    cleaned: str | None = None
 
 
 class RunTree(Record):
@@ -265,6 +269,7 @@ def _step_summary(run: Run) -> StepSummary:
         fingerprint=tags.get(Tag.FINGERPRINT),
         reused_from=tags.get(Tag.REUSED_FROM),
         error=tags.get(Tag.ERROR),
+        cleaned=tags.get(Tag.CLEANED),
     )
 
 
