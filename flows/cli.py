@@ -11,6 +11,7 @@ from flows.commands.clean import clean
 from flows.commands.data import check, data, flops, init
 from flows.commands.experiment import plan, run, submit
 from flows.commands.inference import export, predict, serve
+from flows.commands.logs import logs
 from flows.commands.model import compare, models, promote, rollback
 from flows.commands.runs import cancel, runs, show
 from flows.commands.score import evaluate, register
@@ -27,6 +28,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     submit,
     runs,
     show,
+    logs,
     cancel,
     clean,
     search,

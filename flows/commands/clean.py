@@ -30,7 +30,8 @@ def clean(
         typer.Option(metavar="SIZE", help="Of the others the oldest go first, until the workspace is as small: 20GB."),
     ] = None,
     versions: Annotated[
-        bool, typer.Option("--versions", help="Registered versions without an alias go, too, if no run that stays has them.")
+        bool,
+        typer.Option("--versions", help="Registered versions without an alias go, too, if no run that stays has them."),
     ] = False,
     keep_champions: Annotated[
         int, typer.Option(metavar="N", min=0, help="With --versions: former champions that a rollback can go back to.")

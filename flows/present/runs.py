@@ -70,12 +70,12 @@ def size_text(num_bytes: int) -> str:
     """Bytes as a person says them, in decimal units as disks are sold."""
     if num_bytes < 1000:
         return f"{num_bytes} B"
-    size, unit = float(num_bytes), ""
-    for unit in ("kB", "MB", "GB", "TB"):
-        size /= 1000
+    size = num_bytes / 1000
+    for unit in ("kB", "MB", "GB"):
         if size < 999.5:
-            break
-    return f"{size:.1f} {unit}" if size < 9.95 else f"{size:,.0f} {unit}"
+            return f"{size:.1f} {unit}" if size < 9.95 else f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
 
 
 def variants_table(

@@ -60,7 +60,9 @@ def carry_out(tracking: Tracking, workspace: Workspace, limits: Limits, log: Log
     `workspace`: as `look_at` has just found it.
     """
     if not tracking.exists():
-        raise UserError(f"there is no tracking store at {tracking.uri}: nothing tells what is needed of {workspace.uri}")
+        raise UserError(
+            f"there is no tracking store at {tracking.uri}: nothing tells what is needed of {workspace.uri}"
+        )
     gone: list[Item] = []
     with cleaning(tracking, workspace.uri) as cleaner:
         remover = _Remover(cleaner, workspace.store, log)
@@ -207,7 +209,16 @@ def _collect_garbage(tracking: Tracking, workspace: Workspace, log: Log) -> None
     if not workspace.owns_store:
         log(f"what was deleted in {tracking.uri} still has its files: run `mlflow gc` where that store is")
         return
-    command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", tracking.uri, "--tracking-uri", tracking.uri]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "gc",
+        "--backend-store-uri",
+        tracking.uri,
+        "--tracking-uri",
+        tracking.uri,
+    ]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:

@@ -226,9 +226,7 @@ class _Decision:
     def _artifacts(self) -> Iterator[tuple[bool, Item]]:
         if not self.workspace.owns_store:
             return
-        pages = {
-            run_id: sum(pages.values()) for run_id, pages in self.files.pages.items() if run_id in self.gone
-        }
+        pages = {run_id: sum(pages.values()) for run_id, pages in self.files.pages.items() if run_id in self.gone}
         deleted = set(self.store.deleted_runs)
         for run_id, files in self.files.artifacts.items():
             num_bytes = files.num_bytes - pages.get(run_id, 0)

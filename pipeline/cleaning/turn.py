@@ -53,7 +53,9 @@ class Cleaner:
             if not take_marks:
                 yield None
                 return
-            runs = list(self.tracking.runs(f"tags.`{Tag.FINGERPRINT}` = '{fingerprint}' and tags.`{Tag.KIND}` = 'step'"))
+            runs = list(
+                self.tracking.runs(f"tags.`{Tag.FINGERPRINT}` = '{fingerprint}' and tags.`{Tag.KIND}` = 'step'")
+            )
             user = self._user(fingerprint, runs)
             if user is None:
                 self._take_marks(fingerprint, runs)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.records import Record
 from pipeline.storage.file_stamps import folder_bytes
@@ -26,6 +27,8 @@ from pipeline.workflow.moved_store import at_its_place
 from pipeline.workflow.output_checksum import changed_outputs, output_checksums
 from pipeline.workflow.step import Step, StepContext
 from pipeline.workflow.step_lease import StepLine, in_line_tags, take_step_lease
+from pipeline.workflow.step_log import append_text, keep_with_run, recording
+from pipeline.workflow.step_log import log_uri as log_uri_of
 from pipeline.workflow.tracking import (
     RECORD_FILE,
     TRACEBACK_FILE,
@@ -171,7 +174,10 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
             lease=lease,
             runtime=request.runtime,
         )
-        record = request.step.run(context, arguments)
+        heading = f"{request.label} begins in process {os.getpid()} on {socket.gethostname()}, run {run_id}"
+        with recording(_log_uri(request), heading):
+            record = request.step.run(context, arguments)
+        keep_with_run(request.tracking, run_id, _log_uri(request))
         checksums = output_checksums(record, context.output_uri())
         # Whoever overtook this execution has its own record of what lies there.
         lease.check()
@@ -180,6 +186,7 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
         return record_failed(request, run_id, one_line(error), traceback.format_exc())
     except BaseException:
         if run_id is not None:
+            keep_with_run(request.tracking, run_id, _log_uri(request))
             tags = {Tag.STATE: RunState.KILLED, Tag.ERROR: "interrupted", **note_tag(RunState.KILLED, "interrupted")}
             request.tracking.end_run(run_id, "KILLED", tags)
         raise
@@ -230,15 +237,13 @@ def record_skipped(request: StepRequest, failed: Outcome) -> Outcome:
 
 
 def record_failed(request: StepRequest, run_id: str | None, cause: str, details: str) -> Outcome:
-    """Record a failure on the run, created where there is none; the traceback goes there and to a file.
+    """Record a failure on the run, created where there is none; the traceback goes there and to the step's log.
 
     On a full disk or without its server nothing of that may be possible; the outcome tells the cause all the same.
     """
-    log_uri: str | None = storage.join(
-        request.workspace, "logs", request.flow_run_id, f"{request.label.replace('/', '-')}.log"
-    )
+    log_uri: str | None = _log_uri(request)
     try:
-        storage.publish_bytes(str(log_uri), details.encode())
+        append_text(str(log_uri), details)
     except OSError:
         log_uri = None
     with suppress(Exception):
@@ -247,6 +252,7 @@ def record_failed(request: StepRequest, run_id: str | None, cause: str, details:
             tags = {Tag.STATE: RunState.FAILED, Tag.ERROR: cause, **note_tag(RunState.FAILED, cause)}
             try:
                 request.tracking.client().log_text(run_id, details, TRACEBACK_FILE)
+                keep_with_run(request.tracking, run_id, _log_uri(request))
             finally:
                 request.tracking.end_run(run_id, "FAILED", tags)
     return Outcome(
@@ -315,6 +321,10 @@ def _finish_reused(request: StepRequest, found: CacheLookup, run_id: str) -> Out
     }
     request.tracking.end_run(run_id, "FINISHED", tags)
     return Outcome(label=request.label, state=RunState.REUSED, record=found.record, run_id=run_id)
+
+
+def _log_uri(request: StepRequest) -> str:
+    return log_uri_of(request.workspace, request.flow_run_id, request.label)
 
 
 def _changed_outputs(run: Run) -> str | None:

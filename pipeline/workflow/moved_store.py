@@ -1,4 +1,4 @@
-"""A tracking store that lies elsewhere than it was made: the paths in it are absolute, and follow it in one transaction.
+"""A tracking store that was moved: the paths in it are absolute, and follow it in one transaction.
 
 MLflow names every artifact by an absolute path, and so do tags and records. When a store's folder has been moved, all
 rows that name the old place are rewritten at once, so that MLflow's own tools find the files, too. What lies in files,

@@ -50,9 +50,7 @@ def ended_sessions(root: Path) -> list[EndedSession]:
 
 def old_sessions(sessions: list[EndedSession], keep_days: float = KEEP_DAYS) -> list[EndedSession]:
     """Those that ended more than `keep_days` ago, and those beyond the latest KEEP_SESSIONS."""
-    return [
-        one for place, one in enumerate(sessions) if place >= KEEP_SESSIONS or one.age_s > keep_days * DAY_S
-    ]
+    return [one for place, one in enumerate(sessions) if place >= KEEP_SESSIONS or one.age_s > keep_days * DAY_S]
 
 
 def _ended(root: Path) -> Iterator[EndedSession]:

@@ -25,6 +25,11 @@ FROZEN_OPTIONS = {
     "plan": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
     "runs": {"--workspace", "--tracking-uri", "--json"},
     "show": {"run_id", "--workspace", "--tracking-uri", "--json"},
+    "logs": {"run_id", "--step", "--follow", "--workspace", "--tracking-uri"},
+    "clean": {
+        *("--keep-runs", "--older-than", "--max-size", "--versions", "--keep-champions", "--yes"),
+        *("--workspace", "--tracking-uri", "--json"),
+    },
     "cancel": {"run_id", "--workspace", "--tracking-uri", "--json"},
     "search": {"run_id", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
     "evaluate": {
