@@ -235,13 +235,15 @@ class _Tee:
     def __init__(self, stream: TextIO, sink: _Sink) -> None:
         self._stream, self._sink = stream, sink
         self._begun = ""
+        self._lock = threading.Lock()
 
     def write(self, text: str) -> int:
         """Write to the stream, and whole lines to the log."""
         self._stream.write(text)
-        *lines, self._begun = (self._begun + text).split("\n")
-        for line in lines:
-            self._keep(line)
+        with self._lock:
+            *lines, self._begun = (self._begun + text).split("\n")
+            for line in lines:
+                self._keep(line)
         return len(text)
 
     def writelines(self, texts: Iterable[str]) -> None:

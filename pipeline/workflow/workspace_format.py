@@ -40,9 +40,11 @@ def read_workspace_file(workspace: str) -> WorkspaceFile:
     uri = storage.join(workspace, WORKSPACE_FILE)
     try:
         content = storage.read_json(uri)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return WorkspaceFile()
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{uri} cannot be read ({error}); make it readable, or use another workspace") from error
+    except ValueError as error:
         raise UserError(f"{uri} cannot be read ({error}); remove it, the next run writes it anew") from error
     found = content.get("format") if isinstance(content, dict) else None
     if isinstance(found, int) and found > FORMAT:
