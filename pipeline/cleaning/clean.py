@@ -195,13 +195,19 @@ def _remove(uri: str) -> None:
     if storage.is_local(uri):
         folder = Path(path)
         if folder.is_dir() and not folder.is_symlink():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, onerror=_unless_gone)
         else:
             folder.unlink(missing_ok=True)
         return
     filesystem.invalidate_cache()
     with suppress(FileNotFoundError):
         filesystem.rm(path, recursive=True)
+
+
+def _unless_gone(_function: object, _path: str, about: tuple[type[BaseException], BaseException, object]) -> None:
+    # Another cleaner is at it, too.
+    if not isinstance(about[1], FileNotFoundError):
+        raise about[1]
 
 
 def _collect_garbage(tracking: Tracking, workspace: Workspace, log: Log) -> None:

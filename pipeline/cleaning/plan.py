@@ -215,7 +215,7 @@ class _Decision:
         for model_id, location in self.store.models.items():
             files = self.files.models.get(model_id)
             if location not in sources and files is not None:
-                goes = self.now - files.newest >= SETTLED_AFTER_S
+                goes = model_id not in self.store.being_registered
                 reason = "no version is made of it" if goes else "it may be on its way to be registered"
                 yield goes, Item(kind="model files", name=model_id, num_bytes=files.num_bytes, reason=reason)
         if self.workspace.owns_store:

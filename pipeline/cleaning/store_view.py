@@ -84,7 +84,7 @@ class StoreView:
         versions: of all models.
         former_champions: of each model, those that a rollback goes back to, the latest first.
         models: MLflow's logged models, where they lie by id.
-        runs: the ids of all runs, of whatever kind.
+        being_registered: those of them whose step is at work.
         deleted_runs: the ids of those that were deleted, and that MLflow could still restore.
     """
 
@@ -93,7 +93,7 @@ class StoreView:
     versions: tuple[Version, ...] = ()
     former_champions: dict[str, tuple[int, ...]] = field(default_factory=dict)
     models: dict[str, str] = field(default_factory=dict)
-    runs: frozenset[str] = frozenset()
+    being_registered: frozenset[str] = frozenset()
     deleted_runs: tuple[str, ...] = ()
 
 
@@ -108,10 +108,7 @@ def read_store(tracking: Tracking) -> StoreView:
     client = tracking.client()
     # Of all experiments: they may keep their artifacts in one place.
     experiments = [str(one.experiment_id) for one in all_pages(client.search_experiments)]
-    models = {
-        str(model.model_id): str(model.artifact_location)
-        for model in all_pages(client.search_logged_models, experiment_ids=experiments)
-    }
+    models = all_pages(client.search_logged_models, experiment_ids=experiments)
     versions: list[Version] = []
     champions: dict[str, tuple[int, ...]] = {}
     for model in all_pages(client.search_registered_models):
@@ -120,14 +117,15 @@ def read_store(tracking: Tracking) -> StoreView:
         versions += [_version(version, aliases) for version in found]
         champions[model.name] = _former_champions(tracking, model.name, aliases.get(CHAMPION))
     runs = list(tracking.runs(""))
+    at_work = {run.info.run_id for run in runs if run.info.status == "RUNNING"}
     deleted = all_pages(client.search_runs, experiment_ids=[experiment], run_view_type=ViewType.DELETED_ONLY)
     return StoreView(
         flows=tuple(_flow(run) for run in runs if run.data.tags.get(Tag.KIND) == "flow"),
         steps=tuple(_steps(runs)),
         versions=tuple(sorted(versions, key=lambda one: (one.name, -one.number))),
         former_champions=champions,
-        models=models,
-        runs=frozenset(str(run.info.run_id) for run in runs),
+        models={str(model.model_id): str(model.artifact_location) for model in models},
+        being_registered=frozenset(str(model.model_id) for model in models if model.source_run_id in at_work),
         deleted_runs=tuple(str(run.info.run_id) for run in deleted),
     )
 

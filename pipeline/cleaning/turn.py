@@ -8,7 +8,6 @@ the cleaner takes the mark `segvit.done` away first and looks for such notes the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pipeline.cleaning.store_view import living_flows
 from pipeline.workflow import liveness
 from pipeline.workflow.driver_watch import DriverWatch
 from pipeline.workflow.step_lease import StepLine, in_line_tags, take_step_lease
-from pipeline.workflow.tracking import RunState, Tag, Tracking, current_user
+from pipeline.workflow.tracking import Tag, Tracking, current_user
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -96,13 +95,12 @@ def cleaning(tracking: Tracking, workspace: str) -> Iterator[Cleaner]:
     """Be a cleaner within the block. Its runs go with it; those of a killed one are ended and go, too."""
     client = tracking.client()
     for run in list(tracking.runs(f"tags.`{Tag.KIND}` = '{KIND}'")):
-        if run.info.status != "RUNNING" or liveness.why_dead(_owner_tags(run)) is not None:
+        owner = client.get_run(run.data.tags.get(Tag.PARENT, run.info.run_id))
+        if owner.info.status != "RUNNING" or liveness.why_dead(owner.data.tags) is not None:
             client.delete_run(run.info.run_id)
-    owner = {"mlflow.user": current_user(), **liveness.identity_tags()}
-    tags = {Tag.KIND: KIND, Tag.STATE: RunState.RUNNING.value, Tag.WORKSPACE: workspace, **owner}
+    tags = {Tag.KIND: KIND, Tag.WORKSPACE: workspace, "mlflow.user": current_user(), **liveness.identity_tags()}
     run_id = tracking.create_run("clean", tags)
-    turn_tags = {Tag.KIND: KIND, Tag.PARENT: run_id, Tag.LABEL: "clean", "segvit.owner": json.dumps(owner)}
-    turn_run_id = tracking.create_run("clean/turn", turn_tags)
+    turn_run_id = tracking.create_run("clean/turn", {Tag.KIND: KIND, Tag.PARENT: run_id, Tag.LABEL: "clean"})
     watch = DriverWatch(tracking)
     watch.take_signals()
     watch.start(run_id)
@@ -114,7 +112,3 @@ def cleaning(tracking: Tracking, workspace: str) -> Iterator[Cleaner]:
         for one in (turn_run_id, run_id):
             client.set_terminated(one, "FINISHED")
             client.delete_run(one)
-
-
-def _owner_tags(run: Run) -> dict[str, str]:
-    return dict(json.loads(run.data.tags.get("segvit.owner", "null")) or run.data.tags)

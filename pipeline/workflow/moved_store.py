@@ -12,7 +12,7 @@ import json
 import logging
 import shlex
 import sqlite3
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,7 @@ def _running_flow(connection: sqlite3.Connection) -> str | None:
 def _rewrite(connection: sqlite3.Connection, old: str, new: str) -> int:
     changed = 0
     for table, column in (*_PATHS, *_TEXTS):
-        change = _moved if (table, column) in _PATHS else _moved_text
-        changed += _rewrite_column(connection, table, column, old, lambda text, change=change: change(text, old, new))
+        changed += _rewrite_column(connection, table, column, old, new)
     # Which records lie in files as they were written here; those that come later need no such note.
     noted = dict(connection.execute("SELECT run_uuid, value FROM tags WHERE key = ?", (MOVED_FROM,)))
     written = connection.execute("SELECT run_uuid FROM tags WHERE key = 'segvit.record_sha256'").fetchall()
@@ -150,9 +149,7 @@ def _rewrite(connection: sqlite3.Connection, old: str, new: str) -> int:
     return changed
 
 
-def _rewrite_column(
-    connection: sqlite3.Connection, table: str, column: str, old: str, change: Callable[[str], str]
-) -> int:
+def _rewrite_column(connection: sqlite3.Connection, table: str, column: str, old: str, new: str) -> int:
     if column not in [row[1] for row in connection.execute(f"PRAGMA table_info({table})")]:
         return 0
     names = f"SELECT rowid, {column} FROM {table} WHERE (instr({column}, ?) OR instr({column}, ?))"
@@ -161,7 +158,7 @@ def _rewrite_column(
         names += f" AND {key_column} != '{MOVED_FROM}'"
     changed = 0
     for row, text in connection.execute(names, (old, quote(old))).fetchall():
-        moved = change(text)
+        moved = _moved_text(text, old, new)
         if moved != text:
             connection.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (moved, row))
             changed += 1

@@ -9,10 +9,9 @@ from pipeline import storage
 from pipeline.records import Checkpoint, Evaluation, ModelVersion, ShardSet, SplitInfo
 from pipeline.registry import decisions, store
 from pipeline.workflow import liveness
-from pipeline.workflow.execution import execute_step
+from pipeline.workflow.execution import StepRequest, execute_step
 from pipeline.workflow.runs import end_running_children
 from pipeline.workflow.step import StepContext, step
-from pipeline.workflow.execution import StepRequest
 from pipeline.workflow.tracking import RunState, Tag, Tracking
 from pipeline.workflow.workspace_format import enter_workspace, store_name
 from tests.tiny_model import make_tiny_model

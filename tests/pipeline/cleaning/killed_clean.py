@@ -1,4 +1,4 @@
-"""`segvit clean` in a process that kills itself at a chosen instant: python -m ... WORKSPACE POINT COUNT."""
+"""`segvit clean` in a process that kills itself at a chosen instant: python -m ... WORKSPACE POINT."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
 from flows.cli import main
 
-# Where a kill strikes: what is called, and whether before or after that is done.
-POINTS: dict[str, tuple[Any, str, bool]] = {
-    "version gone, model not": (MlflowClient, "delete_model_version", True),
-    "mark gone, outputs not": (MlflowClient, "delete_tag", True),
-    "outputs out of the way": (os, "replace", True),
-    "outputs half removed": (shutil, "rmtree", False),
-    "before MLflow's gc": (subprocess, "run", False),
+# Where a kill strikes: what is called, whether before or after that is done, and at which call.
+POINTS: dict[str, tuple[Any, str, bool, int]] = {
+    "version gone, model not": (MlflowClient, "delete_model_version", True, 1),
+    "model gone, files not": (MlflowClient, "delete_logged_model", True, 1),
+    "mark gone, outputs not": (MlflowClient, "delete_tag", True, 4),
+    "outputs out of the way": (os, "replace", True, 3),
+    "outputs half removed": (shutil, "rmtree", False, 5),
+    "before MLflow's gc": (subprocess, "run", False, 1),
 }
 
 
-def strike(point: str, count: int) -> None:
-    """Have the process killed at the `count`th time."""
-    owner, name, after = POINTS[point]
+def strike(point: str) -> None:
+    """Have the process killed there."""
+    owner, name, after, count = POINTS[point]
     real: Callable[..., Any] = getattr(owner, name)
     calls = 0
 
@@ -38,8 +40,7 @@ def strike(point: str, count: int) -> None:
         calls += 1
         if calls == count and not after:
             if name == "rmtree":
-                folder = str(arguments[0])
-                os.unlink(next(os.path.join(at, files[0]) for at, _, files in os.walk(folder) if files))
+                next(path for path in Path(str(arguments[0])).rglob("*") if path.is_file()).unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         result = real(*arguments, **options)
         if calls == count:
@@ -50,5 +51,5 @@ def strike(point: str, count: int) -> None:
 
 
 if __name__ == "__main__":
-    strike(sys.argv[2], int(sys.argv[3]))
+    strike(sys.argv[2])
     main(["clean", "--keep-runs", "0", "--versions", "--keep-champions", "1", "--yes", "--workspace", sys.argv[1]])

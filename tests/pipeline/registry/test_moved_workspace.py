@@ -95,6 +95,7 @@ def test_for_workspace__moved_everything_is_found_where_it_is(
     assert reproduces(models.model_folder(there, ModelReference("m", 1), tmp_path), evaluation).passed
     found = look_up(there, write, write.fingerprint({}), {})
     assert isinstance(found.record, Report)
+    assert isinstance(done.record, Report)
     assert (found.record.uri, found.run_id) == (str(new / Path(done.record.uri).relative_to(old)), done.run_id)
     with closing(sqlite3.connect(new / "mlflow.db")) as connection:
         left = connection.execute("SELECT key FROM tags WHERE instr(value, ?)", (str(old),)).fetchall()

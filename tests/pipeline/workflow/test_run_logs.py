@@ -104,7 +104,7 @@ def test_print_logs__follows_until_the_run_has_ended(
         else:
             told.end()
 
-    monkeypatch.setattr(present.time, "sleep", work_on)
+    monkeypatch.setattr("time.sleep", work_on)
     present.print_logs(RunLogs(told.tracking, told.run_id), follow=True)
     lines = [re.sub(r"\d{4}-\S+ \S+  ", "", line) for line in capsys.readouterr().out.splitlines()]
     assert [line for line in lines if " | " in line and " begins in " not in line] == ["a | first", "b | second"]
