@@ -77,6 +77,10 @@ def carry_out(tracking: Tracking, workspace: Workspace, limits: Limits, log: Log
             else:
                 log(f"{item.name} stays: {why_not}")
         cleaner.watch.interruptible = False
+    for name in storage.list_names(workspace.uri):
+        if name.startswith(TRASH):
+            # Folders without a file are in no listing.
+            _remove(storage.join(workspace.uri, name))
     if any(item.kind in ("deleted runs", "model files", "version") for item in gone):
         _collect_garbage(tracking, workspace, log)
     return gone
