@@ -39,7 +39,7 @@ class FlowRun:
 
 @dataclass(frozen=True, slots=True)
 class StepRun:
-    """One run of a step that had its inputs."""
+    """One run of a step that had its inputs; `is_done`: it has finished, or was reused, and its outputs are there."""
 
     run_id: str
     flow_run_id: str
@@ -153,7 +153,7 @@ def _steps(runs: Iterable[Run]) -> Iterator[StepRun]:
                 step=tags[Tag.STEP],
                 label=tags.get(Tag.LABEL, ""),
                 fingerprint=fingerprint,
-                is_done=Tag.DONE in tags or tags.get(Tag.STATE) == RunState.REUSED,
+                is_done=Tag.CLEANED not in tags and (Tag.DONE in tags or tags.get(Tag.STATE) == RunState.REUSED),
                 ended=(run.info.end_time or run.info.start_time) / 1000,
             )
 

@@ -166,6 +166,8 @@ def test_with_sizes__of_what_each_run_made_itself_and_is_still_there(few: Runs) 
     assert sizes() == [350_000, 50_000, 50_000]
     carry_out(few.tracking, look_at(few.tracking, str(few.workspace)), Limits(keep_runs=1), lambda _line: None)
     assert sizes() == [300_000, 0, 50_000]
+    steps = look_at(few.tracking, str(few.workspace)).store.steps
+    assert sorted(step.is_done for step in steps if step.step == "train") == [False, False, True]
 
 
 def test_clean__what_a_flow_at_work_has_or_finds_stays(few: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
