@@ -27,7 +27,7 @@ from pipeline.registry.decisions import champions
 from pipeline.registry.store import CHAMPION
 from pipeline.storage.file_stamps import folder_bytes
 from pipeline.workflow.moved_store import ARTIFACTS
-from pipeline.workflow.ray_logs import EndedSession, ended_sessions
+from pipeline.workflow.ray_logs import EndedSession, ended_sessions, sessions_root
 from pipeline.workflow.tracking import Tracking
 from pipeline.workflow.workspace_format import read_workspace_file, store_name
 
@@ -88,8 +88,7 @@ def carry_out(tracking: Tracking, workspace: Workspace, limits: Limits, log: Log
 
 def remove_sessions(*, dry_run: bool) -> list[tuple[EndedSession, int]]:
     """Logs of all ended Ray sessions that flows of this user started on this machine, with their sizes; they go."""
-    root = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray"
-    found = [(session, folder_bytes(str(session.folder))) for session in ended_sessions(root)]
+    found = [(session, folder_bytes(str(session.folder))) for session in ended_sessions(sessions_root())]
     if not dry_run:
         for session, _ in found:
             shutil.rmtree(session.folder, ignore_errors=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion as MlflowVersion
 
+CLEANING = "cleaning"  # the kind of a cleaner's own runs, which it deletes when it has ended
 _FOLDER = re.compile(rf"([\w.-]+)/({DIGITS})(?=[/\"]|$)")
 
 
@@ -126,7 +127,7 @@ def read_store(tracking: Tracking) -> StoreView:
         former_champions=champions,
         models={str(model.model_id): str(model.artifact_location) for model in models},
         being_registered=frozenset(str(model.model_id) for model in models if model.source_run_id in at_work),
-        deleted_runs=tuple(str(run.info.run_id) for run in deleted),
+        deleted_runs=tuple(str(run.info.run_id) for run in deleted if run.data.tags.get(Tag.KIND) != CLEANING),
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pipeline.cleaning.store_view import living_flows
+from pipeline.cleaning.store_view import CLEANING, living_flows
 from pipeline.workflow import liveness
 from pipeline.workflow.driver_watch import DriverWatch
 from pipeline.workflow.step_lease import StepLine, in_line_tags, take_step_lease
@@ -22,8 +22,6 @@ from pipeline.workflow.tracking import Tag, Tracking, current_user
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
-
-KIND = "cleaning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +92,13 @@ class Cleaner:
 def cleaning(tracking: Tracking, workspace: str) -> Iterator[Cleaner]:
     """Be a cleaner within the block. Its runs go with it; those of a killed one are ended and go, too."""
     client = tracking.client()
-    for run in list(tracking.runs(f"tags.`{Tag.KIND}` = '{KIND}'")):
+    for run in list(tracking.runs(f"tags.`{Tag.KIND}` = '{CLEANING}'")):
         owner = client.get_run(run.data.tags.get(Tag.PARENT, run.info.run_id))
         if owner.info.status != "RUNNING" or liveness.why_dead(owner.data.tags) is not None:
             client.delete_run(run.info.run_id)
-    tags = {Tag.KIND: KIND, Tag.WORKSPACE: workspace, "mlflow.user": current_user(), **liveness.identity_tags()}
+    tags = {Tag.KIND: CLEANING, Tag.WORKSPACE: workspace, "mlflow.user": current_user(), **liveness.identity_tags()}
     run_id = tracking.create_run("clean", tags)
-    turn_run_id = tracking.create_run("clean/turn", {Tag.KIND: KIND, Tag.PARENT: run_id, Tag.LABEL: "clean"})
+    turn_run_id = tracking.create_run("clean/turn", {Tag.KIND: CLEANING, Tag.PARENT: run_id, Tag.LABEL: "clean"})
     watch = DriverWatch(tracking)
     watch.take_signals()
     watch.start(run_id)

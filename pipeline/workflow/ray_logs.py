@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -41,6 +42,14 @@ def own_session(session_folder: str | Path) -> None:
         storage.publish_json(str(folder / MARK), liveness.process_tags())
     for session in old_sessions(ended_sessions(folder.parent)):
         shutil.rmtree(session.folder, ignore_errors=True)
+
+
+def sessions_root() -> Path:
+    """Where Ray puts the folders of its sessions."""
+    folder = os.environ.get("RAY_TMPDIR")
+    if folder is None and sys.platform.startswith("linux"):
+        folder = os.environ.get("TMPDIR")
+    return Path(folder or "/tmp") / "ray"
 
 
 def ended_sessions(root: Path) -> list[EndedSession]:

@@ -44,6 +44,12 @@ RECORDS: dict[str, type[Record]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_ray_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this machine are left alone."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "no-ray"))
+
+
 class Cleaned(NamedTuple):
     """A workspace of many runs."""
 
@@ -204,6 +210,7 @@ def test_clean__what_a_flow_at_work_has_or_finds_stays(few: Runs, monkeypatch: p
     # One that looks after the mark is gone does not find it.
     few.end(at_work)
     carry_out(tracking, look_at(tracking, workspace), Limits(), said.append)
+    assert make_plan(look_at(tracking, workspace), Limits()).goes == ()
     late = look_up(tracking, train, fingerprint, arguments, few.begin())
     assert late.record is None
 

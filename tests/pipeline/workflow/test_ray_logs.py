@@ -5,8 +5,10 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 from pipeline.workflow import liveness
-from pipeline.workflow.ray_logs import DAY_S, KEEP_SESSIONS, MARK, ended_sessions, own_session
+from pipeline.workflow.ray_logs import DAY_S, KEEP_SESSIONS, MARK, ended_sessions, own_session, sessions_root
 
 
 def make_session(root: Path, name: str, tags: dict[str, str] | None, days: float = 0.0) -> Path:
@@ -44,6 +46,17 @@ def test_own_session__removes_what_ended_long_ago_and_only_our_own(tmp_path: Pat
     for kept in (mine, recent, at_work, foreign, of_another_container, damaged):
         assert (kept / "logs" / "raylet.out").is_file()
     assert [session.folder for session in ended_sessions(tmp_path)] == [recent]
+
+
+def test_sessions_root__is_where_ray_puts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._common.utils import get_default_ray_temp_dir
+
+    monkeypatch.setenv("RAY_TMPDIR", "/r")
+    monkeypatch.setenv("TMPDIR", "/t")
+    for unset in (None, "RAY_TMPDIR", "TMPDIR"):
+        if unset is not None:
+            monkeypatch.delenv(unset)
+        assert str(sessions_root()) == get_default_ray_temp_dir()
 
 
 def test_own_session__keeps_so_many_of_the_latest(tmp_path: Path) -> None:
