@@ -186,9 +186,9 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
         return record_failed(request, run_id, one_line(error), traceback.format_exc())
     except BaseException:
         if run_id is not None:
-            keep_with_run(request.tracking, run_id, _log_uri(request))
             tags = {Tag.STATE: RunState.KILLED, Tag.ERROR: "interrupted", **note_tag(RunState.KILLED, "interrupted")}
             request.tracking.end_run(run_id, "KILLED", tags)
+            keep_with_run(request.tracking, run_id, _log_uri(request))
         raise
     seconds = time.monotonic() - begun
     return Outcome(
