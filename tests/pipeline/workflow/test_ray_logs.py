@@ -56,7 +56,7 @@ def test_sessions_root__is_where_ray_puts_them(monkeypatch: pytest.MonkeyPatch) 
     for unset in (None, "RAY_TMPDIR", "TMPDIR"):
         if unset is not None:
             monkeypatch.delenv(unset)
-        assert str(sessions_root()) == get_default_ray_temp_dir()
+        assert str(sessions_root()) == get_default_ray_temp_dir()  # type: ignore[no-untyped-call]
 
 
 def test_own_session__keeps_so_many_of_the_latest(tmp_path: Path) -> None:
