@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 
 import typer
 
+from flows.commands.clean import clean
 from flows.commands.cluster import cluster
 from flows.commands.data import check, data, flops, init
 from flows.commands.experiment import plan, run
 from flows.commands.inference import export, predict, serve
 from flows.commands.jobs import jobs, submit
+from flows.commands.logs import logs
 from flows.commands.model import compare, models, promote, rollback
 from flows.commands.runs import cancel, runs, show
 from flows.commands.score import evaluate, register
@@ -30,7 +32,9 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     jobs,
     runs,
     show,
+    logs,
     cancel,
+    clean,
     search,
     evaluate,
     register,

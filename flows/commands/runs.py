@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 def runs(workspace: Workspace = WORKSPACE, tracking_uri: TrackingUri = None, as_json: Json = False) -> None:
     """List the runs of flows, newest first."""
     from flows.present import runs as present
+    from pipeline.workflow.run_sizes import with_sizes
     from pipeline.workflow.runs import list_runs
     from pipeline.workflow.tracking import Tracking
 
-    found = list_runs(Tracking.for_workspace(workspace, tracking_uri))
+    tracking = Tracking.for_workspace(workspace, tracking_uri)
+    found = with_sizes(tracking, list_runs(tracking))
     with facts_output(as_json) as (console, give):
         console.print(present.runs_table(found))
         give([one.model_dump(mode="json") for one in found])

@@ -67,6 +67,18 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def size_text(num_bytes: int) -> str:
+    """Bytes as a person says them, in decimal units as disks are sold."""
+    if num_bytes < 1000:
+        return f"{num_bytes} B"
+    size = num_bytes / 1000
+    for unit in ("kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.1f} {unit}" if size < 9.95 else f"{size:.0f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
 def variants_table(
     evaluations: Sequence[Evaluation], versions: Mapping[str, ModelVersion], decision: PromotionDecision | None
 ) -> Table:
@@ -199,8 +211,8 @@ def bar(fraction: float) -> str:
 def runs_table(runs: Sequence[RunSummary]) -> Table:
     """Flow runs, newest first."""
     table = Table()
-    for heading in ("run", "flow", "state", "started (UTC)", "took", "steps", "cause"):
-        table.add_column(heading)
+    for heading in ("run", "flow", "state", "started (UTC)", "took", "size", "steps", "cause"):
+        table.add_column(heading, justify="right" if heading == "size" else "left")
     for run in runs:
         counts = ", ".join(f"{count} {state}" for state, count in run.steps.items())
         table.add_row(
@@ -209,6 +221,7 @@ def runs_table(runs: Sequence[RunSummary]) -> Table:
             styled(run.state),
             run.started,
             duration(run.seconds),
+            "" if run.num_bytes is None else size_text(run.num_bytes),
             counts,
             escape(run.error or ""),
         )
@@ -243,11 +256,12 @@ def part_line(part: Part) -> str:
 
 
 def step_line(step: StepSummary) -> str:
-    """A step in a line: label, state, duration, where it was reused from, cause."""
+    """A step in a line: label, state, duration, where it was reused from, whether its outputs are gone, cause."""
     took = f"  {duration(step.seconds)}" if step.seconds is not None else ""
     origin = f"  [dim]from {step.reused_from[:12]}[/dim]" if step.reused_from else ""
     cause = f"  [red]{escape(step.error)}[/red]" if step.error else ""
-    return f"{escape(step.label)}  {styled(step.state)}{took}{origin}{cause}"
+    cleaned = f"  [dim]outputs removed {step.cleaned[:10]}[/dim]" if step.cleaned else ""
+    return f"{escape(step.label)}  {styled(step.state)}{took}{origin}{cleaned}{cause}"
 
 
 def styled(state: RunState) -> str:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Checkpoint
+from pipeline.storage.file_stamps import folder_bytes
 from pipeline.storage.names import CHECKPOINT_FILES, CONFIG_FILE, WEIGHTS_FILE
-from pipeline.workflow.tracking import Tracking
+from pipeline.workflow.tracking import Tag, Tracking
 from segvit.decoders import DECODERS
 
 REQUIREMENTS = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow")
@@ -64,7 +65,11 @@ def log_model(
             tracking.experiment_id(),
             name=title,
             source_run_id=run_id,
-            tags={"segvit.variant": checkpoint.variant, "segvit.checkpoint_digest": checkpoint.digest},
+            tags={
+                "segvit.variant": checkpoint.variant,
+                "segvit.checkpoint_digest": checkpoint.digest,
+                Tag.BYTES: str(folder_bytes(str(packed))),
+            },
         )
         client.log_model_artifacts(logged.model_id, str(packed))
         client.finalize_logged_model(logged.model_id, "READY")

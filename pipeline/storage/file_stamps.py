@@ -55,6 +55,11 @@ def file_stamps(uri: str, *, recursive: bool = False) -> dict[str, FileStamp]:
     }
 
 
+def folder_bytes(uri: str) -> int:
+    """Bytes of all files at or below `uri`; 0 where there is nothing."""
+    return sum(stamp.num_bytes for stamp in file_stamps(uri, recursive=True).values())
+
+
 def _local_stamps(folder: Path, recursive: bool) -> dict[str, FileStamp]:
     found = {}
     if folder.is_dir():

@@ -42,6 +42,7 @@ from pipeline.training.train_run import (
 from pipeline.workflow.lease import Lease
 from pipeline.workflow.progress import StepProgress
 from pipeline.workflow.ray_session import wants_gpu
+from pipeline.workflow.step_log import current_log, recording
 from pipeline.workflow.tracking import MetricLog
 
 REPORT_EVERY_S = 5.0
@@ -114,8 +115,13 @@ def train_worker(loop_config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: the `job`, under a `lease`; it resumes from the run's last whole checkpoint.
 
     Rows of metrics wait for one another up to `report_every_s`, if that is given; validations are printed unless
-    `say_validations` is False.
+    `say_validations` is False; `step_log` is where it is kept what the worker prints.
     """
+    with recording(loop_config.get("step_log")):
+        _train(loop_config)
+
+
+def _train(loop_config: dict[str, Any]) -> None:
     # Here, so that the processes that only lead the workers load no model.
     from pipeline.training.loop import run_training
 
@@ -288,6 +294,7 @@ def _fit(job: TrainJob, run_name: str, storage_uri: str, lease: Lease, metrics: 
             "job": job.model_dump(mode="json"),
             "lease": lease,
             "report_every_s": REPORT_EVERY_S,
+            "step_log": current_log(),
         },
         scaling_config=scaling(job.runtime),
         # Ray's type stubs know only the former RunConfig.

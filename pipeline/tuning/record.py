@@ -155,11 +155,13 @@ class TrialUris(Record):
         uri: folder of the search's record; a trial's checkpoint lies in a folder of its own below it.
         lease: of the search; trials check it, too.
         train_uri: where Ray Train keeps the runs of trials with several workers.
+        step_log: where it is kept what they print; None: nowhere.
     """
 
     uri: str
     lease: Lease
     train_uri: str
+    step_log: str | None = None
 
     def trial_uri(self, number: int) -> str:
         """The folder of a trial that runs in one process."""

@@ -34,6 +34,7 @@ from pipeline.tuning.tracking import TrialRuns
 from pipeline.tuning.trial import run_trial, trial_resources
 from pipeline.workflow.lease import Lease
 from pipeline.workflow.progress import StepProgress
+from pipeline.workflow.step_log import current_log
 from pipeline.workflow.tracking import Tracking
 
 
@@ -71,7 +72,7 @@ def search_settings(
     record = SearchRecord.take_over(storage.join(target_uri, TRIALS_FOLDER), tune, lease)
     retry_failed(record, tune)
     ray_uri = storage.join(storage_uri, run_name)
-    uris = TrialUris(uri=record.uri, lease=lease, train_uri=ray_uri)
+    uris = TrialUris(uri=record.uri, lease=lease, train_uri=ray_uri, step_log=current_log())
     runs = TrialRuns(tracking, parent_run_id, run_name)
     runs.settle(record.trials.values())
     configured = {path: job.settings.value(path) for path in tune.space}

@@ -31,6 +31,7 @@ from pipeline.tuning.space import values_text
 from pipeline.workflow.lease import LeaseLost
 from pipeline.workflow.progress import Pace
 from pipeline.workflow.ray_session import wants_gpu
+from pipeline.workflow.step_log import recording
 
 TRIAL_CPUS = 0.01
 LATEST_FILE = "latest.json"
@@ -78,6 +79,11 @@ def run_trial(sampled: dict[str, Any], job: TrainJob, tune: TuneConfig, uris: Tr
     A failure of the training is reported as the trial's last result; only the death of the process, or a search
     that another process has taken over, reaches Ray Tune as an error.
     """
+    with recording(uris.step_log):
+        _run_trial(sampled, job, tune, uris)
+
+
+def _run_trial(sampled: dict[str, Any], job: TrainJob, tune: TuneConfig, uris: TrialUris) -> None:
     number = int(sampled[NUMBER])
     try:
         short = trial_job(job, tune, number, sampled[VALUES])
@@ -136,7 +142,12 @@ def _train_on_workers(job: TrainJob, tune: TuneConfig, uris: TrialUris, number: 
             return
     TorchTrainer(
         train_worker,
-        train_loop_config={"job": job.model_dump(mode="json"), "lease": uris.lease, "say_validations": False},
+        train_loop_config={
+            "job": job.model_dump(mode="json"),
+            "lease": uris.lease,
+            "step_log": uris.step_log,
+            "say_validations": False,
+        },
         scaling_config=scaling(job.runtime, cpus=_cpus_beside_trial(job.runtime.cpus_per_worker)),
         # Ray's type stubs know only the former RunConfig.
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,12 +20,15 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline import storage
 from pipeline.causes import one_line
 from pipeline.records import Record
+from pipeline.storage.file_stamps import folder_bytes
+from pipeline.workflow.moved_store import at_its_place
 from pipeline.workflow.output_checksum import changed_outputs, output_checksums
 from pipeline.workflow.step import Step, StepContext
 from pipeline.workflow.step_lease import StepLine, in_line_tags, take_step_lease
+from pipeline.workflow.step_log import append_text, keep_with_run, recording
+from pipeline.workflow.step_log import log_uri as log_uri_of
 from pipeline.workflow.tracking import (
     RECORD_FILE,
     TRACEBACK_FILE,
@@ -97,19 +102,37 @@ class CacheLookup(NamedTuple):
     note: str | None = None
 
 
-def look_up(tracking: Tracking, step: Step[..., Any], fingerprint: str, arguments: Mapping[str, Any]) -> CacheLookup:
-    """Look for a finished execution of a fingerprint whose record is intact and whose outputs verify."""
+def look_up(
+    tracking: Tracking,
+    step: Step[..., Any],
+    fingerprint: str,
+    arguments: Mapping[str, Any],
+    flow_run_id: str | None = None,
+) -> CacheLookup:
+    """Look for a finished execution of a fingerprint whose record is intact and whose outputs verify.
+
+    With the run of a flow that will use it, that is noted there before a last look: whoever removes outputs first
+    takes the mark of a finished step away and then looks for such notes, so that one of both sees the other.
+    """
     note = None
+    used = False
     for run in tracking.first_runs(f"tags.`{Tag.DONE}` = '{fingerprint}'", 3):
         text = tracking.read_text(run.info.run_id, RECORD_FILE, run.info.artifact_uri)
         if text is None or _sha256(text) != run.data.tags.get(Tag.RECORD_DIGEST):
             note = f"the record of run {run.info.run_id[:8]} is missing or was changed"
             continue
         try:
-            record = step.record_type.from_json(text)
+            record = step.record_type.from_json(at_its_place(text, run.data.tags))
         except ValidationError:
             note = f"the record of run {run.info.run_id[:8]} is of another form"
             continue
+        if flow_run_id is not None:
+            if not used:
+                tracking.client().set_tag(flow_run_id, f"{Tag.USES}.{fingerprint[:16]}", "")
+            used = True
+            if Tag.DONE not in tracking.client().get_run(run.info.run_id).data.tags:
+                note = f"the outputs of run {run.info.run_id[:8]} were removed"
+                continue
         note = step.broken_outputs(record, tracking, arguments) or _changed_outputs(run)
         if note is None:
             return CacheLookup(record, str(run.info.run_id))
@@ -130,14 +153,14 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
         left = running_run(request)
         # Without inputs to wait for, the driver has looked a moment ago.
         if inputs or left is not None:
-            found = look_up(request.tracking, request.step, fingerprint, arguments)
+            found = look_up(request.tracking, request.step, fingerprint, arguments, request.flow_run_id)
             if found.record is not None:
                 return _take_over(request, fingerprint, found, left)
         run_id = _begin(request, arguments, fingerprint, left)
         line = StepLine(request.tracking, run_id, request.label, request.flow_run_id, fingerprint)
         lease = take_step_lease(line, request.workspace, request.step.name)
         # Another may have finished it since the last look, with or without a wait.
-        found = look_up(request.tracking, request.step, fingerprint, arguments)
+        found = look_up(request.tracking, request.step, fingerprint, arguments, request.flow_run_id)
         if found.record is not None:
             return _finish_reused(request, found, run_id)
         context = StepContext(
@@ -152,17 +175,21 @@ def execute_step(request: StepRequest, *inputs: Outcome) -> Outcome:
             runtime=request.runtime,
             flow=request.flow,
         )
-        record = request.step.run(context, arguments)
+        heading = f"{request.label} begins in process {os.getpid()} on {socket.gethostname()}, run {run_id}"
+        with recording(_log_uri(request), heading):
+            record = request.step.run(context, arguments)
+        keep_with_run(request.tracking, run_id, _log_uri(request))
         checksums = output_checksums(record, context.output_uri())
         # Whoever overtook this execution has its own record of what lies there.
         lease.check()
-        _record_done(request.tracking, run_id, fingerprint, record, checksums)
+        _record_done(request.tracking, run_id, fingerprint, record, checksums, folder_bytes(context.output_uri()))
     except Exception as error:
         return record_failed(request, run_id, one_line(error), traceback.format_exc())
     except BaseException:
         if run_id is not None:
             tags = {Tag.STATE: RunState.KILLED, Tag.ERROR: "interrupted", **note_tag(RunState.KILLED, "interrupted")}
             request.tracking.end_run(run_id, "KILLED", tags)
+            keep_with_run(request.tracking, run_id, _log_uri(request))
         raise
     seconds = time.monotonic() - begun
     return Outcome(
@@ -211,15 +238,13 @@ def record_skipped(request: StepRequest, failed: Outcome) -> Outcome:
 
 
 def record_failed(request: StepRequest, run_id: str | None, cause: str, details: str) -> Outcome:
-    """Record a failure on the run, created where there is none; the traceback goes there and to a file.
+    """Record a failure on the run, created where there is none; the traceback goes there and to the step's log.
 
     On a full disk or without its server nothing of that may be possible; the outcome tells the cause all the same.
     """
-    log_uri: str | None = storage.join(
-        request.workspace, "logs", request.flow_run_id, f"{request.label.replace('/', '-')}.log"
-    )
+    log_uri: str | None = _log_uri(request)
     try:
-        storage.publish_bytes(str(log_uri), details.encode())
+        append_text(str(log_uri), details)
     except OSError:
         log_uri = None
     with suppress(Exception):
@@ -228,6 +253,7 @@ def record_failed(request: StepRequest, run_id: str | None, cause: str, details:
             tags = {Tag.STATE: RunState.FAILED, Tag.ERROR: cause, **note_tag(RunState.FAILED, cause)}
             try:
                 request.tracking.client().log_text(run_id, details, TRACEBACK_FILE)
+                keep_with_run(request.tracking, run_id, _log_uri(request))
             finally:
                 request.tracking.end_run(run_id, "FAILED", tags)
     return Outcome(
@@ -262,7 +288,7 @@ def _begin(request: StepRequest, arguments: Mapping[str, Any], fingerprint: str,
 
 
 def _record_done(
-    tracking: Tracking, run_id: str, fingerprint: str, record: Record, checksums: Mapping[str, str]
+    tracking: Tracking, run_id: str, fingerprint: str, record: Record, checksums: Mapping[str, str], num_bytes: int
 ) -> None:
     text = record.to_json()
     tracking.client().log_text(run_id, text, RECORD_FILE)
@@ -270,6 +296,7 @@ def _record_done(
         Tag.STATE: RunState.DONE,
         Tag.RECORD_DIGEST: _sha256(text),
         Tag.OUTPUTS: json.dumps(checksums),
+        Tag.BYTES: str(num_bytes),
         Tag.DONE: fingerprint,
         **note_tag(RunState.DONE),
     }
@@ -295,6 +322,10 @@ def _finish_reused(request: StepRequest, found: CacheLookup, run_id: str) -> Out
     }
     request.tracking.end_run(run_id, "FINISHED", tags)
     return Outcome(label=request.label, state=RunState.REUSED, record=found.record, run_id=run_id)
+
+
+def _log_uri(request: StepRequest) -> str:
+    return log_uri_of(request.workspace, request.flow_run_id, request.label)
 
 
 def _changed_outputs(run: Run) -> str | None:

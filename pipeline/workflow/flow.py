@@ -33,9 +33,11 @@ from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.workflow import execution, exported, liveness, ray_session, runs
 from pipeline.workflow.driver_watch import DriverWatch, FlowTerminated
-from pipeline.workflow.execution import Outcome, StepRef, StepRequest
+from pipeline.workflow.execution import CacheLookup, Outcome, StepRef, StepRequest
 from pipeline.workflow.graph import Graph, Node, Plan
+from pipeline.workflow.step import Step
 from pipeline.workflow.tracking import PLAN_FILE, RunState, Tag, Tracking, current_user, note_tag
+from pipeline.workflow.workspace_format import enter_workspace, store_name
 
 R = TypeVar("R", bound=Record)
 
@@ -132,6 +134,7 @@ class Flow(Graph):
         self._watch = DriverWatch(tracking)
 
     def __enter__(self) -> Self:
+        enter_workspace(self.workspace, store_name(self.workspace, self.tracking.uri, self.tracking.experiment))
         runs.mark_abandoned(self.tracking)
         self.tracking.experiment_id()
         # What comes before leaves nothing behind, and may be ended by a signal as it likes.
@@ -203,6 +206,9 @@ class Flow(Graph):
         if failures := self._failures():
             raise FlowFailed(self.name, failures)
         return {label: self._record_of(node.ref) for label, node in self._nodes.items()}
+
+    def _look_up(self, step: Step[..., Any], fingerprint: str, arguments: dict[str, Any]) -> CacheLookup:
+        return execution.look_up(self.tracking, step, fingerprint, arguments, self.run_id)
 
     def _added(self, node: Node) -> None:
         if node.failed_input is not None:

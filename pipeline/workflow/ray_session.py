@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from pipeline.errors import UserError
-from pipeline.workflow import cluster_growth
+from pipeline.workflow import cluster_growth, ray_logs
 
 STEPS_PER_CORE = 4
 CANCEL_TIMEOUT_S = 3.0
@@ -55,7 +55,9 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
     chosen = options()
     before = psutil.Process().children()
     try:
-        ray.init(**chosen)
+        context = ray.init(**chosen)
+        if chosen.get("address") == "local":
+            ray_logs.own_session(context.address_info["session_dir"])
     except ConnectionError as error:
         address = chosen.get("address") or os.environ.get("RAY_ADDRESS")
         raise UserError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import UserError
 from pipeline.records import Record
 from pipeline.workflow import liveness
+from pipeline.workflow.moved_store import at_its_place
 from pipeline.workflow.progress import Progress
 from pipeline.workflow.tracking import PLAN_FILE, RECORD_FILE, RunState, Tag, Tracking, note_tag
 
@@ -33,6 +34,7 @@ class RunSummary(Record):
         error: the root causes of its failure in a line each.
         steps: number of steps by state.
         host, pid: its driver.
+        num_bytes: what it left in storage; None where nobody asked (pipeline.workflow.run_sizes).
     """
 
     run_id: str
@@ -46,6 +48,7 @@ class RunSummary(Record):
     host: str
     pid: int | None
     user: str
+    num_bytes: int | None = None
 
 
 class StepSummary(Record):
@@ -57,6 +60,7 @@ class StepSummary(Record):
         error: the cause in one line.
         progress: how far it is, as it told last; None unless it runs.
         record: what it returned, where asked for.
+        cleaned: when its outputs were removed, UTC, ISO 8601; None where they were not.
     """
 
     run_id: str | None
@@ -72,6 +76,7 @@ class StepSummary(Record):
     error: str | None
     progress: Progress | None = None
     record: dict[str, Any] | None = None
+    cleaned: str | None = None
 
 
 class RunTree(Record):
@@ -119,8 +124,8 @@ def tree_of(tracking: Tracking, run: Run, *, records: bool = False) -> RunTree:
     for child in tracking.runs(_steps_filter(run), order_by="attributes.start_time ASC"):
         step = _step_summary(child)
         if records and step.state in (RunState.DONE, RunState.REUSED):
-            text = tracking.read_text(step.reused_from or str(step.run_id), RECORD_FILE)
-            step = step.model_copy(update={"record": json.loads(text) if text else None})
+            holder = tracking.client().get_run(step.reused_from) if step.reused_from else child
+            step = step.model_copy(update={"record": _record_of(tracking, holder)})
         steps[step.label] = step
     summary = _run_summary(run)
     pending = RunState.WAITING if summary.state == RunState.RUNNING else RunState.SKIPPED
@@ -273,7 +278,13 @@ def _step_summary(run: Run) -> StepSummary:
         reused_from=tags.get(Tag.REUSED_FROM),
         error=tags.get(Tag.ERROR),
         progress=Progress.from_tag(tags.get(Tag.PROGRESS)) if state == RunState.RUNNING else None,
+        cleaned=tags.get(Tag.CLEANED),
     )
+
+
+def _record_of(tracking: Tracking, run: Run) -> Any:
+    text = tracking.read_text(run.info.run_id, RECORD_FILE, run.info.artifact_uri)
+    return json.loads(at_its_place(text, run.data.tags)) if text else None
 
 
 def _plan(tracking: Tracking, run: Run) -> list[PlannedStep]:

@@ -26,8 +26,9 @@ from urllib.parse import urlsplit
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.workflow.mlflow_settings import import_mlflow
-from pipeline.workflow.moved_store import ARTIFACTS, local_folder, require_not_moved
+from pipeline.workflow.moved_store import ARTIFACTS, follow_move, local_folder
 from pipeline.workflow.store_creation import create_store
+from pipeline.workflow.workspace_format import read_workspace_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -67,6 +68,9 @@ class Tag:
     TICKET = "segvit.ticket"
     OUTPUTS = "segvit.outputs_sha256"
     CANCEL = "segvit.cancel_requested_by"
+    USES = "segvit.uses"
+    CLEANED = "segvit.cleaned"
+    BYTES = "segvit.bytes"
     TOKEN = "segvit.token"
     PROGRESS = "segvit.progress"
     NOTE = "mlflow.note.content"
@@ -125,9 +129,11 @@ class Tracking:
     def for_workspace(cls, workspace: str, uri: str | None = None, experiment: str = "segvit") -> Tracking:
         """The store at `uri`, or by default a sqlite file in the workspace with artifacts beside it.
 
-        Raises UserError for a URI MLflow could not use from every process of a flow, and for a store that was moved
-        away from the files that it names.
+        A store that was moved follows its files (`pipeline.workflow.moved_store`). Raises UserError for a URI MLflow
+        could not use from every process of a flow, and for a store that is a copy or of a later release.
         """
+        if storage.is_local(workspace):
+            read_workspace_file(workspace)
         if uri is None:
             if not storage.is_local(workspace):
                 raise UserError(
@@ -135,11 +141,11 @@ class Tracking:
                     "give the address of a tracking server"
                 )
             folder = storage.local_path(workspace).absolute()
-            require_not_moved(folder / "mlflow.db", experiment)
+            follow_move(folder / "mlflow.db", experiment)
             return cls(f"sqlite:///{folder / 'mlflow.db'}", experiment, str(folder / ARTIFACTS))
         if uri.startswith("sqlite:///"):
             path = Path(uri.removeprefix("sqlite:///")).absolute()
-            require_not_moved(path, experiment)
+            follow_move(path, experiment)
             return cls(f"sqlite:///{path}", experiment, str(path.parent / ARTIFACTS))
         if "://" not in uri:
             raise UserError(f"tracking URI {uri!r} has no scheme; use sqlite:///FILE or http://HOST:PORT")

@@ -26,6 +26,11 @@ FROZEN_OPTIONS = {
     "runs": {"--workspace", "--tracking-uri", "--json"},
     "cancel": {"run_id", "--workspace", "--tracking-uri", "--json", "--address"},
     "show": {"run_id", "--follow", "--workspace", "--tracking-uri", "--json"},
+    "logs": {"run_id", "--step", "--follow", "--workspace", "--tracking-uri", "--address"},
+    "clean": {
+        *("--keep-runs", "--older-than", "--max-size", "--versions", "--keep-champions", "--yes"),
+        *("--workspace", "--tracking-uri", "--json"),
+    },
     "search": {"run_id", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
     "evaluate": {
         *("model", "data", "--split", "--resize", "--scales", "--flip", "--window", "--stride", "--variant", "--set"),

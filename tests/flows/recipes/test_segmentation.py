@@ -11,6 +11,8 @@ import pytest
 import yaml
 
 from flows.cli import main
+from pipeline.workflow.step_log import LOG_ARTIFACT, log_uri, read_log
+from pipeline.workflow.tracking import Tracking
 from tests.conftest import FlowRun
 from tests.faults.kill_flow import EXPERIMENT, NAME, STEPS
 from tests.flows.facts import facts
@@ -94,6 +96,16 @@ def test_run__training_metrics_reach_mlflow(flow_run: FlowRun) -> None:
     totals = tracking.client().get_metric_history(run.info.run_id, "total")
     assert [metric.step for metric in totals] == list(range(1, EXPERIMENT["train"]["steps"] + 1))
     assert 0.0 <= run.data.metrics["val_miou"] <= 1.0
+
+
+def test_run__what_trials_and_training_workers_print_is_in_their_step_s_log(flow_run: FlowRun) -> None:
+    tracking = Tracking.for_workspace(str(flow_run.workspace))
+    [trained] = [run for run in tracking.runs("tags.`segvit.label` = 'train/full'") if "segvit.done" in run.data.tags]
+    flow = trained.data.tags["mlflow.parentRunId"]
+    for label, last in (("tune", "trial 0001  step 4/4  val mIoU"), ("train/full", "full  step 6/6  val mIoU")):
+        text = read_log(log_uri(str(flow_run.workspace), flow, label))
+        assert f"  {last}" in text
+    assert tracking.read_text(trained.info.run_id, LOG_ARTIFACT) == text
 
 
 def test_run__report_and_prediction(flow_run: FlowRun, capfd: pytest.CaptureFixture[str]) -> None:

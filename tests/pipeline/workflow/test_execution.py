@@ -19,6 +19,7 @@ from pipeline.workflow import execution, liveness, runs, step_lease
 from pipeline.workflow.execution import Outcome, StepRef, StepRequest, execute_step, look_up, one_line, resolve
 from pipeline.workflow.lease import LeaseLost, take_lease
 from pipeline.workflow.step import Step, StepContext, step
+from pipeline.workflow.step_log import LOG_ARTIFACT
 from pipeline.workflow.tracking import RECORD_FILE, TRACEBACK_FILE, RunState, Tag, Tracking
 
 ReportStep = Step[..., Report]
@@ -96,7 +97,11 @@ def test_execute_step__failure_is_recorded_with_its_traceback(make_request: Any,
     text = tracking.read_text(str(outcome.run_id), TRACEBACK_FILE)
     assert text is not None
     assert "raise error" in text
-    assert Path(str(outcome.log_uri)).read_text() == text == outcome.traceback
+    assert text == outcome.traceback
+    log = Path(str(outcome.log_uri)).read_text()
+    # The time, two spaces, and the line.
+    assert [line[21:] for line in log.splitlines()[1:]] == text.splitlines()
+    assert tracking.read_text(str(outcome.run_id), LOG_ARTIFACT) == log
     assert execute_step(request).state == RunState.FAILED  # a failure is not remembered
 
 
@@ -334,6 +339,7 @@ def test_record_failed__tells_the_cause_though_nothing_can_be_written(
 
     request = make_request(make_writer([], error=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/w/x")), "t")
     monkeypatch.setattr(storage, "publish_bytes", refuse)
+    monkeypatch.setattr(execution, "append_text", refuse)
     monkeypatch.setattr(Tracking, "set_tags", refuse)
     outcome = execute_step(request)
     full = "the disk is full{}; free some space or choose another workspace, then run again"

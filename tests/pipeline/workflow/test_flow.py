@@ -197,7 +197,7 @@ def test_flow__failure_takes_its_dependants_and_the_other_branch_finishes(lab: L
     log = Path(str(failure.log_uri))
     assert log == lab.folder / "space/logs" / flow.run_id / "train-full.log"
     assert "raise ZeroDivisionError" in log.read_text()
-    assert lab.tracking.read_text(str(failure.run_id), TRACEBACK_FILE) == log.read_text()
+    assert "raise ZeroDivisionError" in str(lab.tracking.read_text(str(failure.run_id), TRACEBACK_FILE))
 
 
 def test_result__of_a_failed_step_lets_other_branches_finish(lab: Lab) -> None:

@@ -1,0 +1,1 @@
+"""Removing what nothing needs any more: outputs, models, and what killed processes left."""
