@@ -10,8 +10,9 @@ from typing import Any
 from flows.cluster.manifests import cluster_files, job_files
 from flows.cluster.options import JobOptions, KubernetesOptions, SlurmOptions, parse_options
 from flows.cluster.slurm import batch_script
-from flows.experiment import Experiment, load_experiment
+from flows.experiment import Experiment, parse_experiment
 from pipeline import storage
+from pipeline.config.file import read_tree
 from pipeline.errors import UserError
 
 _CONFIG_MAP_BYTES = 1_000_000
@@ -71,6 +72,7 @@ def _job_name(installation: str, experiment: str) -> str:
 def _checked(kind: str, config: Path | None, overrides: Sequence[str]) -> Experiment:
     if config is None:
         raise UserError(f"--kind {kind} runs an experiment; name its file, as flows/configs/camvid.yaml")
-    experiment = load_experiment(config, overrides, expand=False)
+    # ${NAME} stands for the cluster's variables, not for this process's.
+    experiment = parse_experiment(read_tree(config, overrides, expand=False), str(config))
     experiment.check(None)
     return experiment

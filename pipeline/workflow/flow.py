@@ -260,6 +260,8 @@ class Flow(Graph):
                 return
             self._watch.check()
             ready = ray_session.wait([node.object_ref for node in pending if node.is_under_way], POLL_S)
+            if not ready:
+                ray_session.require_cluster()
             for node in pending:
                 if node.is_under_way and node.object_ref in ready:
                     self._collect(node)

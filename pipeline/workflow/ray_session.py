@@ -55,7 +55,7 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
     chosen = options()
     before = psutil.Process().children()
     try:
-        context = ray.init(**chosen)
+        context: Any = ray.init(**chosen)
         if chosen.get("address") == "local":
             ray_logs.own_session(context.address_info["session_dir"])
     except ConnectionError as error:
@@ -129,6 +129,8 @@ def submit(fn: Callable[..., Any], *args: Any, name: str, max_retries: int) -> A
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    # Ray ends the process that asks another cluster than it knows for its nodes.
+    require_cluster()
     context = ray.get_runtime_context()
     node_id = context.get_node_id()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -144,6 +146,25 @@ def submit(fn: Callable[..., Any], *args: Any, name: str, max_retries: int) -> A
         runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address}},
     )
     return task.remote(*args)
+
+
+def require_cluster() -> None:
+    """Raise UserError where the head of the cluster was started anew: what ran there is waited for for ever.
+
+    A head that keeps its state elsewhere (Redis) is the same one. One that does not answer yet is no sign of either.
+    """
+    import ray
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    try:
+        _internal_kv_get(b"session_name", namespace=b"session")  # type: ignore[no-untyped-call]
+    except ray.exceptions.AuthenticationError as error:
+        raise UserError(
+            "the head of the Ray cluster was started anew, and what ran there is lost; run the same command again: it "
+            "goes on with what had finished"
+        ) from error
+    except ray.exceptions.RpcError:
+        return
 
 
 def wait(object_refs: Sequence[Any], timeout_s: float) -> set[Any]:

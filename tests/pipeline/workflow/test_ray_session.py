@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -104,3 +105,24 @@ def test_wants_gpu__one_that_can_never_come_is_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(cluster_growth, "will_come", lambda _: False)
     with pytest.raises(UserError, match=r"no GPU and no node type with one; set it to false or add GPU workers"):
         ray_session.wants_gpu(True)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (None, False),
+        (ray.exceptions.RpcError("unavailable"), False),
+        (ray.exceptions.AuthenticationError("WrongClusterID"), True),
+    ],
+)
+def test_require_cluster__another_head_at_the_same_address_is_another_cluster(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, lost: bool
+) -> None:
+    def get(key: bytes, namespace: bytes) -> bytes:
+        if error is not None:
+            raise error
+        return b"session_1"
+
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", get)
+    with pytest.raises(UserError, match="started anew") if lost else contextlib.nullcontext():
+        ray_session.require_cluster()
