@@ -157,7 +157,7 @@ def require_cluster() -> None:
     from ray.experimental.internal_kv import _internal_kv_get
 
     try:
-        _internal_kv_get(b"session_name", namespace=b"session")  # type: ignore[no-untyped-call]
+        _internal_kv_get(b"session_name", namespace=b"session")
     except ray.exceptions.AuthenticationError as error:
         raise UserError(
             "the head of the Ray cluster was started anew, and what ran there is lost; run the same command again: it "

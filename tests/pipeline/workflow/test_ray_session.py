@@ -111,7 +111,7 @@ def test_wants_gpu__one_that_can_never_come_is_refused(monkeypatch: pytest.Monke
     ("error", "lost"),
     [
         (None, False),
-        (ray.exceptions.RpcError("unavailable"), False),
+        (ray.exceptions.RpcError("unavailable"), False),  # type: ignore[no-untyped-call]
         (ray.exceptions.AuthenticationError("WrongClusterID"), True),
     ],
 )
