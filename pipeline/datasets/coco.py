@@ -72,13 +72,13 @@ class Coco(PairedDataset):
 
     layout = "images and a JSON file with the arrays images, categories and annotations"
 
-    def __init__(self, root: str, config: CocoConfig, seed: int) -> None:
+    def __init__(self, root: str, config: CocoConfig, seed: int, linked: Sequence[str] = ()) -> None:
         self.config = config
         self.seed = seed
         self.folders = _per_split(config.images)
         self.required = tuple(dict.fromkeys(self.folders.values()))
         # The classes are in the files, which need the tree.
-        super().__init__("coco", root, (), (), LabelIds({}, [], ""))
+        super().__init__("coco", root, (), (), LabelIds({}, [], ""), linked)
         files = _per_split(config.annotations)
         self.entries = {split: self._entry(files[split]) for split in SPLITS if split in files}
         self.classes, self.class_of = self._read_classes()

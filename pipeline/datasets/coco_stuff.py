@@ -10,7 +10,7 @@ file is read from that. Not accepted: the pixel maps of COCO-Stuff 164K, whose i
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +36,11 @@ class CocoStuff10K(PairedDataset):
     wrappers = ("cocostuff-10k-v1.1",)
     required = ("images", "annotations")
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, linked: Sequence[str] = ()) -> None:
         classes, palette = classes_and_palette("coco_stuff10k")
         raw_ids = {int(raw): class_id for raw, class_id in load_metadata("coco_stuff10k")["raw_id_to_class"].items()}
-        super().__init__(
-            "coco_stuff10k", root, classes, palette, LabelIds(raw_ids, [0], "the publisher's 1-182, 0 = unlabelled")
-        )
+        ids = LabelIds(raw_ids, [0], "the publisher's 1-182, 0 = unlabelled")
+        super().__init__("coco_stuff10k", root, classes, palette, ids, linked)
         self.train_ids = LabelIds(
             {class_id + 1: class_id for class_id in range(len(classes))},
             ignored=[0],

@@ -17,7 +17,7 @@ import json
 import math
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -65,13 +65,13 @@ class TaskIndex(NamedTuple):
 class LabelStudio(PairedDataset):
     """The data set below `root`, a folder, an archive or any fsspec location; `seed` draws the fraction."""
 
-    def __init__(self, root: str, config: LabelStudioConfig, seed: int) -> None:
+    def __init__(self, root: str, config: LabelStudioConfig, seed: int, linked: Sequence[str] = ()) -> None:
         self.config = config
         self.seed = seed
         self.layout = f"images below {config.images} and Label Studio's JSON in {config.tasks}"
         self.required = (config.images,)
         # The classes are in the file, which needs the tree.
-        super().__init__("label_studio", root, (), (), LabelIds({}, [], ""))
+        super().__init__("label_studio", root, (), (), LabelIds({}, [], ""), linked)
         self.entry = self._find_file()
         self.classes = self._read_classes()
         self.class_names = self.classes.names

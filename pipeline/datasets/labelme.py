@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,11 @@ class Labelme(SplitFolders):
     label_suffixes = (".json",)
     section = "data.labelme"
 
-    def __init__(self, root: str, config: LabelmeConfig, seed: int) -> None:
+    def __init__(self, root: str, config: LabelmeConfig, seed: int, linked: Sequence[str] = ()) -> None:
         self.layout = f"{config.images}/NAME.jpg with labelme's {config.labels}/NAME{config.label_suffix}.json"
-        tree = self.arrange(root, config, seed)
+        tree = self.arrange(root, config, seed, linked)
         # The classes are in the files, which need the tree.
-        super().__init__("labelme", root, (), (), LabelIds({}, [], ""))
+        super().__init__("labelme", root, (), (), LabelIds({}, [], ""), linked)
         self.classes = self._read_classes(tree, config)
         self.class_names = self.classes.names
         self.palette = default_palette(len(self.class_names))

@@ -12,7 +12,7 @@ of either kind, in any case. The splits are what the first of these says that is
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pipeline import storage
@@ -54,11 +54,11 @@ class SplitFolders(PairedDataset):
     arrangement: SplitFoldersConfig
     seed: int
 
-    def arrange(self, root: str, config: SplitFoldersConfig, seed: int) -> FileTree:
+    def arrange(self, root: str, config: SplitFoldersConfig, seed: int, linked: Sequence[str]) -> FileTree:
         """Note where things are, before the classes are known; the files, to read these from."""
         self.arrangement, self.seed = config, seed
-        self.required = _find_folders(root, config)
-        return FileTree(root, (), self.required)
+        self.required = _find_folders(root, config, linked)
+        return FileTree(root, (), self.required, linked)
 
     def splits(self) -> tuple[str, ...]:
         """Train and val, and test where it is there; raises UserError where folders or lists are missing."""
@@ -199,9 +199,9 @@ class SplitFolders(PairedDataset):
         return names
 
 
-def _find_folders(root: str, config: SplitFoldersConfig) -> tuple[str, str]:
+def _find_folders(root: str, config: SplitFoldersConfig, linked: Sequence[str]) -> tuple[str, str]:
     """The folders of images and of label maps, or those of the first split where the folders are inside of splits."""
-    tree = FileTree(root)
+    tree = FileTree(root, linked=linked)
     if not tree.exists():
         return config.images, config.labels
     around = () if config.images == "." else SPLIT_FOLDERS
