@@ -12,19 +12,19 @@ What may be a head or a comment, and is none of these, is refused: taken for a n
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config import Section
+from pipeline.config.yaml_text import parse_yaml
 from pipeline.datasets.paired import decode_text, split_lines
 from pipeline.datasets.raw import Colour
 from pipeline.datasets.tree import FileTree
 from pipeline.errors import UserError
+from pipeline.storage import parse_json
 from segvit.image_files import IGNORE_INDEX
 
 MAX_ID = 65535
@@ -105,9 +105,10 @@ def read_class_list(tree: FileTree, path: str) -> ClassList:
         if not path.lower().endswith((".json", ".yaml", ".yml")):
             content = _of_lines(split_lines(text, entry.uri))
         else:
-            # JSON is YAML but for tabs; json.loads also says better where the mistake is.
-            content = _of_tree(json.loads(text) if path.lower().endswith(".json") else yaml.safe_load(text))
-    except (ValueError, yaml.YAMLError) as error:
+            # JSON is YAML but for tabs; its own parser also says better where the mistake is.
+            content = _of_tree(parse_json(text) if path.lower().endswith(".json") else parse_yaml(text))
+    # What is made of a name or an id that is none, a list say.
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{entry.uri} cannot be read ({' '.join(str(error).split())}); correct it") from error
     return check_class_list(content, entry.uri)
 

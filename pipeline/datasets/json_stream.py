@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
+from pipeline.storage.json_text import refuse_many_values
+
 CHUNK_BYTES = 1 << 22
 # Of one element; more means that the file is not what it should be.
 MAX_ELEMENT_BYTES = 1 << 26
@@ -93,6 +95,8 @@ class _Stream:
         """The next value, with its offset and size in bytes."""
         self.peek()
         while True:
+            if len(self._text) - self._position > CHUNK_BYTES:
+                refuse_many_values(self._text[self._position :])
             try:
                 value, end = self._decoder.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:

@@ -13,7 +13,6 @@ storage (s3://bucket/a.jpg), of pages and of /data/local-files/?d=a.jpg are neve
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from array import array
@@ -33,14 +32,15 @@ from pipeline.datasets.json_parts import open_json, read_parts, to_extents
 from pipeline.datasets.json_stream import as_text, read_items
 from pipeline.datasets.objects import ObjectClasses, object_classes
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, read_image
-from pipeline.datasets.rasterise import checked_size, draw_packed_runs, draw_polygon
+from pipeline.datasets.rasterise import Canvas, Patch, checked_size, draw_packed_runs, draw_polygon
 from pipeline.datasets.raw import LabelIds, RawSample, digest_of
 from pipeline.datasets.splits import draw_val
 from pipeline.datasets.tree import Entry
 from pipeline.errors import UserError
+from pipeline.storage import parse_json
 from segvit.image_files import DecodeError, read_image_file
 
-_NOT_OF_THE_FORMAT = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+_NOT_OF_THE_FORMAT = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 _KINDS = ("polygonlabels", "rectanglelabels", "brushlabels")
 # About an image, or about a region beside what outlines it.
 _NO_REGIONS = ("choices", "datetime", "number", "pairwise", "rating", "relation", "taxonomy", "textarea")
@@ -101,7 +101,7 @@ class LabelStudio(PairedDataset):
     def decode_label(self, sample: RawSample) -> NDArray[np.integer]:
         """(H, W) class ids, drawn."""
         try:
-            regions = find_regions(json.loads(b"".join(read_parts(sample))))
+            regions = find_regions(parse_json(b"".join(read_parts(sample))))
             if not regions:
                 return self.classes.blank(*_image_size(read_image(sample)))
             return draw_regions(regions, self.classes)
@@ -202,7 +202,7 @@ def draw_regions(regions: list[Any], classes: ObjectClasses) -> NDArray[np.uint8
     if len(sizes) > 1:
         raise DecodeError("holds regions of several images; keep those of one")
     height, width = checked_size(*sizes.pop())
-    label = classes.blank(height, width)
+    canvas = Canvas(classes.blank(height, width))
     for region in regions:
         kind = region["type"]
         if kind not in _KINDS:
@@ -214,15 +214,19 @@ def draw_regions(regions: list[Any], classes: ObjectClasses) -> NDArray[np.uint8
         names = region["value"].get(kind) or ["none"]
         if len(names) != 1 or names[0] not in classes.id_of:
             raise DecodeError(f"holds a region of class {', '.join(map(str, names))}, which is none or no single one")
-        label[_draw_region(kind, region["value"], height, width)] = classes.id_of[names[0]]
-    return label
+        canvas.paint([_draw_region(kind, region["value"], height, width)], classes.id_of[names[0]])
+    return canvas.label
 
 
-def _draw_region(kind: str, value: Mapping[str, Any], height: int, width: int) -> NDArray[np.bool_]:
+def _draw_region(kind: str, value: Mapping[str, Any], height: int, width: int) -> Patch:
     if kind == "brushlabels":
         if value["format"] != "rle":
             raise DecodeError(f"holds a brush mask of format {value['format']!r}; export COCO, or masks as PNG")
-        return draw_packed_runs(bytes(value["rle"]), height, width)
+        packed = value["rle"]
+        # Of a number bytes() makes as many zeros.
+        if not isinstance(packed, list):
+            raise DecodeError("holds a brush mask that is no list of bytes")
+        return draw_packed_runs(bytes(packed), height, width)
     points = value["points"] if kind == "polygonlabels" else [(value["x"], value["y"])]
     corners = [(float(x) * width / 100, float(y) * height / 100) for x, y in points]
     if kind == "rectanglelabels":

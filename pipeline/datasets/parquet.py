@@ -20,8 +20,8 @@ from pipeline.config import ParquetConfig
 from pipeline.datasets.archive import Extent
 from pipeline.datasets.class_list import ClassList, check_class_list, read_class_list
 from pipeline.datasets.folder import ListedIds, default_palette
-from pipeline.datasets.parquet_rows import ParquetHead, read_head, read_paths, read_row, refuse_large_groups
 from pipeline.datasets.paired import refuse_links_out
+from pipeline.datasets.parquet_rows import ParquetHead, read_head, read_paths, read_row, refuse_large_groups
 from pipeline.datasets.raw import LazySamples, RawPair, RawSample, RejectedSampleError, digest_of, sample_key
 from pipeline.datasets.splits import SPLITS, draw_val, split_in
 from pipeline.datasets.tree import Entry, FileTree

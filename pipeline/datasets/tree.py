@@ -199,9 +199,9 @@ class _Archive:
 def list_tree(uri: str, boundary: Boundary) -> Iterator[tuple[str, str]]:
     """Paths of all visible files below the folder `uri`, each with a stamp of size and time.
 
-    Symbolic links are followed within the `boundary`, a folder that holds itself once. A file that lies outside is listed, as what is no file is: whoever reads it refuses it. Raises OutsideError
-    for a folder that does. Remote folders cost a request or two each, or a request a thousand files on object stores;
-    never one a file.
+    Symbolic links are followed within the `boundary`, a folder that holds itself once. A file that lies outside is
+    listed, as what is no file is: whoever reads it refuses it. Raises OutsideError for a folder that does. Remote
+    folders cost a request or two each, or a request a thousand files on object stores; never one a file.
     """
     if storage.is_local(uri):
         found = _walk(str(storage.local_path(uri)), "", frozenset(), boundary)
@@ -227,9 +227,7 @@ def _add(found: dict[str, Entry], path: str, entry: Entry) -> None:
     found[name] = entry
 
 
-def _walk(
-    folder: str, prefix: str, above: frozenset[tuple[int, int]], boundary: Boundary
-) -> Iterator[tuple[str, str]]:
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]], boundary: Boundary) -> Iterator[tuple[str, str]]:
     status = Path(folder).stat()
     identity = (status.st_dev, status.st_ino)
     if identity in above:

@@ -139,7 +139,7 @@ def test_list__that_leads_out_is_refused(root: Path, line: str) -> None:
 def test_coco__file_names_that_lead_out(root: Path, name: str) -> None:
     (root / "images/.hidden").symlink_to(root.parent / "secret/images/train")
     content = {
-        "images": [{"id": number, "file_name": one, "height": 8, "width": 12} for number, one in enumerate((name, "b"))],
+        "images": [{"id": one, "file_name": one, "height": 8, "width": 12} for one in (name, "b")],
         "annotations": [],
         "categories": [{"id": 1, "name": "thing"}],
     }
@@ -147,14 +147,7 @@ def test_coco__file_names_that_lead_out(root: Path, name: str) -> None:
     settings = {"annotations": "a.json", "val_fraction": 0.5}
     config = DataConfig.model_validate({"dataset": "coco", "root": str(root), "coco": settings})
     with pytest.raises((UserError, RejectedSampleError), match=r"leads out of|is missing: there is no such image"):
-        for sample in _samples(config):
-            if sample.key.startswith(("%2Ehidden", "b")):
-                open_dataset(config).read(sample)
-
-
-def _samples(config: DataConfig) -> list[RawSample]:
-    dataset = open_dataset(config)
-    return [sample for split in dataset.splits() for sample in dataset.samples(split)]
+        read_all(config)
 
 
 def test_coco__a_hidden_link_is_not_followed(root: Path) -> None:

@@ -142,12 +142,12 @@ def test_brush__is_read_as_label_studio_packs_it() -> None:
     empty = pack_runs(np.zeros((2527, 3332), bool))
     # The beginning of an export of an image of this size that Label Studio wrote.
     assert empty[:21] == [2, 1, 233, 240, 57, 27, 255, 255, 255, 0, 255, 255, 224, 31, 255, 252, 3, 255, 255, 128, 127]
-    assert not draw_packed_runs(bytes(empty), 2527, 3332).any()
+    assert not draw_packed_runs(bytes(empty), 2527, 3332).mask.any()
     rng = np.random.default_rng(0)
     for sizes in ((3, 4, 8, 16), (1, 2, 9, 13)):
         for share in (0.01, 0.5, 0.99):
             mask = rng.random((37, 53)) < share
-            np.testing.assert_array_equal(draw_packed_runs(bytes(pack_runs(mask, sizes)), 37, 53), mask)
+            np.testing.assert_array_equal(draw_packed_runs(bytes(pack_runs(mask, sizes)), 37, 53).mask, mask)
 
 
 def test_brush__of_other_sizes_or_cut_off_is_refused() -> None:
