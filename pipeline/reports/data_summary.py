@@ -79,10 +79,14 @@ def summarize_shard_set(uri: str) -> DataSummary:
 
 
 def _read_quarantine(uri: str) -> Iterator[QuarantinedSample]:
-    with storage.open_uri(storage.join(uri, QUARANTINE)) as file:
-        for batch in pq.ParquetFile(file).iter_batches(MOST_QUARANTINED):
-            yield from (QuarantinedSample(**row) for row in batch.to_pylist())
-            return
+    quarantine = storage.join(uri, QUARANTINE)
+    try:
+        with storage.open_uri(quarantine) as file:
+            for batch in pq.ParquetFile(file).iter_batches(MOST_QUARANTINED):
+                yield from (QuarantinedSample(**row) for row in batch.to_pylist())
+                return
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise ShardSetError(f"{quarantine} cannot be read ({error}); prepare the shard set again") from error
 
 
 def _summarize_split(reader: ShardReader, split: str) -> SplitSummary:
