@@ -77,10 +77,8 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> t
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
     # Damaged files raise nearly anything from inside the reader and timm; each means the same to the user.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {reason[:MAX_SHOWN]}"
-        ) from error
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:MAX_SHOWN]
+        raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {reason}") from error
     return model.to(device).eval(), config["metadata"]
 
 

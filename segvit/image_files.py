@@ -226,6 +226,11 @@ def turn_label(label: NDArray[np.uint8], stored_size: tuple[int, int], orientati
     return np.array(Image.fromarray(label).transpose(_UPRIGHT[orientation]))
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of the image in `data`, as its head says; nothing is decoded. Raises DecodeError."""
+    return _open(data).size
+
+
 def decode_image(data: bytes, grey_range: GreyRange | None = None) -> NDArray[np.uint8]:
     """The image in `data` as (H, W, 3) RGB of 8 bits, see `open_image`; raises DecodeError."""
     return np.array(open_image(data, grey_range)[0])

@@ -36,7 +36,7 @@ from pipeline.datasets.rasterise import Canvas, Patch, checked_size, draw_segmen
 from pipeline.datasets.raw import LabelIds, LazySamples, RawSample, digest_of
 from pipeline.datasets.splits import SPLITS, draw_val
 from pipeline.datasets.tree import Entry
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.storage import parse_json
 from segvit.image_files import IGNORE_INDEX, DecodeError
 
@@ -236,13 +236,13 @@ def index_coco(file: IO[bytes]) -> CocoIndex:
         if element.key == "categories":
             number = _field(element, "id", int)
             if number in categories:
-                raise ValueError(f"category id {number} is there twice")
+                raise ValueError(f"category id {shown(number)} is there twice")
             categories[number] = as_text(_field(element, "name", str)).strip()
             grouping.add(as_text(str(element.value.get("supercategory"))).strip())
         elif element.key == "images":
             image_id = _field(element, "id", int | str)
             if image_id in places:
-                raise ValueError(f"image id {image_id!r} is there twice")
+                raise ValueError(f"image id {shown(image_id)} is there twice")
             places[image_id] = len(images)
             images.append(CocoImage(as_text(_field(element, "file_name", str)), element.offset, element.size))
         elif element.key == "annotations":
@@ -253,7 +253,7 @@ def index_coco(file: IO[bytes]) -> CocoIndex:
         raise ValueError(f"it lists no {'categories' if images else 'images'}")
     (name, times), *_ = Counter(image.file_name for image in images).most_common(1)
     if times > 1:
-        raise ValueError(f"it lists {name!r} twice")
+        raise ValueError(f"it lists {shown(name)} twice")
     groups = frozenset(number for number, name in categories.items() if name in grouping and number not in used)
     # Annotations of images that are not listed go behind all others, and are left out.
     owner = np.array([places.get(image_id, len(images)) for image_id in owners], np.int64)

@@ -36,7 +36,7 @@ from pipeline.datasets.rasterise import Canvas, Patch, checked_size, draw_packed
 from pipeline.datasets.raw import LabelIds, RawSample, digest_of
 from pipeline.datasets.splits import draw_val
 from pipeline.datasets.tree import Entry
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.storage import parse_json
 from segvit.image_files import DecodeError, read_image_file
 
@@ -91,7 +91,7 @@ class LabelStudio(PairedDataset):
         names = [name for name, _ in found]
         if len(set(names)) < len(names):
             twice = next(name for number, name in enumerate(names) if name in names[:number])
-            raise UserError(f"{self.entry.uri} holds two annotated tasks of the image {twice!r}; remove one")
+            raise UserError(f"{self.entry.uri} holds two annotated tasks of the image {shown(twice)}; remove one")
         drawn = draw_val(names, self.config, self.seed, "data.label_studio")
         for number, (name, image) in enumerate(found):
             if (name in drawn) == (split == "val"):

@@ -23,7 +23,7 @@ from pipeline.datasets.raw import (
     sample_key,
 )
 from pipeline.datasets.tree import Entry, FileTree
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.large_files import is_large, shrink_label
 from segvit.image_files import DecodeError, LabelPicture, decode_label, orient_label
 
@@ -165,7 +165,7 @@ def refuse_outside(path: str, source: str) -> None:
     """Raise UserError for a `path` in the file `source` that leads out of the folder it is looked for in."""
     parts = path.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or "\0" in path or "://" in path or "::" in path:
-        raise UserError(f"{source} names {path!r}, a path that leads out of the data set; correct or remove it")
+        raise UserError(f"{source} names {shown(path)}, a path that leads out of the data set; correct or remove it")
 
 
 def refuse_links_out(sample: RawSample, tree: FileTree) -> None:
@@ -211,7 +211,7 @@ def split_lines(text: str, uri: str) -> list[str]:
     seen: set[str] = set()
     for line in lines:
         if line in seen:
-            raise UserError(f"{uri} holds {line!r} twice; remove one")
+            raise UserError(f"{uri} holds {shown(line)} twice; remove one")
         seen.add(line)
     return lines
 

@@ -64,6 +64,7 @@ def read_head(entry: Entry) -> ParquetHead:
     """The head of the file `entry`, read once a process; raises UserError."""
     if entry.extents:
         raise UserError(f"{entry.uri} lies in an archive, where single rows cannot be read; unpack it")
+    entry.require_file()
     return _read_head(entry.uri, entry.stamp)
 
 

@@ -20,7 +20,7 @@ from pipeline.config import SplitFoldersConfig
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, pair_by_stem, put_stem
 from pipeline.datasets.splits import SPLIT_FOLDERS, SPLITS, draw_val, folders_by_split
 from pipeline.datasets.tree import Entry, FileTree
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 
 # Lists of images that are not parted into train and val yet.
 _POOLS = ("trainval", "default")
@@ -195,7 +195,7 @@ class SplitFolders(PairedDataset):
         names = [_stem(path, IMAGE_SUFFIXES) if path in files else path for path in paths]
         if len(set(names)) < len(names):
             twice = next(name for index, name in enumerate(names) if name in names[:index])
-            raise UserError(f"{source.path} holds {twice!r} twice; remove one")
+            raise UserError(f"{source.path} holds {shown(twice)} twice; remove one")
         return names
 
 

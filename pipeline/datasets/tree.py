@@ -20,6 +20,7 @@ from pipeline.datasets.archive import Extent, ExtentError, Member
 from pipeline.datasets.boundary import Boundary
 from pipeline.errors import UserError
 
+NO_FILE = "none"  # the stamp of what is listed and is none that may be read
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
@@ -29,6 +30,11 @@ class Entry(NamedTuple):
     uri: str  # as the user knows it; a member of an archive is `<archive>/<path in it>`
     stamp: str
     extents: tuple[Extent, ...] = ()  # where it lies, or its parts, if inside another file
+
+    def require_file(self) -> None:
+        """Raise UserError for a device, a pipe or a link out of the root: to open one may wait for ever."""
+        if self.stamp == NO_FILE:
+            raise UserError(f"{self.uri} is no file, or a link out of the data root; replace it or remove it")
 
     @property
     def num_bytes(self) -> int:
@@ -247,7 +253,7 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]], boundary:
             else:
                 # A link to nothing or out of the root, a device, a socket: it is listed, and reading it is what rejects
                 # the sample.
-                yield f"{prefix}{entry.name}", "none"
+                yield f"{prefix}{entry.name}", NO_FILE
 
 
 def _stamp_of(uri: str) -> str | None:

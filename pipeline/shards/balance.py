@@ -19,6 +19,7 @@ from pipeline.config import DataConfig
 from pipeline.shards.shard_reader import ShardReader, check_index
 from pipeline.shards.shards import ShardSetError
 from pipeline.storage.names import INDEX
+from segvit.image_files import one_line
 
 BATCH_ROWS = 16384
 
@@ -120,7 +121,7 @@ def _class_pixels(
                 if len(rows):
                     yield _pixels_of(uri, rows, num_classes)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise ShardSetError(f"{uri} cannot be read ({error}); prepare the shard set again") from error
+        raise ShardSetError(f"{uri} cannot be read ({one_line(error)}); prepare the shard set again") from error
 
 
 def _pixels_of(uri: str, rows: pa.RecordBatch, num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

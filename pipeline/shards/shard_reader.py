@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.records import ShardSet
 from pipeline.shards.shards import INDEX_SCHEMA, ShardEntry, ShardSetError, read_manifest
 from pipeline.storage.names import INDEX
+from segvit.image_files import one_line
 
 MAX_OPEN_SHARDS = 64
 # How much longer the rows of an index are than its file: keys and offsets differ from row to row.
@@ -98,7 +99,7 @@ class ShardReader:
                 # As a dictionary, a shard's name is kept once, not once a sample.
                 table = pq.read_table(file, columns=columns, filters=[("split", "=", split)], read_dictionary=["shard"])
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise ShardSetError(f"{uri} cannot be read ({error}); prepare the shard set again") from error
+            raise ShardSetError(f"{uri} cannot be read ({one_line(error)}); prepare the shard set again") from error
         entries = self.manifest.splits[split]
         index = SplitIndex(
             table["key"].combine_chunks(),
