@@ -16,6 +16,7 @@ from flows.commands.score import evaluate, register
 from flows.commands.search import search
 from flows.ending import ending_in_time
 from pipeline.errors import UserError
+from pipeline.masking import masked
 
 INTERRUPTED = 130
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if ended.code:
                 raise
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {masked(str(error))}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt as stop:
             print(str(stop) or "interrupted", file=sys.stderr)

@@ -7,6 +7,7 @@ import os
 import re
 
 from pipeline.errors import UserError, root_cause
+from pipeline.masking import masked
 
 MAX_CAUSE_LENGTH = 400
 
@@ -20,7 +21,11 @@ _NO_SPACE_WORDS = ("database or disk is full", "No space left on device", "Disk 
 
 
 def one_line(error: BaseException) -> str:
-    """The cause of a failure in one line: a UserError's message, or type and message of the root cause."""
+    """The cause of a failure in one line, without secrets: a UserError's message, or type and message of the root."""
+    return masked(_cause(error))
+
+
+def _cause(error: BaseException) -> str:
     # Ray hands on the exception of a remote task inside a wrapper that is of the same class, too.
     wrapped = getattr(error, "cause", None)
     cause = wrapped if isinstance(wrapped, UserError) else error

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from flows.commands.options import WORKSPACE, Config, Json, Overrides, TrackingUri, Workspace, facts_output
+from pipeline.masking import masked
 
 
 def run(
@@ -49,7 +50,7 @@ def run(
         records = flow.wait()
         results.print_results(console, records)
         console.print(f"MLflow    {_tracking_view(tracking.uri)}", markup=False, soft_wrap=True)
-        give({"run_id": flow.run_id, **results.facts(records), "tracking_uri": tracking.uri})
+        give({"run_id": flow.run_id, **results.facts(records), "tracking_uri": masked(tracking.uri)})
 
 
 def plan(
@@ -104,4 +105,4 @@ def submit(
 def _tracking_view(uri: str) -> str:
     if uri.startswith("sqlite:"):
         return f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}, then http://127.0.0.1:5000"
-    return uri
+    return masked(uri)

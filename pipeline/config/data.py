@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Fraction, Positive, Section
+from pipeline.masking import holds_password
 from pipeline.workflow.step import NotFingerprinted
 
 
@@ -209,6 +210,16 @@ class DataConfig(Section):
     labelme: LabelmeConfig = LabelmeConfig()
     label_studio: LabelStudioConfig = LabelStudioConfig()
     parquet: ParquetConfig = ParquetConfig()
+
+    @field_validator("root")
+    @classmethod
+    def _root_holds_no_password(cls, root: str | None) -> str | None:
+        if root is not None and holds_password(root):
+            raise ValueError(
+                "root holds a password, which records and pages would show; give it to fsspec by its own variables or "
+                "configuration file"
+            )
+        return root
 
     @field_validator("linked_folders")
     @classmethod

@@ -15,6 +15,7 @@ from pipeline.config.experiment import ExperimentConfig
 from pipeline.config.former import rename_former_keys
 from pipeline.config.yaml_text import parse_yaml, read_yaml
 from pipeline.errors import UserError
+from pipeline.masking import masked
 
 C = TypeVar("C", bound=ExperimentConfig)
 # What an error shows of a file: problems, and characters of each.
@@ -73,7 +74,7 @@ def explain_problem(problem: Any) -> str:
         return "missing; add it"
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
-    return message if isinstance(value, dict | BaseModel) else f"{shorten(repr(value))}: {message}"
+    return message if isinstance(value, dict | BaseModel) else f"{shorten(masked(repr(value)))}: {message}"
 
 
 def shorten(text: str) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import segvit
 from pipeline.evaluation.paper import figure_of
+from pipeline.masking import masked
 from pipeline.records import (
     BackboneRecord,
     Checkpoint,
@@ -134,7 +135,7 @@ def load_report_input(
         experiment=experiment,
         run_id=run_id,
         created_at=created_at,
-        config_yaml=config_yaml,
+        config_yaml=masked(config_yaml),
         shard_set=shard_set,
         class_names=tuple(manifest["classes"]),
         palette=tuple((red, green, blue) for red, green, blue in manifest["palette"]),

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from pipeline import storage
 from pipeline.causes import one_line
+from pipeline.masking import masked
 from pipeline.records import Record
 from pipeline.workflow.output_checksum import changed_outputs, output_checksums
 from pipeline.workflow.step import Step, StepContext
@@ -226,7 +227,7 @@ def record_failed(request: StepRequest, run_id: str | None, cause: str, details:
             run_id = run_id or _create_run(request, _tags(request, RunState.FAILED, None))
             tags = {Tag.STATE: RunState.FAILED, Tag.ERROR: cause, **note_tag(RunState.FAILED, cause)}
             try:
-                request.tracking.client().log_text(run_id, details, TRACEBACK_FILE)
+                request.tracking.client().log_text(run_id, masked(details), TRACEBACK_FILE)
             finally:
                 request.tracking.end_run(run_id, "FAILED", tags)
     return Outcome(

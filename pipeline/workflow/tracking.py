@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.masking import masked
 from pipeline.workflow.moved_store import ARTIFACTS, local_folder, require_not_moved
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class Tracking:
         from mlflow.entities import Param as MlflowParam
 
         flat = flatten(params) if isinstance(params, Mapping) else list(params)
-        entities = [MlflowParam(_param_key(param.key), param.value[:MAX_PARAM_LENGTH]) for param in flat]
+        entities = [MlflowParam(_param_key(param.key), masked(param.value)[:MAX_PARAM_LENGTH]) for param in flat]
         for start in range(0, len(entities), MAX_BATCH_PARAMS):
             self.client().log_batch(run_id, params=entities[start : start + MAX_BATCH_PARAMS])
 

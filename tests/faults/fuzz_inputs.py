@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 20
 MAX_ADDRESS_SPACE = 8 << 30
 MAX_GROWTH_MIB = 1024
-INPUTS_A_PROCESS = 500
+INPUTS_A_PROCESS = 2000
 
 
 def judge(case: Path, name: str, number: int, seed: int) -> dict[str, str]:
@@ -107,19 +107,31 @@ def run(names: list[str], inputs: int, seed: int) -> tuple[list[dict[str, str | 
         last = min(first + INPUTS_A_PROCESS, inputs)
         command = [sys.executable, "-m", "tests.faults.fuzz_inputs", "--seed", str(seed), "--readers", *names]
         command += ["--work", str(first), str(last)]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"number"')]
-        results += found
-        first += len(found)
+        with subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            for line in process.stdout:
+                if not line.startswith('{"number"'):
+                    continue
+                result = json.loads(line)
+                results.append(result)
+                first = int(result["number"]) + 1
+                if result["outcome"].isupper():
+                    bad.append(_say(names, result["number"], f"{result['kind']}: {result['outcome']} {result['why']}"))
+            end = process.stderr.read()
         if first < last:
-            name = names[first % len(names)]
-            bad.append(f"input {first}, {name}: the process ended with {done.returncode}: {done.stderr[-1500:]}")
+            bad.append(_say(names, first, f"the process ended with {process.returncode}: {end[-1500:]}"))
             first += 1
-    for result in results:
-        if str(result["outcome"]).isupper():
-            name = names[int(result["number"]) % len(names)]
-            bad.append(f"input {result['number']}, {name}, {result['kind']}: {result['outcome']} {result['why']}")
     return results, bad
+
+
+def _say(names: list[str], number: int, what: str) -> str:
+    """What went wrong with an input; said at once, since the others may take long."""
+    line = f"input {number}, {names[number % len(names)]}, {what}"
+    print(line, flush=True)
+    return line
 
 
 def main() -> None:
@@ -143,7 +155,6 @@ def main() -> None:
         )
         print(f"{name:20} {outcome:12} {count:5}   at most {growth >> 10} MiB an input")
     peak = max(int(one["peak_kib"]) for one in results)
-    print(*bad[:40], sep="\n")
     print(f"{len(results)} inputs over {len(options.readers)} readers, {len(bad)} bad, peak memory {peak >> 10} MiB")
     if bad:
         raise SystemExit(1)
