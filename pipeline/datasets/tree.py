@@ -242,12 +242,17 @@ def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]], boundary:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:
+                # A link to itself, or to where one may not look.
+                is_folder = is_file = False
             is_outside = entry.is_symlink() and boundary.end_of(entry.path) is not None
-            if entry.is_dir():
+            if is_folder:
                 if is_outside:
                     boundary.check(entry.path)
                 yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity}, boundary)
-            elif entry.is_file() and not is_outside:
+            elif is_file and not is_outside:
                 status = entry.stat()
                 yield f"{prefix}{entry.name}", f"{status.st_size}:{status.st_mtime}"
             else:

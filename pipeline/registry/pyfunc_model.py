@@ -71,7 +71,7 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
         self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
     ) -> NDArray[Any] | list[str]:
         """Label maps of images, in their order; raises UnusableInputError naming the first that cannot be used."""
-        given = np.asarray(model_input)
+        given = _as_array(model_input, "the list of images")
         if given.ndim == 0:
             raise UnusableInputError("one image came without its batch; put it into a list")
         if len(given) == 0:
@@ -165,14 +165,18 @@ def _picture(number: int, item: Any, grey_range: Sequence[float] | None, bounds:
     return pixels
 
 
+def _as_array(given: Any, what: str) -> NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise UnusableInputError(f"{what} has rows of different lengths or depths") from None
+
+
 def _pixels(number: int, item: Any) -> NDArray[np.uint8]:
     """An image (H, W, 3) given as uint8 array, or as nested lists of integers, which is what JSON has."""
-    array = np.asarray(item)
+    array = _as_array(item, f"image {number}")
     if array.dtype == object:
-        try:
-            array = np.array(array.tolist())
-        except ValueError:
-            raise UnusableInputError(f"image {number} has rows of different lengths") from None
+        array = _as_array(array.tolist(), f"image {number}")
         if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
             array = array.astype(np.uint8)
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:

@@ -107,11 +107,9 @@ def run(names: list[str], inputs: int, seed: int) -> tuple[list[dict[str, str | 
         last = min(first + INPUTS_A_PROCESS, inputs)
         command = [sys.executable, "-m", "tests.faults.fuzz_inputs", "--seed", str(seed), "--readers", *names]
         command += ["--work", str(first), str(last)]
-        with subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors, text=True)
             assert process.stdout is not None
-            assert process.stderr is not None
             for line in process.stdout:
                 if not line.startswith('{"number"'):
                     continue
@@ -120,7 +118,9 @@ def run(names: list[str], inputs: int, seed: int) -> tuple[list[dict[str, str | 
                 first = int(result["number"]) + 1
                 if result["outcome"].isupper():
                     bad.append(_say(names, result["number"], f"{result['kind']}: {result['outcome']} {result['why']}"))
-            end = process.stderr.read()
+            process.wait()
+            errors.seek(0)
+            end = errors.read()
         if first < last:
             bad.append(_say(names, first, f"the process ended with {process.returncode}: {end[-1500:]}"))
             first += 1
