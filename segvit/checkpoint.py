@@ -70,7 +70,10 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> t
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no checkpoint in {folder}: {name} is missing")
     config = read_config(folder / CONFIG_FILE)
-    model_config = ModelConfig.from_dict(config["model"])
+    try:
+        model_config = ModelConfig.from_dict(config["model"])
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is of no model: {str(error)[:MAX_SHOWN]}") from error
     try:
         _refuse_other_shapes(folder / WEIGHTS_FILE, outline_model(model_config, config["num_classes"]))
         model = build_model(model_config, config["num_classes"])

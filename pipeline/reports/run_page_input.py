@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import segvit
+from pipeline.errors import UserError, shown
 from pipeline.evaluation.paper import figure_of
 from pipeline.masking import masked
 from pipeline.records import (
@@ -157,7 +158,7 @@ def _load_variant(
             key=row["key"],
             kind=row["kind"],
             miou=row["miou"],
-            **{part: _picture(join(folder, row[part])) for part in ("image", "truth", "prediction")},
+            **{part: _example(folder, row[part]) for part in ("image", "truth", "prediction")},
         )
         for row in read_json(join(folder, EXAMPLES_FILE))
     ]
@@ -173,6 +174,13 @@ def _load_variant(
         paper=figure_of(checkpoint),
         also=also,
     )
+
+
+def _example(folder: str, name: str) -> str:
+    """The picture `name` below `folder`, as a page holds it; raises UserError for a name that leads elsewhere."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise UserError(f"{join(folder, EXAMPLES_FILE)} names {shown(name)}, outside of its folder; run its flow again")
+    return _picture(join(folder, name))
 
 
 def _picture(uri: str) -> str:

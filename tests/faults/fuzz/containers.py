@@ -99,7 +99,7 @@ def folder_tree(folder: Path, rng: random.Random) -> Case:
     (folder / "classes.txt").write_text("ground\nthing\n")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     target = rng.choice(files)
-    if rng.random() < 0.3:
+    if target.parent != folder and rng.random() < 0.3:
         target = target.parent
         target.rename(folder.parent / "moved")
         target.symlink_to(rng.choice(["/etc", "/", str(folder), str(folder.parent / "moved"), "/proc/self"]))

@@ -16,6 +16,8 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, RejectedSampleError, open_dataset
+from pipeline.datasets.label_studio import draw_regions
+from pipeline.datasets.objects import object_classes
 from pipeline.datasets.rasterise import draw_packed_runs
 from pipeline.errors import UserError
 from pipeline.shards.prepare import prepare_shards
@@ -276,3 +278,10 @@ def test_end_to_end__to_shards(tmp_path: Path, packed: bool) -> None:
     shards = prepare_shards(DataConfig.model_validate(settings), str(tmp_path / "shards"), progress=lambda _: None)
     assert {split: one.num_samples for split, one in shards.splits.items()} == {"train": 1, "val": 1}
     np.testing.assert_array_equal(labels_of(root)["b"], np.eye(8, 12))
+
+
+def test_brush__a_number_in_place_of_its_bytes_takes_no_memory(tmp_path: Path) -> None:
+    region = {"type": "brushlabels", "original_height": 8, "original_width": 12}
+    value = {"format": "rle", "rle": 1 << 40, "brushlabels": ["car"]}
+    with pytest.raises(DecodeError, match="holds a brush mask that is no list of bytes"):
+        draw_regions([{**region, "value": value}], object_classes(["car"], "background", "x"))

@@ -175,9 +175,7 @@ def predict(model: SegmentationModel, images: NDArray[Any]) -> Any:
     return model.predict(context, images)
 
 
-def test_model__bounds_images_and_pixels(
-    loaded: SegmentationModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model__bounds_images_and_pixels(loaded: SegmentationModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnusableInputError, match=f"{MAX_IMAGES + 1} images came, more than the {MAX_IMAGES} allowed"):
         predict(loaded, np.array([PICTURE] * (MAX_IMAGES + 1)))
     monkeypatch.setenv("SEGVIT_SERVE_MAX_PIXELS", str(2 * 32 * 48))
