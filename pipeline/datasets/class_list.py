@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipeline.config import Section
 from pipeline.config.yaml_text import parse_yaml
 from pipeline.datasets.paired import decode_text, split_lines
-from pipeline.datasets.raw import Colour
+from pipeline.datasets.raw import MAX_REASON, Colour
 from pipeline.datasets.tree import FileTree
 from pipeline.errors import UserError
 from pipeline.storage import parse_json
@@ -109,8 +109,14 @@ def read_class_list(tree: FileTree, path: str) -> ClassList:
             content = _of_tree(parse_json(text) if path.lower().endswith(".json") else parse_yaml(text))
     # What is made of a name or an id that is none, a list say.
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{entry.uri} cannot be read ({' '.join(str(error).split())}); correct it") from error
+        raise UserError(
+            f"{entry.uri} cannot be read ({_shortened(' '.join(str(error).split()))}); correct it"
+        ) from error
     return check_class_list(content, entry.uri)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
 
 
 def check_class_list(content: Any, uri: str) -> ClassList:
@@ -123,7 +129,7 @@ def check_class_list(content: Any, uri: str) -> ClassList:
             for item in error.errors()[:5]
         )
         raise UserError(
-            f"{uri}: {problems}; it holds names and, if wanted, palette, ids, ignore_ids, ignore_colours"
+            f"{uri}: {_shortened(problems)}; it holds names and, if wanted, palette, ids, ignore_ids, ignore_colours"
         ) from error
 
 

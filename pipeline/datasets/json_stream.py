@@ -62,7 +62,8 @@ def as_text(latin: str) -> str:
     try:
         return latin.encode("latin-1").decode("utf-8")
     except UnicodeError:
-        return latin
+        # Half of a character, which only an escape can write, is in no file's name.
+        return latin.encode("utf-8", "replace").decode("utf-8")
 
 
 class _Stream:

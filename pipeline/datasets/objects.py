@@ -53,6 +53,9 @@ def object_classes(labels: Sequence[str], unlabelled: Unlabelled, where: str) ->
         twice = next((name for name in names if names.count(name) > 1), None)
         what = f"{len(names)} classes, more than {IGNORE_INDEX}" if twice is None else f"the class {shown(twice)} twice"
         raise UserError(f"{where} names {what}; merge or rename them")
+    for name in names:
+        if not name.isprintable():
+            raise UserError(f"{where} names the class {shown(name)}, which cannot be shown; rename it")
     id_of = {name: number for number, name in enumerate(names)}
     id_of |= dict.fromkeys(ground, 0) | dict.fromkeys(ignored, IGNORE_INDEX)
     return ObjectClasses(names, id_of, 0 if unlabelled == "background" else IGNORE_INDEX)

@@ -5,6 +5,7 @@ Any fsspec location will do. A tree is listed once, folder by folder and not fil
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import unicodedata
@@ -267,6 +268,11 @@ def _stamp_of(uri: str) -> str | None:
     try:
         info = filesystem.info(path)
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        # A link to itself.
         return None
     return _stamp(info) if info["type"] == "file" else None
 

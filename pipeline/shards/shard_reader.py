@@ -19,6 +19,7 @@ from pipeline import storage
 from pipeline.records import ShardSet
 from pipeline.shards.shards import INDEX_SCHEMA, ShardEntry, ShardSetError, read_manifest
 from pipeline.storage.names import INDEX
+from pipeline.storage.parquet_pages import ParquetPages
 from segvit.image_files import one_line
 
 MAX_OPEN_SHARDS = 64
@@ -200,6 +201,8 @@ def check_index(uri: str, file: IO[bytes]) -> None:
     other += [field.name for field in INDEX_SCHEMA if not other and schema.field(field.name).type != field.type]
     if other:
         raise ShardSetError(f"{uri} has no column {other[0]}, or one of another type; prepare the shard set again")
+    ParquetPages(file).refuse_long_in_all(MAX_INDEX_RATIO * num_bytes + MIN_INDEX_BYTES)
+    file.seek(0)
     num_rows, unpacked = footer.num_rows, sum(group.total_byte_size for group in groups)
     if not 0 <= num_rows <= 8 * num_bytes or not 0 <= unpacked <= MAX_INDEX_RATIO * num_bytes + MIN_INDEX_BYTES:
         raise ShardSetError(

@@ -183,3 +183,13 @@ def test_boundary__a_folder_of_the_same_beginning_is_another(tmp_path: Path) -> 
     assert boundary.end_of(str(tmp_path / "data/link")) == str(tmp_path / "data2")
     assert boundary.end_of(str(tmp_path / "data")) is None
     assert Boundary("memory://data").end_of("memory://other") is None
+
+
+def test_links__to_themselves_are_no_files(root: Path) -> None:
+    (root / "images/train/loop.png").symlink_to(root / "images/train/loop.png")
+    with pytest.raises(RejectedSampleError, match=r"loop.png cannot be read|loop.png is missing"):
+        read_all(config_of(root))
+    (root / "classes.txt").unlink()
+    (root / "classes.txt").symlink_to("classes.txt")
+    with pytest.raises(UserError, match=r"has no classes.txt"):
+        read_all(config_of(root))
