@@ -42,10 +42,10 @@ class ParquetPages:
         file.seek(size - 8 - length)
         try:
             footer = _Reader(file.read(length)).struct()
-        except IndexError:
-            raise ValueError("its footer does not end") from None
+            self._groups = [_chunks(group) for group in footer.get(_GROUPS, [])]
+        except (IndexError, AttributeError, TypeError):
+            raise ValueError("its footer does not end, or is of another form") from None
         self._size = size
-        self._groups = [_chunks(group) for group in footer.get(_GROUPS, [])]
 
     def refuse_long(self, group: int, most: int, column: int | None = None) -> None:
         """Raise ValueError where the pages of a row group, or of a column in it, have over `most` bytes unpacked."""
