@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PyFuncModel, scoring_server
+from mlflow.version import VERSION
 
 from pipeline.storage.json_text import parse_json
 
@@ -27,6 +28,8 @@ MAX_WAITING = 8  # requests at once; they are predicted one after the other
 BODY_WITHIN_S = 30.0
 ANSWER_WITHIN_S = 60.0
 _JSON = "application/json"
+# Without types of its own.
+_SCORING: Any = scoring_server
 _CODES = {
     400: "INVALID_PARAMETER_VALUE",
     404: "NOT_FOUND",
@@ -67,7 +70,8 @@ class ScoringApp:
     def __init__(self, model: PyFuncModel, limits: Limits | None = None) -> None:
         self.model = model
         self.limits = limits or Limits()
-        self.schema = model.metadata.get_input_schema()
+        metadata: Any = model.metadata
+        self.schema = metadata.get_input_schema()
         self._at_work = threading.Lock()
         self._waiting = 0
 
@@ -90,7 +94,7 @@ class ScoringApp:
     async def _answer(self, scope: Message, receive: Receive) -> str:
         path, method = scope["path"], scope["method"]
         if path in ("/ping", "/health", "/version"):
-            return "\n" if path != "/version" else str(scoring_server.VERSION)
+            return "\n" if path != "/version" else VERSION
         if path != "/invocations":
             raise RefusedRequestError(404, f"no page at {path[:100]!r}; post images to /invocations")
         if method != "POST":
@@ -153,11 +157,12 @@ class ScoringApp:
         if not isinstance(content, dict):
             raise RefusedRequestError(400, 'the request is no JSON object; send {"inputs": [...]}')
         try:
-            answer = scoring_server.invocations(content, _JSON, self.model, self.schema)
+            answer = _SCORING.invocations(content, _JSON, self.model, self.schema)
         except MlflowException as error:
-            status = error.get_http_status_code()
+            failed: Any = error
+            status = failed.get_http_status_code()
             # The message of MLflow's own repeats the request, and may hold a traceback.
-            raise RefusedRequestError(status if status < 500 else 400, _reason(error)) from error
+            raise RefusedRequestError(status if status < 500 else 400, _reason(failed.serialize_as_json())) from error
         # It parses what the caller sent, and falls over some of it.
         except Exception as error:
             print(f"{type(error).__name__}: {_first_line(error)}", file=sys.stderr, flush=True)
@@ -169,8 +174,8 @@ class ScoringApp:
         return str(answer.response)
 
 
-def _reason(error: MlflowException) -> str:
-    told = str(json.loads(error.serialize_as_json()).get("message", error))
+def _reason(answer: str) -> str:
+    told = str(json.loads(answer).get("message", ""))
     return _first_line(told.rpartition("\nError: ")[2] if "\nError: " in told else told)
 
 
@@ -200,9 +205,9 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5001)
     options = parser.parse_args()
-    app = ScoringApp(scoring_server.load_model_with_mlflow_config(options.folder))
+    app = ScoringApp(_SCORING.load_model_with_mlflow_config(options.folder))
     uvicorn.run(
-        app,  # type: ignore[arg-type]  # its own types of the same messages
+        app,
         host=options.host,
         port=options.port,
         log_level="warning",

@@ -143,7 +143,8 @@ def main() -> None:
     parser.add_argument("--work", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.readers, *options.work, options.seed)
+        first, last = options.work
+        work(options.readers, first, last, options.seed)
         return
     results, bad = run(options.readers, options.inputs, options.seed)
     outcomes = Counter((options.readers[int(one["number"]) % len(options.readers)], one["outcome"]) for one in results)

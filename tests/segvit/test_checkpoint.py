@@ -102,10 +102,10 @@ def test_load__damage_is_named(tmp_path: Path, make_model: MakeModel) -> None:
         ({"num_classes": "4"}, "num_classes '4' is no number from 1 to 65536"),
         ({"model": []}, "model and metadata are mappings by name"),
         ({"metadata": {"class_names": 3}}, "its metadata are of another form"),
-        ({"model.decoder_layers": 10**9}, "decoder_layers must be at most 512, got 1000000000"),
+        ({"model.decoder_layers": 10**9}, "decoder_layers must be at most 128, got 1000000000"),
         ({"model.decoder_width": 10**9}, "decoder_width must be at most 65536, got 1000000000"),
         ({"model.image_size": [10**9, 10**9]}, "image_size must be at most 65536 pixels a side"),
-        ({"model.backbone_options": {"depth": 10**9}}, "backbone option depth must be at most 512, got 1000000000"),
+        ({"model.backbone_options": {"depth": 10**9}}, "backbone option depth must be at most 128, got 1000000000"),
         ({"model.decoder_width": 60_000}, "does not fit config.json beside it: tensor .* has shape"),
     ],
 )

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from pipeline.datasets import archive
 from pipeline.datasets.archive import ExtentError
-from tests.faults.fuzz.annotations import config_of, picture
+from tests.faults.fuzz.annotation_files import config_of, picture
 from tests.faults.fuzz.case import Case, read_dataset
 from tests.faults.mutations import BYTES, numbers, pack, replace_by_special, splice
 

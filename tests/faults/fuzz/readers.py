@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from tests.faults.fuzz import annotations, containers, models, pictures, stored, to_shards
+from tests.faults.fuzz import annotation_files, containers, models, pictures, stored, to_shards
 from tests.faults.fuzz.case import MakeCase
 
 READERS: dict[str, MakeCase] = {
-    "coco": annotations.coco,
-    "labelme": annotations.labelme,
-    "label_studio": annotations.label_studio,
-    "pascal_detail": annotations.pascal_detail,
-    "split_list": annotations.split_list,
-    "class_file": annotations.class_file,
-    "mat": annotations.mat,
+    "coco": annotation_files.coco,
+    "labelme": annotation_files.labelme,
+    "label_studio": annotation_files.label_studio,
+    "pascal_detail": annotation_files.pascal_detail,
+    "split_list": annotation_files.split_list,
+    "class_file": annotation_files.class_file,
+    "mat": annotation_files.mat,
     "jpeg": pictures.jpeg,
     "png": pictures.png,
     "tiff": pictures.tiff,

@@ -29,7 +29,7 @@ def mutate_tree(tree: Any, rng: random.Random) -> Any:
         parent, key = rng.choice(places)
         match rng.choice(["replace", "replace", "replace", "remove", "double", "move", "nest", "grow"]):
             case "replace":
-                parent[key] = rng.choice(EXTREMES)
+                parent[key] = copy.deepcopy(rng.choice(EXTREMES))
             case "remove":
                 del parent[key]
             case "double" if isinstance(parent, list):
