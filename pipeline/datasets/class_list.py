@@ -22,6 +22,7 @@ from pipeline.config import Section
 from pipeline.config.yaml_text import parse_yaml
 from pipeline.datasets.paired import decode_text, split_lines
 from pipeline.datasets.raw import MAX_REASON, Colour
+from pipeline.datasets.splits import first_repeated
 from pipeline.datasets.tree import FileTree
 from pipeline.errors import UserError
 from pipeline.storage import parse_json
@@ -259,6 +260,6 @@ def _of_table(lines: Sequence[str]) -> dict[str, Any] | None:
 def _distinct(pairs: Sequence[tuple[int, str]]) -> dict[int, str]:
     names = dict(pairs)
     if len(names) < len(pairs):
-        twice = next(number for number, _ in pairs if [one for one, _ in pairs].count(number) > 1)
+        twice = first_repeated(number for number, _ in pairs)
         raise ValueError(f"id {twice} is there twice; give each class its own")
     return names

@@ -34,7 +34,7 @@ from pipeline.datasets.objects import ObjectClasses, object_classes
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, read_image
 from pipeline.datasets.rasterise import Canvas, Patch, checked_size, draw_packed_runs, draw_polygon
 from pipeline.datasets.raw import LabelIds, RawSample, digest_of
-from pipeline.datasets.splits import draw_val
+from pipeline.datasets.splits import draw_val, first_repeated
 from pipeline.datasets.tree import Entry
 from pipeline.errors import UserError, shown
 from pipeline.storage import parse_json
@@ -89,8 +89,8 @@ class LabelStudio(PairedDataset):
         index, find = read_tasks(self.entry), _Finder(self)
         found = [find(path) for path in index.paths]
         names = [name for name, _ in found]
-        if len(set(names)) < len(names):
-            twice = next(name for number, name in enumerate(names) if name in names[:number])
+        twice = first_repeated(names)
+        if twice is not None:
             raise UserError(f"{self.entry.uri} holds two annotated tasks of the image {shown(twice)}; remove one")
         drawn = draw_val(names, self.config, self.seed, "data.label_studio")
         for number, (name, image) in enumerate(found):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.data import Unlabelled
+from pipeline.datasets.splits import first_repeated
 from pipeline.errors import UserError, shown
 from segvit.image_files import IGNORE_INDEX
 
@@ -50,7 +51,7 @@ def object_classes(labels: Sequence[str], unlabelled: Unlabelled, where: str) ->
     if not things:
         raise UserError(f"{where} names no class of objects; annotate some, or correct the path")
     if len(names) > IGNORE_INDEX or len(set(names)) < len(names):
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = first_repeated(names)
         what = f"{len(names)} classes, more than {IGNORE_INDEX}" if twice is None else f"the class {shown(twice)} twice"
         raise UserError(f"{where} names {what}; merge or rename them")
     for name in names:

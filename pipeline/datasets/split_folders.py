@@ -18,7 +18,7 @@ from typing import NamedTuple
 from pipeline import storage
 from pipeline.config import SplitFoldersConfig
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, pair_by_stem, put_stem
-from pipeline.datasets.splits import SPLIT_FOLDERS, SPLITS, draw_val, folders_by_split
+from pipeline.datasets.splits import SPLIT_FOLDERS, SPLITS, draw_val, first_repeated, folders_by_split
 from pipeline.datasets.tree import Entry, FileTree
 from pipeline.errors import UserError, shown
 
@@ -193,8 +193,8 @@ class SplitFolders(PairedDataset):
         # CVAT puts names with spaces into quotes.
         paths = (unicodedata.normalize("NFC", line.strip('"')) for line in self.read_list(source.path) or ())
         names = [_stem(path, IMAGE_SUFFIXES) if path in files else path for path in paths]
-        if len(set(names)) < len(names):
-            twice = next(name for index, name in enumerate(names) if name in names[:index])
+        twice = first_repeated(names)
+        if twice is not None:
             raise UserError(f"{source.path} holds {shown(twice)} twice; remove one")
         return names
 

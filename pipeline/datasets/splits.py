@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
 
 from pipeline.config import DrawnSplit
 from pipeline.errors import UserError, shown
 
+T = TypeVar("T", bound=Hashable)
 SPLITS = ("train", "val", "test")
 MOST_SHARE = 1.5  # of the fraction that is asked for
 # By what folders and lists are called, in lower case.
@@ -18,6 +20,16 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SPLIT_FOLDERS = tuple(name for spelled in _SPLIT_NAMES for name in (spelled, spelled.capitalize()))
+
+
+def first_repeated(names: Iterable[T]) -> T | None:
+    """The first of `names` that was there before; None where each is there once."""
+    seen: set[T] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def split_of(name: str) -> str | None:
