@@ -21,6 +21,7 @@ from flows.commands.search import search
 from flows.ending import ending_in_time
 from pipeline.causes import one_line
 from pipeline.errors import UserError
+from pipeline.masking import masked
 
 INTERRUPTED = 130
 COMMANDS: tuple[Callable[..., None], ...] = (
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if ended.code:
                 raise
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {masked(str(error))}", file=sys.stderr)
             sys.exit(1)
         except OSError as error:
             # The file system's or the network's own word, told with the file.

@@ -10,6 +10,7 @@ import traceback
 from pathlib import Path
 
 from pipeline.errors import UserError, root_cause
+from pipeline.masking import masked
 
 MAX_CAUSE_LENGTH = 400
 
@@ -25,12 +26,15 @@ _NO_SPACE_WORDS = ("database or disk is full", "No space left on device", "Disk 
 _FILE_NAME = re.compile(
     r"(.*_)?(path|file|filename|folder|dir|directory|uri|place|target|source|root|database|src|dst)"
 )
-_CREDENTIALS = re.compile(r"(?<=:)//[^/@\s]*@")
 _TRACEBACK_LINE = re.compile(r'File "([^"]+)", line (\d+), in (\w+)')
 
 
 def one_line(error: BaseException) -> str:
-    """The cause of a failure in one line: a UserError's message, or type and message of the root cause."""
+    """The cause of a failure in one line, without secrets: a UserError's message, or type and message of the root."""
+    return masked(_cause(error))
+
+
+def _cause(error: BaseException) -> str:
     # Ray hands on the exception of a remote task inside a wrapper that is of the same class, too.
     wrapped = getattr(error, "cause", None)
     cause = wrapped if isinstance(wrapped, UserError) else error
@@ -87,7 +91,7 @@ def _where(wrapper: BaseException, error: BaseException) -> str:
     for frame, line in reversed(steps):
         for name, value in frame.f_locals.items():
             if isinstance(value, Path) or (isinstance(value, str) and _FILE_NAME.fullmatch(name)):
-                return f"(at {_CREDENTIALS.sub('//', str(value))}, {_code_line(frame.f_code.co_filename, line)})"
+                return f"(at {value}, {_code_line(frame.f_code.co_filename, line)})"
     if steps:
         frame, line = steps[-1]
         return f"(in {frame.f_code.co_name}, {_code_line(frame.f_code.co_filename, line)})"

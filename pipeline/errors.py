@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+MAX_SHOWN = 200  # characters of a value from a file
+
 
 class UserError(Exception):
     """A mistake in the input or the surroundings; the command line prints it and exits with 1."""
+
+
+def shown(value: object) -> str:
+    """A value from a file as an error quotes it: its beginning where it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def root_cause(error: BaseException) -> BaseException:

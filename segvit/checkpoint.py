@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from segvit.config import ModelConfig
+from segvit.config import MAX_CLASSES, ModelConfig
+from segvit.flops import outline_model
 from segvit.model import SegViT, build_model
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 FORMAT_VERSION = 2
+MAX_CONFIG_BYTES = 1 << 24
+MAX_SHOWN = 400  # characters of an error of the files' reader
 
 
 def save_checkpoint(folder: str | Path, model: SegViT, metadata: Mapping[str, Any]) -> None:
@@ -67,19 +70,41 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> t
         if not (folder / name).is_file():
             raise FileNotFoundError(f"no checkpoint in {folder}: {name} is missing")
     config = read_config(folder / CONFIG_FILE)
-    model = build_model(ModelConfig.from_dict(config["model"]), config["num_classes"])
     try:
+        model_config = ModelConfig.from_dict(config["model"])
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is of no model: {str(error)[:MAX_SHOWN]}") from error
+    try:
+        _refuse_other_shapes(folder / WEIGHTS_FILE, outline_model(model_config, config["num_classes"]))
+        model = build_model(model_config, config["num_classes"])
         model.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {error}") from error
+    # Damaged files raise nearly anything from inside the reader and timm; each means the same to the user.
+    except Exception as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:MAX_SHOWN]
+        raise ValueError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {reason}") from error
     return model.to(device).eval(), config["metadata"]
 
 
+def _refuse_other_shapes(path: Path, outline: SegViT) -> None:
+    """Raise ValueError unless the file holds the tensors of `outline`, before memory is taken for any of them."""
+    needed = {name: tuple(tensor.shape) for name, tensor in outline.state_dict().items()}
+    with safe_open(path, "pt") as file:
+        given = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if given != needed:
+        names = sorted(name for name in needed.keys() | given.keys() if needed.get(name) != given.get(name))
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"tensor {names[0]} has shape {given.get(names[0])}, the configuration needs {needed.get(names[0])}{more}"
+        )
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """The checked contents of a checkpoint's configuration file."""
+    """The checked contents of a checkpoint's configuration file; raises ValueError."""
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} is longer than the {MAX_CONFIG_BYTES} bytes that a configuration may have")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     keys = {"format_version", "model", "num_classes", "metadata"}
     if not isinstance(config, dict) or set(config) != keys:
@@ -89,7 +114,15 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path} has format version {config['format_version']}, this release reads {FORMAT_VERSION}; "
             "load it with the release that wrote it"
         )
-    check_metadata(config["metadata"], config["num_classes"])
+    model, num_classes, metadata = config["model"], config["num_classes"], config["metadata"]
+    if not isinstance(model, dict) or not isinstance(metadata, dict):
+        raise ValueError(f"{path} is damaged: model and metadata are mappings by name")
+    if not isinstance(num_classes, int) or not 1 <= num_classes <= MAX_CLASSES:
+        raise ValueError(f"{path} is damaged: num_classes {num_classes!r:.40} is no number from 1 to {MAX_CLASSES}")
+    try:
+        check_metadata(metadata, num_classes)
+    except TypeError as error:
+        raise ValueError(f"{path} is damaged: its metadata are of another form ({error})") from None
     return config
 
 

@@ -12,6 +12,8 @@ from segvit.decoders.decoder import Decoder
 from segvit.option_types import type_problems
 from segvit.registry import nearest_first
 
+# More is a mistake, or malice: such a model takes more time to build than anyone has, even without its weights.
+MAX_LAYERS, MAX_SIZE, MAX_CLASSES = 128, 1 << 16, 1 << 16
 BACKBONE_OPTIONS = ("embed_dim", "depth", "num_heads", "patch_size", "mlp_ratio")
 
 
@@ -88,10 +90,14 @@ class ModelConfig:
         problems = []
         if min(self.image_size) < 1:
             problems.append(f"image_size must be (height, width) in pixels, got {self.image_size}")
-        for name in ("decoder_layers", "decoder_width", "decoder_heads"):
+        if max(self.image_size) > MAX_SIZE:
+            problems.append(f"image_size must be at most {MAX_SIZE} pixels a side, got {self.image_size}")
+        for name, limit in (("decoder_layers", MAX_LAYERS), ("decoder_width", MAX_SIZE), ("decoder_heads", MAX_SIZE)):
             value = getattr(self, name)
             if value is not None and value < 1:
                 problems.append(f"{name} must be >= 1, got {value}")
+            if value is not None and value > limit:
+                problems.append(f"{name} must be at most {limit}, got {value}")
         for name in ("dropout", "drop_path_rate"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 problems.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
@@ -102,6 +108,8 @@ class ModelConfig:
             elif not 0 < option < math.inf or (name != "mlp_ratio" and option != int(option)):
                 number = "number" if name == "mlp_ratio" else "whole number"
                 problems.append(f"backbone option {name} must be a {number} > 0, got {option}")
+            elif option > (limit := MAX_LAYERS if name == "depth" else MAX_SIZE):
+                problems.append(f"backbone option {name} must be at most {limit}, got {option}")
         layers, most = self.out_layers, self.decoder.max_out_layers
         if layers is not None and (not layers or min(layers) < 0 or list(layers) != sorted(set(layers))):
             problems.append(f"out_layers must be ascending block indices from 0, got {layers}")

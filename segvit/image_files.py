@@ -29,6 +29,9 @@ SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 FORMATS = "JPEG, PNG, TIFF, WebP and BMP"
 # Those of them that shards hold as PNG.
 _CONVERTED = ("TIFF", "WEBP", "BMP")
+_MOST_PAGES = 100  # are counted
+# Those, and some whose name is worth saying; Pillow has readers of forty more, and none of them sees a file.
+_OPENED = ("JPEG", "PNG", *_CONVERTED, "GIF", "JPEG2000", "PPM")
 # By the brand in an ISO media file, for those that Pillow may not know.
 _BRANDS = {b"heic": "HEIC", b"heix": "HEIC", b"heim": "HEIC", b"mif1": "HEIC", b"msf1": "HEIC", b"avif": "AVIF"}
 # Lossless formats.
@@ -119,12 +122,27 @@ def _check_format(image: Image.Image) -> None:
         raise _unread_format(image.format or "of no format")
     if image.format in _CONVERTED:
         try:
-            num_pictures = getattr(image, "n_frames", 1)
+            num_pictures = _count_pictures(image)
         except Exception as error:
             raise damage_of(error) from error
         if num_pictures > 1:
+            number = str(num_pictures) if num_pictures <= _MOST_PAGES else f"more than {_MOST_PAGES}"
             what = "pages, and which of them is labelled" if image.format == "TIFF" else "pictures, and which is meant"
-            raise DecodeError(f"holds {num_pictures} {what} cannot be told; save one alone")
+            raise DecodeError(f"holds {number} {what} cannot be told; save one alone")
+
+
+def _count_pictures(image: Image.Image) -> int:
+    """Those in the file; of a TIFF's pages no more than tell that they are too many, as each has to be looked at."""
+    if image.format != "TIFF":
+        return int(getattr(image, "n_frames", 1))
+    pages = 1
+    while image.is_animated and pages <= _MOST_PAGES:  # type: ignore[attr-defined]
+        try:
+            image.seek(pages)
+        except EOFError:
+            break
+        pages += 1
+    return pages
 
 
 def _unread_format(name: str) -> DecodeError:
@@ -208,6 +226,11 @@ def turn_label(label: NDArray[np.uint8], stored_size: tuple[int, int], orientati
     return np.array(Image.fromarray(label).transpose(_UPRIGHT[orientation]))
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) of the image in `data`, as its head says; nothing is decoded. Raises DecodeError."""
+    return _open(data).size
+
+
 def decode_image(data: bytes, grey_range: GreyRange | None = None) -> NDArray[np.uint8]:
     """The image in `data` as (H, W, 3) RGB of 8 bits, see `open_image`; raises DecodeError."""
     return np.array(open_image(data, grey_range)[0])
@@ -289,7 +312,7 @@ def _open(data: bytes) -> Image.Image:
         # Pillow warns of large pictures on its own; MAX_PIXELS is what counts here.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=_OPENED)
     except Exception as error:
         if data[4:8] == b"ftyp" and data[8:12] in _BRANDS:
             raise _unread_format(_BRANDS[data[8:12]]) from error

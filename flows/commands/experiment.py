@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flows.commands.options import WORKSPACE, Config, Json, Overrides, TrackingUri, Workspace, facts_output
+from pipeline.masking import masked
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
         records = flow.wait()
         results.print_results(console, records)
         console.print(f"MLflow    {_tracking_view(tracking.uri)}", markup=False, soft_wrap=True)
-        give({"run_id": flow.run_id, **results.facts(records), "tracking_uri": tracking.uri})
+        give({"run_id": flow.run_id, **results.facts(records), "tracking_uri": masked(tracking.uri)})
 
 
 def plan(
@@ -79,4 +80,4 @@ def plan(
 def _tracking_view(uri: str) -> str:
     if uri.startswith("sqlite:"):
         return f"mlflow ui --host 127.0.0.1 --backend-store-uri {uri}, then http://127.0.0.1:5000"
-    return uri
+    return masked(uri)

@@ -140,7 +140,7 @@ def serve(
     workspace: Workspace = WORKSPACE,
     tracking_uri: TrackingUri = None,
 ) -> None:
-    """Answer images with label maps over HTTP, by `mlflow models serve`, until SIGTERM or Ctrl-C."""
+    """Answer images with label maps over HTTP, as `mlflow models serve` does, until SIGTERM or Ctrl-C."""
     import signal
     import sys
     import tempfile

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.section import Fraction, Positive, Section
+from pipeline.masking import holds_password
 from pipeline.workflow.step import NotFingerprinted
 
 
@@ -178,6 +179,8 @@ class DataConfig(Section):
 
     `root`: the data set's folder, the .zip or .tar that holds it, or a folder with the publisher's archives; a
     local path or any fsspec URL.
+    `linked_folders`: absolute paths of folders elsewhere, such as a data disk, that links below a local root may lead
+    to. Nothing else outside of the root is read: a link that leads out is refused.
     `on_bad_sample`: `fail` where a sample cannot be read or used, or an image is there twice; or
     `quarantine` them, at most `max_quarantined_fraction` of all.
     `classes_without_pixels`: `refuse` data whose train or val shows no labelled pixel of a class, which nothing could
@@ -192,6 +195,7 @@ class DataConfig(Section):
 
     dataset: str
     root: str | None = None
+    linked_folders: Annotated[tuple[str, ...], NotFingerprinted] = ()
     seed: int = 0
     samples_per_shard: Positive = 128
     max_samples_per_split: Positive | None = None
@@ -206,6 +210,24 @@ class DataConfig(Section):
     labelme: LabelmeConfig = LabelmeConfig()
     label_studio: LabelStudioConfig = LabelStudioConfig()
     parquet: ParquetConfig = ParquetConfig()
+
+    @field_validator("root")
+    @classmethod
+    def _root_holds_no_password(cls, root: str | None) -> str | None:
+        if root is not None and holds_password(root):
+            raise ValueError(
+                "root holds a password, which records and pages would show; give it to fsspec by its own variables or "
+                "configuration file"
+            )
+        return root
+
+    @field_validator("linked_folders")
+    @classmethod
+    def _linked_folders_are_whole(cls, folders: tuple[str, ...]) -> tuple[str, ...]:
+        for folder in folders:
+            if not folder.startswith("/"):
+                raise ValueError(f"linked_folders holds {folder!r}, which is no absolute path; write it from / on")
+        return folders
 
     @model_validator(mode="after")
     def _range_rises(self) -> Self:

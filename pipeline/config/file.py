@@ -9,15 +9,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipeline.config.experiment import ExperimentConfig
 from pipeline.config.former import rename_former_keys
+from pipeline.config.yaml_text import parse_yaml, read_yaml
 from pipeline.errors import UserError
+from pipeline.masking import masked
 
 C = TypeVar("C", bound=ExperimentConfig)
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+# What an error shows of a file: problems, and characters of each.
+MOST_PROBLEMS, MAX_SHOWN = 50, 300
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = (), *, expand: bool = True) -> dict[str, Any]:
@@ -27,11 +30,11 @@ def read_tree(path: str | Path, overrides: Sequence[str] = (), *, expand: bool =
     is not one mapping of YAML.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except OSError as error:
         raise UserError(f"config {path} cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"config {path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"config {path} holds {type(tree).__name__}, not a mapping of sections; see flows/configs")
     for override in overrides:
@@ -58,9 +61,9 @@ def parse_as(config_type: type[C], tree: dict[str, Any], source: str) -> C:
         return config_type.model_validate(tree)
     except ValidationError as error:
         lines = [f"{source}: {error.error_count()} problem(s)"]
-        for problem in error.errors():
+        for problem in error.errors()[:MOST_PROBLEMS]:
             key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
-            lines.append(f"  {key}: {explain_problem(problem)}")
+            lines.append(f"  {shorten(key)}: {explain_problem(problem)}")
         raise UserError("\n".join(lines)) from error
 
 
@@ -73,7 +76,12 @@ def explain_problem(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     may_be_shown = not isinstance(value, dict | BaseModel) and problem["loc"][-1:] != ("notify",)
-    return f"{value!r}: {message}" if may_be_shown else str(message)
+    return f"{shorten(masked(repr(value)))}: {message}" if may_be_shown else str(message)
+
+
+def shorten(text: str) -> str:
+    """The text, or its beginning where it fills lines."""
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -82,8 +90,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not all(keys):
         raise UserError(f"--set {override!r} is not of the form a.b=c, such as --set train.steps=100")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise UserError(f"--set {override!r}: the value is not valid YAML") from error
     node = tree
     for key in keys[:-1]:

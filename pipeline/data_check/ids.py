@@ -20,7 +20,7 @@ _SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 
 def ids_in_use(config: DataConfig) -> str | None:
     """A line about some label maps of a `folder` data set; None where none can be read."""
-    folder, tree = config.folder, FileTree(config.root or "")
+    folder, tree = config.folder, FileTree(config.root or "", linked=config.linked_folders)
     files = [
         entry
         for path, entry in tree.files(".").items()

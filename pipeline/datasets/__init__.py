@@ -38,18 +38,18 @@ def _open_digits(config: DataConfig) -> RawDataset:
 
 
 _DATASETS: dict[str, Callable[[DataConfig], RawDataset]] = {
-    "ade20k": lambda config: ADE20K(_root(config)),
-    "camvid": lambda config: CamVid(_root(config)),
-    "cityscapes": lambda config: Cityscapes(_root(config)),
-    "coco": lambda config: Coco(_root(config), config.coco, config.seed),
-    "coco_stuff10k": lambda config: CocoStuff10K(_root(config)),
+    "ade20k": lambda config: ADE20K(_root(config), config.linked_folders),
+    "camvid": lambda config: CamVid(_root(config), config.linked_folders),
+    "cityscapes": lambda config: Cityscapes(_root(config), config.linked_folders),
+    "coco": lambda config: Coco(_root(config), config.coco, config.seed, config.linked_folders),
+    "coco_stuff10k": lambda config: CocoStuff10K(_root(config), config.linked_folders),
     "digits": _open_digits,
-    "folder": lambda config: Folder(_root(config), config.folder, config.seed),
-    "label_studio": lambda config: LabelStudio(_root(config), config.label_studio, config.seed),
-    "labelme": lambda config: Labelme(_root(config), config.labelme, config.seed),
-    "parquet": lambda config: Parquet(_root(config), config.parquet, config.seed),
-    "pascal_context_59": lambda config: PascalContext(_root(config), with_background=False),
-    "pascal_context_60": lambda config: PascalContext(_root(config), with_background=True),
+    "folder": lambda config: Folder(_root(config), config.folder, config.seed, config.linked_folders),
+    "label_studio": lambda config: LabelStudio(_root(config), config.label_studio, config.seed, config.linked_folders),
+    "labelme": lambda config: Labelme(_root(config), config.labelme, config.seed, config.linked_folders),
+    "parquet": lambda config: Parquet(_root(config), config.parquet, config.seed, config.linked_folders),
+    "pascal_context_59": lambda config: PascalContext(_root(config), False, config.linked_folders),
+    "pascal_context_60": lambda config: PascalContext(_root(config), True, config.linked_folders),
 }
 
 

@@ -5,7 +5,7 @@ Label 0 means unlabelled, class i is stored as i + 1 (1-150).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipeline import storage
 from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, pair_by_stem
@@ -21,14 +21,14 @@ class ADE20K(PairedDataset):
     wrappers = ("ADEChallengeData2016",)
     required = ("images/training", "annotations/training", "images/validation", "annotations/validation")
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, linked: Sequence[str] = ()) -> None:
         classes, palette = classes_and_palette("ade20k")
         ids = LabelIds(
             {class_id + 1: class_id for class_id in range(len(classes))},
             ignored=[0],
             rule=f"1-{len(classes)}, 0 = unlabelled",
         )
-        super().__init__("ade20k", root, classes, palette, ids)
+        super().__init__("ade20k", root, classes, palette, ids, linked)
 
     def find_pairs(self, split: str) -> Iterator[Pair]:
         """Images and annotations of the same name."""

@@ -11,7 +11,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import fsspec
 
@@ -24,6 +24,8 @@ SUFFIXES = (".zip", ".tar")
 SEQUENTIAL_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".7z", ".rar")
 # Far above any image or label map; it bounds what one damaged or hostile file can take of a task's memory.
 MAX_FILE_BYTES = 1 << 28
+# Of a zip's index, or one of a tar's headers: some millions of names.
+MAX_INDEX_BYTES = 1 << 28
 _ZIP_HEADER = struct.Struct("<4s5H3I2H")
 # Room for a local header's name and extra fields, so that one read is enough.
 _ZIP_HEADER_SLACK = 1024
@@ -139,12 +141,14 @@ def too_large(num_bytes: int) -> ExtentError:
 
 
 def _index_zip(uri: str, stamp: str) -> Iterator[tuple[str, Member]]:
-    with storage.open_uri(uri) as file, zipfile.ZipFile(file) as archive:
+    with storage.open_uri(uri) as file, zipfile.ZipFile(cast("IO[bytes]", _BoundedReads(file))) as archive:
         for info in archive.infolist():
             if info.is_dir():
                 continue
             is_link = stat.S_ISLNK(info.external_attr >> 16)
             kind = "link" if is_link else "zip"
+            if info.header_offset < 0:
+                raise UserError(f"archive {uri} is damaged at {info.filename!r}; fetch it again")
             extent = Extent(uri, info.header_offset, info.compress_size, info.file_size, kind, info.CRC)
             yield _zip_name(info), Member(extent, f"{info.file_size}:{info.CRC:08x}")
 
@@ -168,12 +172,12 @@ def _index_tar(uri: str, stamp: str) -> Iterator[tuple[str, Member]]:
     with storage.open_uri(uri) as file:
         total = file.seek(0, 2)
         file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=cast("IO[bytes]", _BoundedReads(file)), mode="r:") as archive:
             for info in archive:
                 if info.isdir():
                     continue
                 kind = "range" if info.isreg() and not info.issparse() else "link"
-                if kind == "range" and info.offset_data + info.size > total:
+                if info.size < 0 or (kind == "range" and info.offset_data + info.size > total):
                     raise UserError(f"archive {uri} ends inside {info.name!r}; fetch it again")
                 extent = Extent(uri, info.offset_data, info.size, info.size, kind)
                 yield info.name, Member(extent, f"{info.size}:{info.mtime}:{info.offset_data}:{stamp}")
@@ -183,6 +187,27 @@ def _index_tar(uri: str, stamp: str) -> Iterator[tuple[str, Member]]:
             # tarfile takes a damaged header, and a copy that broke off between members, for the archive's end.
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise UserError(f"archive {uri} is damaged or ends early at byte {archive.offset}; fetch it again")
+
+
+class _BoundedReads:
+    """`file`, of which its reader gets an index or a header at once and not all of it, whatever sizes these claim."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int | None = None) -> bytes:
+        """At most `size` bytes, or what is left; raises ValueError for more than MAX_INDEX_BYTES."""
+        if size is not None and not 0 <= size <= MAX_INDEX_BYTES:
+            raise ValueError(f"it claims an index or a header of {size} bytes")
+        data = self._file.read(MAX_INDEX_BYTES + 1 if size is None else size)
+        if len(data) > MAX_INDEX_BYTES:
+            raise ValueError(f"its index exceeds {MAX_INDEX_BYTES} bytes")
+        return data
+
+    def seekable(self) -> bool:
+        """Yes: zipfile asks."""
+        return True
 
 
 def _read_zipped(extent: Extent) -> bytes:

@@ -5,7 +5,7 @@ Label ids 0-10 are the classes and 11 means unlabelled. `test` may be left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pipeline import storage
 from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, pair_by_stem
@@ -21,12 +21,12 @@ class CamVid(PairedDataset):
     wrappers = ("CamVid",)
     required = ("train", "trainannot", "val", "valannot")
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, linked: Sequence[str] = ()) -> None:
         classes, palette = classes_and_palette("camvid")
         ignored = load_metadata("camvid")["raw_ignored_ids"]
         rule = f"0-{len(classes) - 1}, {ignored[0]} = unlabelled"
         ids = LabelIds({class_id: class_id for class_id in range(len(classes))}, ignored=ignored, rule=rule)
-        super().__init__("camvid", root, classes, palette, ids)
+        super().__init__("camvid", root, classes, palette, ids, linked)
 
     def splits(self) -> tuple[str, ...]:
         """The splits whose folders are there; raises UserError where train or val is not."""

@@ -7,7 +7,7 @@ both is read from `labelIds`. The test split has no public labels and is left ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,12 @@ class Cityscapes(PairedDataset):
     wrappers = ("cityscapes",)
     required = ("leftImg8bit/train", "gtFine/train", "leftImg8bit/val", "gtFine/val")
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, linked: Sequence[str] = ()) -> None:
         classes, palette = classes_and_palette("cityscapes")
         metadata = load_metadata("cityscapes")
         raw_ids = {int(raw): class_id for raw, class_id in metadata["raw_id_to_class"].items()}
         ids = LabelIds(raw_ids, ignored=metadata["raw_ignored_ids"], rule="labelIds 0-33, 255 = no label")
-        super().__init__("cityscapes", root, classes, palette, ids)
+        super().__init__("cityscapes", root, classes, palette, ids, linked)
         self.train_ids = LabelIds(
             {class_id: class_id for class_id in range(len(classes))},
             ignored=[255],

@@ -12,19 +12,20 @@ What may be a head or a comment, and is none of these, is refused: taken for a n
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config import Section
+from pipeline.config.yaml_text import parse_yaml
 from pipeline.datasets.paired import decode_text, split_lines
-from pipeline.datasets.raw import Colour
+from pipeline.datasets.raw import MAX_REASON, Colour
+from pipeline.datasets.splits import first_repeated
 from pipeline.datasets.tree import FileTree
 from pipeline.errors import UserError
+from pipeline.storage import parse_json
 from segvit.image_files import IGNORE_INDEX
 
 MAX_ID = 65535
@@ -105,11 +106,18 @@ def read_class_list(tree: FileTree, path: str) -> ClassList:
         if not path.lower().endswith((".json", ".yaml", ".yml")):
             content = _of_lines(split_lines(text, entry.uri))
         else:
-            # JSON is YAML but for tabs; json.loads also says better where the mistake is.
-            content = _of_tree(json.loads(text) if path.lower().endswith(".json") else yaml.safe_load(text))
-    except (ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{entry.uri} cannot be read ({' '.join(str(error).split())}); correct it") from error
+            # JSON is YAML but for tabs; its own parser also says better where the mistake is.
+            content = _of_tree(parse_json(text) if path.lower().endswith(".json") else parse_yaml(text))
+    # What is made of a name or an id that is none, a list say.
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{entry.uri} cannot be read ({_shortened(' '.join(str(error).split()))}); correct it"
+        ) from error
     return check_class_list(content, entry.uri)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]}..."
 
 
 def check_class_list(content: Any, uri: str) -> ClassList:
@@ -122,7 +130,7 @@ def check_class_list(content: Any, uri: str) -> ClassList:
             for item in error.errors()[:5]
         )
         raise UserError(
-            f"{uri}: {problems}; it holds names and, if wanted, palette, ids, ignore_ids, ignore_colours"
+            f"{uri}: {_shortened(problems)}; it holds names and, if wanted, palette, ids, ignore_ids, ignore_colours"
         ) from error
 
 
@@ -252,6 +260,6 @@ def _of_table(lines: Sequence[str]) -> dict[str, Any] | None:
 def _distinct(pairs: Sequence[tuple[int, str]]) -> dict[int, str]:
     names = dict(pairs)
     if len(names) < len(pairs):
-        twice = next(number for number, _ in pairs if [one for one, _ in pairs].count(number) > 1)
+        twice = first_repeated(number for number, _ in pairs)
         raise ValueError(f"id {twice} is there twice; give each class its own")
     return names

@@ -15,10 +15,9 @@ alone has that. Images that the file does not list are left out; listed ones wit
 from __future__ import annotations
 
 import functools
-import json
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -33,11 +32,12 @@ from pipeline.datasets.json_parts import open_json, read_parts, to_extents
 from pipeline.datasets.json_stream import Element, as_text, read_elements
 from pipeline.datasets.objects import ObjectClasses, object_classes
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, refuse_outside, to_sample
-from pipeline.datasets.rasterise import checked_size, draw_segmentation
+from pipeline.datasets.rasterise import Canvas, Patch, checked_size, draw_segmentation
 from pipeline.datasets.raw import LabelIds, LazySamples, RawSample, digest_of
 from pipeline.datasets.splits import SPLITS, draw_val
 from pipeline.datasets.tree import Entry
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
+from pipeline.storage import parse_json
 from segvit.image_files import IGNORE_INDEX, DecodeError
 
 
@@ -72,13 +72,13 @@ class Coco(PairedDataset):
 
     layout = "images and a JSON file with the arrays images, categories and annotations"
 
-    def __init__(self, root: str, config: CocoConfig, seed: int) -> None:
+    def __init__(self, root: str, config: CocoConfig, seed: int, linked: Sequence[str] = ()) -> None:
         self.config = config
         self.seed = seed
         self.folders = _per_split(config.images)
         self.required = tuple(dict.fromkeys(self.folders.values()))
         # The classes are in the files, which need the tree.
-        super().__init__("coco", root, (), (), LabelIds({}, [], ""))
+        super().__init__("coco", root, (), (), LabelIds({}, [], ""), linked)
         files = _per_split(config.annotations)
         self.entries = {split: self._entry(files[split]) for split in SPLITS if split in files}
         self.classes, self.class_of = self._read_classes()
@@ -111,7 +111,7 @@ class Coco(PairedDataset):
         """(H, W) class ids, drawn."""
         try:
             return draw_objects(read_parts(sample), self.classes, self.class_of, self.config.on_top)
-        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, DecodeError):
                 raise
             raise DecodeError(f"holds an annotation that is not of the format ({error!r})") from error
@@ -196,10 +196,10 @@ def draw_objects(
     parts: Sequence[bytes], classes: ObjectClasses, class_of: dict[int, int], on_top: str
 ) -> NDArray[np.uint8]:
     """(H, W) class ids from the texts of an image and of its annotations; raises as `draw_segmentation` does."""
-    image = json.loads(parts[0])
+    image = parse_json(parts[0])
     height, width = checked_size(image["height"], image["width"])
-    label = classes.blank(height, width)
-    annotations = [json.loads(part) for part in parts[1:]]
+    canvas = Canvas(classes.blank(height, width))
+    annotations = [parse_json(part) for part in parts[1:]]
     for annotation in annotations:
         if not annotation.get("segmentation"):
             raise DecodeError("holds an object with a box and no outline; export masks or polygons")
@@ -208,19 +208,19 @@ def draw_objects(
                 f"holds an object of category {annotation['category_id']!r}, which the file does not list"
             )
 
-    def mask(annotation: Any) -> NDArray[np.bool_]:
+    def patches(annotation: Any) -> Iterator[Patch]:
         return draw_segmentation(annotation["segmentation"], height, width)
 
     crowds = [annotation for annotation in annotations if annotation.get("iscrowd")]
     objects = [annotation for annotation in annotations if not annotation.get("iscrowd")]
     if on_top == "smaller":
         # Drawn twice rather than kept: many masks of a large image would fill the memory.
-        objects.sort(key=lambda annotation: -int(mask(annotation).sum()))
+        objects.sort(key=lambda annotation: -canvas.area(patches(annotation)))
     for annotation in crowds:
-        label[mask(annotation)] = IGNORE_INDEX
+        canvas.paint(patches(annotation), IGNORE_INDEX)
     for annotation in objects:
-        label[mask(annotation)] = class_of[annotation["category_id"]]
-    return label
+        canvas.paint(patches(annotation), class_of[annotation["category_id"]])
+    return canvas.label
 
 
 def index_coco(file: IO[bytes]) -> CocoIndex:
@@ -236,13 +236,13 @@ def index_coco(file: IO[bytes]) -> CocoIndex:
         if element.key == "categories":
             number = _field(element, "id", int)
             if number in categories:
-                raise ValueError(f"category id {number} is there twice")
+                raise ValueError(f"category id {shown(number)} is there twice")
             categories[number] = as_text(_field(element, "name", str)).strip()
             grouping.add(as_text(str(element.value.get("supercategory"))).strip())
         elif element.key == "images":
             image_id = _field(element, "id", int | str)
             if image_id in places:
-                raise ValueError(f"image id {image_id!r} is there twice")
+                raise ValueError(f"image id {shown(image_id)} is there twice")
             places[image_id] = len(images)
             images.append(CocoImage(as_text(_field(element, "file_name", str)), element.offset, element.size))
         elif element.key == "annotations":
@@ -253,7 +253,7 @@ def index_coco(file: IO[bytes]) -> CocoIndex:
         raise ValueError(f"it lists no {'categories' if images else 'images'}")
     (name, times), *_ = Counter(image.file_name for image in images).most_common(1)
     if times > 1:
-        raise ValueError(f"it lists {name!r} twice")
+        raise ValueError(f"it lists {shown(name)} twice")
     groups = frozenset(number for number, name in categories.items() if name in grouping and number not in used)
     # Annotations of images that are not listed go behind all others, and are left out.
     owner = np.array([places.get(image_id, len(images)) for image_id in owners], np.int64)

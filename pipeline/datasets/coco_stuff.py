@@ -9,17 +9,17 @@ file is read from that. Not accepted: the pixel maps of COCO-Stuff 164K, whose i
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import storage
+from pipeline.datasets.mat_file import decode_mat
 from pipeline.datasets.paired import Pair, PairedDataset, classes_and_palette, pair_by_stem, read_label
 from pipeline.datasets.raw import LabelIds, RawSample, load_metadata
 from pipeline.datasets.tree import Entry
-from segvit.image_files import MAX_PIXELS, DecodeError, decode_label, one_line
+from segvit.image_files import decode_label
 
 LISTS = {"train": "train", "val": "test"}
 FOLDERS = {"train": "train2014", "val": "test2014"}
@@ -36,12 +36,11 @@ class CocoStuff10K(PairedDataset):
     wrappers = ("cocostuff-10k-v1.1",)
     required = ("images", "annotations")
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, linked: Sequence[str] = ()) -> None:
         classes, palette = classes_and_palette("coco_stuff10k")
         raw_ids = {int(raw): class_id for raw, class_id in load_metadata("coco_stuff10k")["raw_id_to_class"].items()}
-        super().__init__(
-            "coco_stuff10k", root, classes, palette, LabelIds(raw_ids, [0], "the publisher's 1-182, 0 = unlabelled")
-        )
+        ids = LabelIds(raw_ids, [0], "the publisher's 1-182, 0 = unlabelled")
+        super().__init__("coco_stuff10k", root, classes, palette, ids, linked)
         self.train_ids = LabelIds(
             {class_id + 1: class_id for class_id in range(len(classes))},
             ignored=[0],
@@ -99,25 +98,3 @@ class CocoStuff10K(PairedDataset):
             # `<stem>_labelTrainIds.png` sorts behind `<stem>.png` and wins, and a .mat file over both.
             found[stem.removesuffix(CONVERTED.removesuffix(".png"))] = labels[stem]
         return found | self.find_files(folder, ".mat", "annotation", split)
-
-
-def decode_mat(data: bytes) -> NDArray[np.integer]:
-    """The map `S` (H, W) of a MATLAB 5 file; raises DecodeError."""
-    # Slow to import, and of use for this data set alone.
-    from scipy import io as scipy_io
-
-    try:
-        shapes = {name: shape for name, shape, _ in scipy_io.whosmat(io.BytesIO(data))}
-        if "S" not in shapes:
-            raise DecodeError(f"holds no label map S, only {', '.join(sorted(shapes)) or 'nothing'}")
-        if len(shapes["S"]) != 2 or shapes["S"][0] * shapes["S"][1] > MAX_PIXELS:
-            raise DecodeError(f"holds a map S of {'x'.join(map(str, shapes['S']))}, not of an image")
-        label = scipy_io.loadmat(io.BytesIO(data), variable_names=["S"])["S"]
-    except DecodeError:
-        raise
-    # Damaged files raise nearly anything from inside the reader; each means the same to the user.
-    except Exception as error:
-        raise DecodeError(f"is no MATLAB 5 file that can be read ({one_line(error)})") from error
-    if not isinstance(label, np.ndarray) or not np.issubdtype(label.dtype, np.integer):
-        raise DecodeError("holds a map S of something else than whole numbers")
-    return label

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.datasets.json_stream import Element, as_text, read_elements
-from pipeline.datasets.rasterise import checked_size, draw_segmentation
+from pipeline.datasets.rasterise import Canvas, checked_size, draw_segmentation
+from pipeline.storage import parse_json
 from segvit.image_files import DecodeError
 
 Span = tuple[int, int]  # offset and size in the file, bytes
@@ -46,7 +47,7 @@ def index_detail(file: IO[bytes]) -> dict[str, DetailImage]:
     for element in read_elements(file):
         if element.key not in ("images", "annos_segmentation"):
             continue
-        if not isinstance(element.value, dict) or "image_id" not in element.value:
+        if not isinstance(element.value, dict) or not isinstance(element.value.get("image_id"), int | str):
             raise ValueError(f"the element of {element.key} at byte {element.offset} has no image_id")
         image_id = element.value["image_id"]
         if element.key == "images":
@@ -78,15 +79,15 @@ def index_detail(file: IO[bytes]) -> dict[str, DetailImage]:
 def draw_label(parts: Sequence[bytes]) -> NDArray[np.int32]:
     """(H, W) category ids from the texts of an image's spans; raises DecodeError."""
     try:
-        image = json.loads(parts[0])
+        image = parse_json(parts[0])
         height, width = checked_size(image["height"], image["width"])
-        label = np.zeros((height, width), dtype=np.int32)
+        canvas = Canvas(np.zeros((height, width), dtype=np.int32))
         for part in parts[1:]:
-            for annotation in json.loads(b"[" + part + b"]"):
-                mask = draw_segmentation(annotation["segmentation"], height, width)
-                label[mask] = int(annotation["category_id"])
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError, RecursionError) as error:
+            for annotation in parse_json(b"[" + part + b"]"):
+                patches = draw_segmentation(annotation["segmentation"], height, width)
+                canvas.paint(patches, int(annotation["category_id"]))
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, DecodeError):
             raise
         raise DecodeError(f"holds an annotation that is not of the format ({error!r})") from error
-    return label
+    return canvas.label

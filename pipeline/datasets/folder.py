@@ -6,6 +6,8 @@ Folders and splits are those of `split_folders`. A class's id is its position in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,19 +29,19 @@ class Folder(SplitFolders):
     label_suffixes = (".png", ".tif", ".tiff", ".bmp", ".gif", ".jpg", ".jpeg", ".webp")
     section = "data.folder"
 
-    def __init__(self, root: str, config: FolderConfig, seed: int) -> None:
+    def __init__(self, root: str, config: FolderConfig, seed: int, linked: Sequence[str] = ()) -> None:
         self.config = config
         self.layout = (
             f"{config.images}/NAME.jpg with {config.labels}/NAME{config.label_suffix}.png and {config.classes}; the "
             "folders may hold, or be in, train, val and test. segvit init tells what lies there"
         )
-        tree = self.arrange(root, config, seed)
+        tree = self.arrange(root, config, seed, linked)
         classes = read_class_list(tree, config.classes)
         _refuse_other_classes(tree, config.classes)
         self.settings = digest_of([classes.model_dump(mode="json")])[:16]
         self.listed = ListedIds(classes, config.classes, self.section)
         palette = classes.palette or default_palette(len(classes.names))
-        super().__init__("folder", root, classes.names, palette, self.listed.ids)
+        super().__init__("folder", root, classes.names, palette, self.listed.ids, linked)
 
     def read_ids(self, sample: RawSample) -> LabelPicture:
         """Ids as they are, or by colour where the classes file has colours and the label map does, too."""

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
+from pipeline.storage.json_text import refuse_many_values
+
 CHUNK_BYTES = 1 << 22
 # Of one element; more means that the file is not what it should be.
 MAX_ELEMENT_BYTES = 1 << 26
@@ -60,7 +62,8 @@ def as_text(latin: str) -> str:
     try:
         return latin.encode("latin-1").decode("utf-8")
     except UnicodeError:
-        return latin
+        # Half of a character, which only an escape can write, is in no file's name.
+        return latin.encode("utf-8", "replace").decode("utf-8")
 
 
 class _Stream:
@@ -93,6 +96,8 @@ class _Stream:
         """The next value, with its offset and size in bytes."""
         self.peek()
         while True:
+            if len(self._text) - self._position > CHUNK_BYTES:
+                refuse_many_values(self._text[self._position :])
             try:
                 value, end = self._decoder.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:

@@ -13,11 +13,10 @@ storage (s3://bucket/a.jpg), of pages and of /data/local-files/?d=a.jpg are neve
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -33,14 +32,15 @@ from pipeline.datasets.json_parts import open_json, read_parts, to_extents
 from pipeline.datasets.json_stream import as_text, read_items
 from pipeline.datasets.objects import ObjectClasses, object_classes
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, read_image
-from pipeline.datasets.rasterise import checked_size, draw_packed_runs, draw_polygon
+from pipeline.datasets.rasterise import Canvas, Patch, checked_size, draw_packed_runs, draw_polygon
 from pipeline.datasets.raw import LabelIds, RawSample, digest_of
-from pipeline.datasets.splits import draw_val
+from pipeline.datasets.splits import draw_val, first_repeated
 from pipeline.datasets.tree import Entry
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
+from pipeline.storage import parse_json
 from segvit.image_files import DecodeError, read_image_file
 
-_NOT_OF_THE_FORMAT = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+_NOT_OF_THE_FORMAT = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 _KINDS = ("polygonlabels", "rectanglelabels", "brushlabels")
 # About an image, or about a region beside what outlines it.
 _NO_REGIONS = ("choices", "datetime", "number", "pairwise", "rating", "relation", "taxonomy", "textarea")
@@ -65,13 +65,13 @@ class TaskIndex(NamedTuple):
 class LabelStudio(PairedDataset):
     """The data set below `root`, a folder, an archive or any fsspec location; `seed` draws the fraction."""
 
-    def __init__(self, root: str, config: LabelStudioConfig, seed: int) -> None:
+    def __init__(self, root: str, config: LabelStudioConfig, seed: int, linked: Sequence[str] = ()) -> None:
         self.config = config
         self.seed = seed
         self.layout = f"images below {config.images} and Label Studio's JSON in {config.tasks}"
         self.required = (config.images,)
         # The classes are in the file, which needs the tree.
-        super().__init__("label_studio", root, (), (), LabelIds({}, [], ""))
+        super().__init__("label_studio", root, (), (), LabelIds({}, [], ""), linked)
         self.entry = self._find_file()
         self.classes = self._read_classes()
         self.class_names = self.classes.names
@@ -89,9 +89,9 @@ class LabelStudio(PairedDataset):
         index, find = read_tasks(self.entry), _Finder(self)
         found = [find(path) for path in index.paths]
         names = [name for name, _ in found]
-        if len(set(names)) < len(names):
-            twice = next(name for number, name in enumerate(names) if name in names[:number])
-            raise UserError(f"{self.entry.uri} holds two annotated tasks of the image {twice!r}; remove one")
+        twice = first_repeated(names)
+        if twice is not None:
+            raise UserError(f"{self.entry.uri} holds two annotated tasks of the image {shown(twice)}; remove one")
         drawn = draw_val(names, self.config, self.seed, "data.label_studio")
         for number, (name, image) in enumerate(found):
             if (name in drawn) == (split == "val"):
@@ -101,7 +101,7 @@ class LabelStudio(PairedDataset):
     def decode_label(self, sample: RawSample) -> NDArray[np.integer]:
         """(H, W) class ids, drawn."""
         try:
-            regions = find_regions(json.loads(b"".join(read_parts(sample))))
+            regions = find_regions(parse_json(b"".join(read_parts(sample))))
             if not regions:
                 return self.classes.blank(*_image_size(read_image(sample)))
             return draw_regions(regions, self.classes)
@@ -202,7 +202,7 @@ def draw_regions(regions: list[Any], classes: ObjectClasses) -> NDArray[np.uint8
     if len(sizes) > 1:
         raise DecodeError("holds regions of several images; keep those of one")
     height, width = checked_size(*sizes.pop())
-    label = classes.blank(height, width)
+    canvas = Canvas(classes.blank(height, width))
     for region in regions:
         kind = region["type"]
         if kind not in _KINDS:
@@ -214,15 +214,19 @@ def draw_regions(regions: list[Any], classes: ObjectClasses) -> NDArray[np.uint8
         names = region["value"].get(kind) or ["none"]
         if len(names) != 1 or names[0] not in classes.id_of:
             raise DecodeError(f"holds a region of class {', '.join(map(str, names))}, which is none or no single one")
-        label[_draw_region(kind, region["value"], height, width)] = classes.id_of[names[0]]
-    return label
+        canvas.paint([_draw_region(kind, region["value"], height, width)], classes.id_of[names[0]])
+    return canvas.label
 
 
-def _draw_region(kind: str, value: Mapping[str, Any], height: int, width: int) -> NDArray[np.bool_]:
+def _draw_region(kind: str, value: Mapping[str, Any], height: int, width: int) -> Patch:
     if kind == "brushlabels":
         if value["format"] != "rle":
             raise DecodeError(f"holds a brush mask of format {value['format']!r}; export COCO, or masks as PNG")
-        return draw_packed_runs(bytes(value["rle"]), height, width)
+        packed = value["rle"]
+        # Of a number bytes() makes as many zeros.
+        if not isinstance(packed, list):
+            raise DecodeError("holds a brush mask that is no list of bytes")
+        return draw_packed_runs(bytes(packed), height, width)
     points = value["points"] if kind == "polygonlabels" else [(value["x"], value["y"])]
     corners = [(float(x) * width / 100, float(y) * height / 100) for x, y in points]
     if kind == "rectanglelabels":

@@ -9,9 +9,8 @@ Images without a file are not annotated yet and left out, unless a list names th
 from __future__ import annotations
 
 import base64
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,15 @@ from pipeline.datasets.class_list import read_class_list
 from pipeline.datasets.folder import default_palette
 from pipeline.datasets.objects import ObjectClasses, object_classes
 from pipeline.datasets.paired import Pair, read_label
-from pipeline.datasets.rasterise import checked_size, draw_circle, draw_polygon
+from pipeline.datasets.rasterise import Canvas, Patch, checked_size, draw_circle, draw_polygon
 from pipeline.datasets.raw import LabelIds, RawSample, digest_of
 from pipeline.datasets.split_folders import Source, SplitFolders
 from pipeline.datasets.tree import FileTree
 from pipeline.errors import UserError
+from pipeline.storage import parse_json
 from segvit.image_files import DecodeError, decode_label
 
-_NOT_OF_THE_FORMAT = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+_NOT_OF_THE_FORMAT = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 class Labelme(SplitFolders):
@@ -38,11 +38,11 @@ class Labelme(SplitFolders):
     label_suffixes = (".json",)
     section = "data.labelme"
 
-    def __init__(self, root: str, config: LabelmeConfig, seed: int) -> None:
+    def __init__(self, root: str, config: LabelmeConfig, seed: int, linked: Sequence[str] = ()) -> None:
         self.layout = f"{config.images}/NAME.jpg with labelme's {config.labels}/NAME{config.label_suffix}.json"
-        tree = self.arrange(root, config, seed)
+        tree = self.arrange(root, config, seed, linked)
         # The classes are in the files, which need the tree.
-        super().__init__("labelme", root, (), (), LabelIds({}, [], ""))
+        super().__init__("labelme", root, (), (), LabelIds({}, [], ""), linked)
         self.classes = self._read_classes(tree, config)
         self.class_names = self.classes.names
         self.palette = default_palette(len(self.class_names))
@@ -51,7 +51,7 @@ class Labelme(SplitFolders):
     def decode_label(self, sample: RawSample) -> NDArray[np.integer]:
         """(H, W) class ids, drawn."""
         try:
-            return draw_shapes(json.loads(b"".join(read_label(sample))), self.classes)
+            return draw_shapes(parse_json(b"".join(read_label(sample))), self.classes)
         except _NOT_OF_THE_FORMAT as error:
             if isinstance(error, DecodeError):
                 raise
@@ -76,7 +76,7 @@ class Labelme(SplitFolders):
         for source in sorted(sources, key=lambda source: source.labels):
             for entry in self.find_labels(source, "train").values():
                 try:
-                    labels |= {str(shape["label"]) for shape in json.loads(self.tree.read(entry))["shapes"]}
+                    labels |= {str(shape["label"]) for shape in parse_json(self.tree.read(entry))["shapes"]}
                 except _NOT_OF_THE_FORMAT as error:
                     raise UserError(
                         f"{entry.uri} is not of labelme's format ({error!r}); correct or remove it"
@@ -87,15 +87,15 @@ class Labelme(SplitFolders):
 def draw_shapes(content: Any, classes: ObjectClasses) -> NDArray[np.uint8]:
     """(H, W) class ids of the content of a file; raises DecodeError, and what comes of content of another form."""
     height, width = checked_size(content["imageHeight"], content["imageWidth"])
-    label = classes.blank(height, width)
+    canvas = Canvas(classes.blank(height, width))
     for shape in content["shapes"]:
         if shape["label"] not in classes.id_of:
             raise DecodeError(f"holds a shape of class {shape['label']!r}, which the file of classes does not name")
-        label[_draw_shape(shape, height, width)] = classes.id_of[shape["label"]]
-    return label
+        canvas.paint([_draw_shape(shape, height, width)], classes.id_of[shape["label"]])
+    return canvas.label
 
 
-def _draw_shape(shape: Any, height: int, width: int) -> NDArray[np.bool_]:
+def _draw_shape(shape: Any, height: int, width: int) -> Patch:
     points = [(float(x), float(y)) for x, y in shape["points"]]
     kind = shape.get("shape_type") or "polygon"
     if kind in ("polygon", "oriented_rectangle"):
@@ -112,11 +112,9 @@ def _draw_shape(shape: Any, height: int, width: int) -> NDArray[np.bool_]:
     return _place_mask(shape["mask"], int(x0), int(y0), height, width)
 
 
-def _place_mask(text: str, x: int, y: int, height: int, width: int) -> NDArray[np.bool_]:
-    """(H, W) of a picture in base64 whose upper left corner is at the pixel (x, y)."""
+def _place_mask(text: str, x: int, y: int, height: int, width: int) -> Patch:
+    """A picture in base64 whose upper left corner is at the pixel (x, y)."""
     part = decode_label(base64.b64decode(text)) > 0
     if not (0 <= x <= width - part.shape[1] and 0 <= y <= height - part.shape[0]):
         raise DecodeError(f"holds a mask of {part.shape[0]}x{part.shape[1]} pixels that leaves the image")
-    mask = np.zeros((height, width), dtype=bool)
-    mask[y : y + part.shape[0], x : x + part.shape[1]] = part
-    return mask
+    return Patch(y, x, part)

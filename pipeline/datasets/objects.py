@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config.data import Unlabelled
-from pipeline.errors import UserError
+from pipeline.datasets.splits import first_repeated
+from pipeline.errors import UserError, shown
 from segvit.image_files import IGNORE_INDEX
 
 BACKGROUND = "background"
@@ -50,9 +51,12 @@ def object_classes(labels: Sequence[str], unlabelled: Unlabelled, where: str) ->
     if not things:
         raise UserError(f"{where} names no class of objects; annotate some, or correct the path")
     if len(names) > IGNORE_INDEX or len(set(names)) < len(names):
-        twice = next((name for name in names if names.count(name) > 1), None)
-        what = f"{len(names)} classes, more than {IGNORE_INDEX}" if twice is None else f"the class {twice!r} twice"
+        twice = first_repeated(names)
+        what = f"{len(names)} classes, more than {IGNORE_INDEX}" if twice is None else f"the class {shown(twice)} twice"
         raise UserError(f"{where} names {what}; merge or rename them")
+    for name in names:
+        if not name.isprintable():
+            raise UserError(f"{where} names the class {shown(name)}, which cannot be shown; rename it")
     id_of = {name: number for number, name in enumerate(names)}
     id_of |= dict.fromkeys(ground, 0) | dict.fromkeys(ignored, IGNORE_INDEX)
     return ObjectClasses(names, id_of, 0 if unlabelled == "background" else IGNORE_INDEX)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.datasets import archive
 from pipeline.datasets.archive import Extent, ExtentError
+from pipeline.datasets.boundary import OutsideError
 from pipeline.datasets.raw import (
     LabelIds,
     Palette,
@@ -22,7 +23,7 @@ from pipeline.datasets.raw import (
     sample_key,
 )
 from pipeline.datasets.tree import Entry, FileTree
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.large_files import is_large, shrink_label
 from segvit.image_files import DecodeError, LabelPicture, decode_label, orient_label
 
@@ -50,13 +51,21 @@ class PairedDataset(ABC):
     is_whole: bool = True  # whether these hold all of it
     settings: str = ""  # a digest of those that shape label maps: part of every sample's stamp
 
-    def __init__(self, name: str, root: str, classes: Sequence[str], palette: Palette, ids: LabelIds) -> None:
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        classes: Sequence[str],
+        palette: Palette,
+        ids: LabelIds,
+        linked: Sequence[str] = (),
+    ) -> None:
         self.name = name
         self.root = root
         self.class_names = tuple(classes)
         self.palette = palette
         self.ids = ids
-        self.tree = FileTree(root, self.wrappers, self.required if self.is_whole else ())
+        self.tree = FileTree(root, self.wrappers, self.required if self.is_whole else (), linked)
 
     def splits(self) -> tuple[str, ...]:
         """Train and val; raises UserError where a folder of theirs is missing."""
@@ -69,6 +78,7 @@ class PairedDataset(ABC):
 
     def read(self, sample: RawSample) -> RawPair:
         """The image file's bytes and the label map as class ids; raises RejectedSampleError."""
+        refuse_links_out(sample, self.tree)
         image = read_image(sample)
         try:
             raw = self.read_ids(sample)
@@ -154,8 +164,19 @@ def pair_by_stem(
 def refuse_outside(path: str, source: str) -> None:
     """Raise UserError for a `path` in the file `source` that leads out of the folder it is looked for in."""
     parts = path.replace("\\", "/").split("/")
-    if ".." in parts or parts[0] == "" or "\0" in path or "://" in path:
-        raise UserError(f"{source} names {path!r}, a path that leads out of the data set; correct or remove it")
+    if ".." in parts or parts[0] == "" or "\0" in path or "://" in path or "::" in path:
+        raise UserError(f"{source} names {shown(path)}, a path that leads out of the data set; correct or remove it")
+
+
+def refuse_links_out(sample: RawSample, tree: FileTree) -> None:
+    """Raise RejectedSampleError where a file of `sample` leads out of the root of `tree`, now that it is read."""
+    image = sample.image if sample.image_extent is None else sample.image_extent.uri
+    labels = {extent.uri for extent in sample.label_extents} or {sample.label}
+    for uri in (image, *labels):
+        try:
+            tree.boundary.check(uri)
+        except OutsideError as error:
+            raise RejectedSampleError(uri, error.reason, error.remedy) from error
 
 
 def put_stem(uri: str, stem: str) -> str:
@@ -190,7 +211,7 @@ def split_lines(text: str, uri: str) -> list[str]:
     seen: set[str] = set()
     for line in lines:
         if line in seen:
-            raise UserError(f"{uri} holds {line!r} twice; remove one")
+            raise UserError(f"{uri} holds {shown(line)} twice; remove one")
         seen.add(line)
     return lines
 

@@ -20,6 +20,7 @@ from pipeline.config import ParquetConfig
 from pipeline.datasets.archive import Extent
 from pipeline.datasets.class_list import ClassList, check_class_list, read_class_list
 from pipeline.datasets.folder import ListedIds, default_palette
+from pipeline.datasets.paired import refuse_links_out
 from pipeline.datasets.parquet_rows import ParquetHead, read_head, read_paths, read_row, refuse_large_groups
 from pipeline.datasets.raw import LazySamples, RawPair, RawSample, RejectedSampleError, digest_of, sample_key
 from pipeline.datasets.splits import SPLITS, draw_val, split_in
@@ -48,11 +49,11 @@ class Parquet:
 
     name = "parquet"
 
-    def __init__(self, root: str, config: ParquetConfig, seed: int) -> None:
+    def __init__(self, root: str, config: ParquetConfig, seed: int, linked: Sequence[str] = ()) -> None:
         self.root = root
         self.config = config
         self.seed = seed
-        self.tree = FileTree(root)
+        self.tree = FileTree(root, linked=linked)
         files = self.files()
         first = next(iter(files["train"].values()))
         self.columns = find_columns(first, config)
@@ -96,6 +97,7 @@ class Parquet:
     def read(self, sample: RawSample) -> RawPair:
         """The image's bytes and the label map as class ids; raises RejectedSampleError."""
         assert sample.image_extent is not None
+        refuse_links_out(sample, self.tree)
         stamp = sample.stamp.rsplit(" ", 2)[0]
         image, label = read_row(sample.image_extent.uri, stamp, self.columns, sample.image_extent.offset)
         for picture, where in ((image, sample.image), (label, sample.label)):

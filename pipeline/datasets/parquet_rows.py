@@ -22,10 +22,13 @@ from pipeline.datasets.archive import MAX_FILE_BYTES, too_large
 from pipeline.datasets.raw import RejectedSampleError
 from pipeline.datasets.tree import Entry
 from pipeline.errors import UserError
+from pipeline.storage.parquet_pages import ParquetPages
 from segvit.image_files import one_line
 
 # Of a row group, unpacked: one page may hold all pictures, and is in the memory three times.
 MAX_GROUP_BYTES = 1 << 29
+# Likewise of the paths in it; a page may hold one path, and each of those read at once be that.
+MAX_PATH_BYTES = 1 << 26
 _PATHS_AT_ONCE = 16
 _BUFFER_BYTES = 1 << 20
 _NOT_READABLE = (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError)
@@ -64,6 +67,7 @@ def read_head(entry: Entry) -> ParquetHead:
     """The head of the file `entry`, read once a process; raises UserError."""
     if entry.extents:
         raise UserError(f"{entry.uri} lies in an archive, where single rows cannot be read; unpack it")
+    entry.require_file()
     return _read_head(entry.uri, entry.stamp)
 
 
@@ -89,6 +93,10 @@ def read_paths(entry: Entry, column: str) -> list[str | None] | None:
     paths: list[str | None] = []
     try:
         with storage.open_uri(entry.uri) as file, pq.ParquetFile(file) as parquet:
+            pages = ParquetPages(file)
+            number = [column.path for column in parquet.schema].index(leaf)
+            for group in range(parquet.num_row_groups):
+                pages.refuse_long(group, MAX_PATH_BYTES, number)
             for batch in parquet.iter_batches(_PATHS_AT_ONCE, columns=[leaf], use_threads=False):
                 paths += [None if cell is None else cell["path"] for cell in batch.column(column).to_pylist()]
     except _NOT_READABLE as error:
@@ -174,7 +182,9 @@ class _Rows:
         self.head = _read_head(uri, stamp)
         self.columns = columns
         self.leaves = [self.head.pictures[column] for column in columns]
-        self.parquet = pq.ParquetFile(storage.open_uri(uri), buffer_size=_BUFFER_BYTES)
+        file = storage.open_uri(uri)
+        self.pages = ParquetPages(file)
+        self.parquet = pq.ParquetFile(file, buffer_size=_BUFFER_BYTES)
         self.lock = threading.Lock()
         self.batches: Iterator[pa.RecordBatch] = iter(())
         self.row, self.end = -1, 0  # the row that was read last, and the end of its row group
@@ -201,6 +211,7 @@ class _Rows:
         if not 0 <= row < self.head.num_rows:
             raise ValueError(f"it has {self.head.num_rows} rows")
         group = self.head.group_of(row)
+        self.pages.refuse_long(group, MAX_GROUP_BYTES)
         self.batches = self.parquet.iter_batches(1, row_groups=[group], columns=self.leaves, use_threads=False)
         self.row, self.end = self.head.starts[group] - 1, self.head.starts[group + 1]
 

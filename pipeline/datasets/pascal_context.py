@@ -8,7 +8,7 @@ The splits are ImageSets/SegmentationContext/{train,val}.txt, or else the phases
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class PascalContext(PairedDataset):
     required = (IMAGES,)
     is_whole = False
 
-    def __init__(self, root: str, with_background: bool) -> None:
+    def __init__(self, root: str, with_background: bool, linked: Sequence[str] = ()) -> None:
         classes, palette = classes_and_palette("pascal_context")
         first = 0 if with_background else 1
         ignored = [255] if with_background else [0, 255]
@@ -50,6 +50,7 @@ class PascalContext(PairedDataset):
             classes[first:],
             palette[first:],
             LabelIds(classes_by_id, ignored, rule),
+            linked,
         )
         detail_ids = load_metadata("pascal_context")["detail_category_ids"]
         self.detail_ids = LabelIds(

@@ -55,10 +55,12 @@ class Place:
         self.images = [path for path in self.files if path.lower().endswith(IMAGE_SUFFIXES)]
 
     def read_head(self, path: str, num_bytes: int = 1 << 12) -> str:
-        """The first characters of the text at `path`, as they are a byte each."""
+        """The first characters of the text at `path`, as they are a byte each; raises UserError."""
         entry = self.files[path]
         if entry.extents:
             return self.tree.read(entry)[:num_bytes].decode("latin-1")
+        entry.require_file()
+        self.tree.boundary.check(entry.uri)
         with storage.open_uri(entry.uri) as file:
             return bytes(file.read(num_bytes)).decode("latin-1")
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipeline.datasets.archive import Extent
 from segvit.image_files import IGNORE_INDEX
 
+MAX_REASON = 600  # characters of what a rejected sample is called, and why
 Palette = tuple[tuple[int, int, int], ...]
 
 
@@ -26,11 +27,18 @@ class RejectedSampleError(Exception):
     """
 
     def __init__(self, file: str, reason: str, remedy: str, unknown: Mapping[str, int] | None = None) -> None:
+        # Names and labels from a file may be of any length.
+        file, reason = _shortened(file), _shortened(reason)
         super().__init__(f"{file} {reason}; {remedy}")
         self.file = file
         self.reason = reason
         self.remedy = remedy
         self.unknown = dict(unknown or {})
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.splitlines())
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,10 @@ def recognise(root: str) -> Recognised:
             return found
     archives = [path for path in place.files if path.lower().endswith(archive.SUFFIXES)]
     if len(archives) == 1 and not place.images:
-        inside = recognise(place.files[archives[0]].uri)
+        packed = place.files[archives[0]]
+        packed.require_file()
+        place.tree.boundary.check(packed.uri)
+        inside = recognise(packed.uri)
         return inside._replace(why=(f"{archives[0]} holds the data", *inside.why))
     raise UserError(_explain_unknown(place))
 

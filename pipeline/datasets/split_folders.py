@@ -12,15 +12,15 @@ of either kind, in any case. The splits are what the first of these says that is
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pipeline import storage
 from pipeline.config import SplitFoldersConfig
 from pipeline.datasets.paired import IMAGE_SUFFIXES, Pair, PairedDataset, pair_by_stem, put_stem
-from pipeline.datasets.splits import SPLIT_FOLDERS, SPLITS, draw_val, folders_by_split
+from pipeline.datasets.splits import SPLIT_FOLDERS, SPLITS, draw_val, first_repeated, folders_by_split
 from pipeline.datasets.tree import Entry, FileTree
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 
 # Lists of images that are not parted into train and val yet.
 _POOLS = ("trainval", "default")
@@ -54,11 +54,11 @@ class SplitFolders(PairedDataset):
     arrangement: SplitFoldersConfig
     seed: int
 
-    def arrange(self, root: str, config: SplitFoldersConfig, seed: int) -> FileTree:
+    def arrange(self, root: str, config: SplitFoldersConfig, seed: int, linked: Sequence[str]) -> FileTree:
         """Note where things are, before the classes are known; the files, to read these from."""
         self.arrangement, self.seed = config, seed
-        self.required = _find_folders(root, config)
-        return FileTree(root, (), self.required)
+        self.required = _find_folders(root, config, linked)
+        return FileTree(root, (), self.required, linked)
 
     def splits(self) -> tuple[str, ...]:
         """Train and val, and test where it is there; raises UserError where folders or lists are missing."""
@@ -193,15 +193,15 @@ class SplitFolders(PairedDataset):
         # CVAT puts names with spaces into quotes.
         paths = (unicodedata.normalize("NFC", line.strip('"')) for line in self.read_list(source.path) or ())
         names = [_stem(path, IMAGE_SUFFIXES) if path in files else path for path in paths]
-        if len(set(names)) < len(names):
-            twice = next(name for index, name in enumerate(names) if name in names[:index])
-            raise UserError(f"{source.path} holds {twice!r} twice; remove one")
+        twice = first_repeated(names)
+        if twice is not None:
+            raise UserError(f"{source.path} holds {shown(twice)} twice; remove one")
         return names
 
 
-def _find_folders(root: str, config: SplitFoldersConfig) -> tuple[str, str]:
+def _find_folders(root: str, config: SplitFoldersConfig, linked: Sequence[str]) -> tuple[str, str]:
     """The folders of images and of label maps, or those of the first split where the folders are inside of splits."""
-    tree = FileTree(root)
+    tree = FileTree(root, linked=linked)
     if not tree.exists():
         return config.images, config.labels
     around = () if config.images == "." else SPLIT_FOLDERS

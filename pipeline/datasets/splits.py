@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
 
 from pipeline.config import DrawnSplit
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 
+T = TypeVar("T", bound=Hashable)
 SPLITS = ("train", "val", "test")
 MOST_SHARE = 1.5  # of the fraction that is asked for
 # By what folders and lists are called, in lower case.
@@ -18,6 +20,16 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 SPLIT_FOLDERS = tuple(name for spelled in _SPLIT_NAMES for name in (spelled, spelled.capitalize()))
+
+
+def first_repeated(names: Iterable[T]) -> T | None:
+    """The first of `names` that was there before; None where each is there once."""
+    seen: set[T] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def split_of(name: str) -> str | None:
@@ -54,7 +66,7 @@ def draw_val(names: Iterable[str], config: DrawnSplit, seed: int, section: str) 
     if len(units) == 1:
         (unit,) = units
         what = "image" if config.group is None else "group"
-        raise UserError(f"{section}.val_fraction has one {what} to draw from, {unit!r}; add others")
+        raise UserError(f"{section}.val_fraction has one {what} to draw from, {shown(unit)}; add others")
     number = {unit: _hash(f"{seed}:{unit}") for unit in units}
     num_drawn = sum(value < config.val_fraction * 2**64 for value in number.values())
     most = min(max(1, round(MOST_SHARE * config.val_fraction * len(units))), len(units) - 1)
@@ -67,7 +79,9 @@ def _unit(name: str, group: str | None, section: str) -> str:
         return name
     found = re.search(group, name)
     if found is None or found[1] is None:
-        raise UserError(f"{section}.group {group!r} finds nothing in {name!r}; give a pattern that every name holds")
+        raise UserError(
+            f"{section}.group {group!r} finds nothing in {shown(name)}; give a pattern that every name holds"
+        )
     return found[1]
 
 

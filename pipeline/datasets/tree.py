@@ -5,6 +5,7 @@ Any fsspec location will do. A tree is listed once, folder by folder and not fil
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import unicodedata
@@ -17,8 +18,10 @@ import fsspec
 from pipeline import storage
 from pipeline.datasets import archive
 from pipeline.datasets.archive import Extent, ExtentError, Member
+from pipeline.datasets.boundary import Boundary
 from pipeline.errors import UserError
 
+NO_FILE = "none"  # the stamp of what is listed and is none that may be read
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
 
 
@@ -28,6 +31,11 @@ class Entry(NamedTuple):
     uri: str  # as the user knows it; a member of an archive is `<archive>/<path in it>`
     stamp: str
     extents: tuple[Extent, ...] = ()  # where it lies, or its parts, if inside another file
+
+    def require_file(self) -> None:
+        """Raise UserError for a device, a pipe or a link out of the root: to open one may wait for ever."""
+        if self.stamp == NO_FILE:
+            raise UserError(f"{self.uri} is no file, or a link out of the data root; replace it or remove it")
 
     @property
     def num_bytes(self) -> int:
@@ -42,11 +50,14 @@ class FileTree:
     A folder of the data set is looked for right below `root`, then in the `wrappers`, then in the archives
     right below `root`, and in an archive at any depth; `.` is the root, in an archive the folder that holds all.
     Where all of the folders `whole`, if given, lie there unpacked, archives beside them are not opened. Each folder
-    is listed once. Pickles as its root alone.
+    is listed once. Nothing outside of the root is read, but for the folders `linked`. Pickles as its root alone.
     """
 
-    def __init__(self, root: str, wrappers: Sequence[str] = (), whole: Sequence[str] = ()) -> None:
+    def __init__(
+        self, root: str, wrappers: Sequence[str] = (), whole: Sequence[str] = (), linked: Sequence[str] = ()
+    ) -> None:
         self.root = root
+        self.boundary = Boundary(root, linked)
         self.wrappers = tuple(wrappers)
         self.whole = tuple(whole)
         self._archives: dict[str, _Archive] | None = None
@@ -81,10 +92,15 @@ class FileTree:
         return self._listed[folder]
 
     def file(self, path: str) -> Entry | None:
-        """The file at `path`, looked for as folders are; None where there is none."""
+        """The file at `path`, looked for as folders are; None where there is none.
+
+        Raises OutsideError where it leads out of the root.
+        """
         if not archive.is_archive(self.root):
             for wrapper in ("", *self.wrappers):
                 uri = storage.join(self.root, *filter(None, (wrapper, path)))
+                # Before it is looked at: whether there is such a file elsewhere is nobody's business either.
+                self.boundary.check(uri)
                 stamp = _stamp_of(uri)
                 if stamp is not None:
                     return Entry(uri, stamp)
@@ -97,6 +113,8 @@ class FileTree:
 
     def read(self, entry: Entry) -> bytes:
         """The content of `entry`; raises UserError."""
+        if not entry.extents:
+            self.boundary.check(entry.uri)
         try:
             return b"".join(map(archive.read_extent, entry.extents)) if entry.extents else archive.read_file(entry.uri)
         except ExtentError as error:
@@ -105,7 +123,7 @@ class FileTree:
     def _entries(self, folder: str) -> Iterator[tuple[str, Entry]]:
         folder_uri = self._plain_folder(folder)
         if folder_uri is not None:
-            for path, stamp in list_tree(folder_uri):
+            for path, stamp in list_tree(folder_uri, self.boundary):
                 yield path, Entry(f"{folder_uri}/{path}", stamp)
             return
         for item in self._packed():
@@ -121,6 +139,7 @@ class FileTree:
         for wrapper in ("", *self.wrappers):
             uri = storage.join(self.root, *(part for part in (wrapper, folder) if part not in ("", ".")))
             if filesystem.isdir(fsspec.core.url_to_fs(uri)[1]):
+                self.boundary.check(uri)
                 return uri
         return None
 
@@ -136,6 +155,7 @@ class FileTree:
                 names = storage.list_names(self.root)
                 uris = [storage.join(self.root, name) for name in names if name.lower().endswith(archive.SUFFIXES)]
             for uri in uris:
+                self.boundary.check(uri)
                 self._archives[uri] = _Archive(uri)
         return list(self._archives.values())
 
@@ -183,14 +203,15 @@ class _Archive:
         return ordered[0]
 
 
-def list_tree(uri: str) -> Iterator[tuple[str, str]]:
+def list_tree(uri: str, boundary: Boundary) -> Iterator[tuple[str, str]]:
     """Paths of all visible files below the folder `uri`, each with a stamp of size and time.
 
-    Symbolic links are followed, a folder that holds itself once. Remote folders cost a request or two each, or a
-    request a thousand files on object stores; never one a file.
+    Symbolic links are followed within the `boundary`, a folder that holds itself once. A file that lies outside is
+    listed, as what is no file is: whoever reads it refuses it. Raises OutsideError for a folder that does. Remote
+    folders cost a request or two each, or a request a thousand files on object stores; never one a file.
     """
     if storage.is_local(uri):
-        found = _walk(str(storage.local_path(uri)), "", frozenset())
+        found = _walk(str(storage.local_path(uri)), "", frozenset(), boundary)
     else:
         filesystem, path = fsspec.core.url_to_fs(uri)
         filesystem.invalidate_cache()
@@ -202,6 +223,8 @@ def list_tree(uri: str) -> Iterator[tuple[str, str]]:
 
 def _add(found: dict[str, Entry], path: str, entry: Entry) -> None:
     name = unicodedata.normalize("NFC", path)
+    if "::" in path and not entry.extents:
+        raise UserError(f"{entry.uri} has '::' in its name, which storage takes for another location; rename it")
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -211,21 +234,32 @@ def _add(found: dict[str, Entry], path: str, entry: Entry) -> None:
     found[name] = entry
 
 
-def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+def _walk(folder: str, prefix: str, above: frozenset[tuple[int, int]], boundary: Boundary) -> Iterator[tuple[str, str]]:
     status = Path(folder).stat()
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         return
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.is_dir():
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity})
-            elif entry.is_file():
+            if entry.name.startswith("."):
+                continue
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:
+                # A link to itself, or to where one may not look.
+                is_folder = is_file = False
+            is_outside = entry.is_symlink() and boundary.end_of(entry.path) is not None
+            if is_folder:
+                if is_outside:
+                    boundary.check(entry.path)
+                yield from _walk(entry.path, f"{prefix}{entry.name}/", above | {identity}, boundary)
+            elif is_file and not is_outside:
                 status = entry.stat()
                 yield f"{prefix}{entry.name}", f"{status.st_size}:{status.st_mtime}"
             else:
-                # A link to nothing, a device, a socket: it is listed, and reading it is what rejects the sample.
-                yield f"{prefix}{entry.name}", "none"
+                # A link to nothing or out of the root, a device, a socket: it is listed, and reading it is what rejects
+                # the sample.
+                yield f"{prefix}{entry.name}", NO_FILE
 
 
 def _stamp_of(uri: str) -> str | None:
@@ -234,6 +268,11 @@ def _stamp_of(uri: str) -> str | None:
     try:
         info = filesystem.info(path)
     except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        # A link to itself.
         return None
     return _stamp(info) if info["type"] == "file" else None
 

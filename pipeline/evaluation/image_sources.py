@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from pipeline import storage
@@ -16,10 +16,14 @@ WILDCARDS = "*?["
 
 
 class SourceImage(NamedTuple):
-    """One image file; `path` is where it lies below the source that named it, with forward slashes."""
+    """One image file; `path` is where it lies below the source that named it, with forward slashes.
+
+    `source`: the folder that links may not lead out of; None: the file was named itself.
+    """
 
     path: str
     entry: Entry
+    source: str | None = None
 
     @property
     def uri(self) -> str:
@@ -28,7 +32,7 @@ class SourceImage(NamedTuple):
 
     def read(self) -> bytes:
         """Its bytes; raises UserError, and OSError where storage does not give it."""
-        return FileTree(self.uri).read(self.entry)
+        return FileTree(self.source or self.uri).read(self.entry)
 
 
 def list_images(sources: Sequence[str]) -> list[SourceImage]:
@@ -59,7 +63,7 @@ def _images_of(source: str) -> list[SourceImage]:
     # Over HTTP, asking whether a file is a folder would fetch it.
     named_as_file = name.endswith((*IMAGE_SUFFIXES, *archive.SUFFIXES)) and not storage.is_local(source)
     if not named_as_file and filesystem.isdir(path):
-        return _pictures((below, entry) for below, entry in FileTree(source).files("").items())
+        return _pictures(((below, entry) for below, entry in FileTree(source).files("").items()), source)
     if filesystem.exists(path):
         if archive.is_archive(source):
             members = archive.index_archive(source, "")
@@ -68,24 +72,29 @@ def _images_of(source: str) -> list[SourceImage]:
             )
         return [SourceImage(path.rstrip("/").rpartition("/")[2], Entry(source, ""))]
     if any(wildcard in path for wildcard in WILDCARDS):
-        return _pictures(_matches(source))
+        return _pictures(_matches(source), _start_of(source) or ".")
     return []
 
 
 def _matches(pattern: str) -> Iterator[tuple[str, Entry]]:
     filesystem, path = storage.filesystem_of(pattern)
-    first = min(path.index(wildcard) for wildcard in WILDCARDS if wildcard in path)
-    start = path.rfind("/", 0, first) + 1
+    start = len(_start_of(path))
     for name, about in sorted(filesystem.glob(path, detail=True).items()):
         below = name[start:]
         if about["type"] != "directory" and not any(part.startswith(".") for part in below.split("/")):
             yield below, Entry(name if storage.is_local(pattern) else filesystem.unstrip_protocol(name), "")
 
 
-def _pictures(files: Iterator[tuple[str, Entry]]) -> list[SourceImage]:
-    """Those with the suffix of an image."""
+def _start_of(pattern: str) -> str:
+    """The part before the name that holds the first wildcard, with the slash at its end."""
+    first = min(pattern.index(wildcard) for wildcard in WILDCARDS if wildcard in pattern)
+    return pattern[: pattern.rfind("/", 0, first) + 1]
+
+
+def _pictures(files: Iterable[tuple[str, Entry]], source: str | None = None) -> list[SourceImage]:
+    """Those with the suffix of an image; `source` as in SourceImage."""
     return [
-        SourceImage(unicodedata.normalize("NFC", below), entry)
+        SourceImage(unicodedata.normalize("NFC", below), entry, source)
         for below, entry in files
         if below.lower().endswith(IMAGE_SUFFIXES)
     ]

@@ -20,6 +20,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.records import Evaluation
 from pipeline.storage.names import COUNTS_FILE
+from segvit.image_files import one_line
 
 _SCHEMA = pa.schema(
     [
@@ -120,7 +121,7 @@ def read_counts(evaluation: Evaluation) -> CountTable:
         table = pq.read_table(io.BytesIO(storage.read_bytes(uri)))
         empty = (table.schema.metadata or {}).get(b"empty", b"").decode()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{uri} cannot be read ({error}); run its flow again") from error
+        raise UserError(f"{uri} cannot be read ({one_line(error)}); run its flow again") from error
     named = np.asarray(table["key"].to_pylist() + empty.splitlines(), dtype=object)
     keys, images = np.unique(named, return_inverse=True)
     positions = (images[: table.num_rows], table["class"].to_numpy())

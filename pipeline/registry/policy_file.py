@@ -6,11 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
 from pipeline.config import PromotionPolicy
 from pipeline.config.file import expand_variables, explain_problem
+from pipeline.config.yaml_text import parse_yaml, read_yaml
 from pipeline.errors import UserError
 from pipeline.records import ModelVersion
 from pipeline.registry import decisions, store
@@ -30,11 +30,11 @@ def load_policy(path: str | Path) -> PromotionPolicy:
     Raises UserError listing every problem with its key, value and rule.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except OSError as error:
         raise UserError(f"policy {path} cannot be read ({error.strerror}); check the path") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"policy {path} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise UserError(f"policy {path} is neither YAML nor JSON: {error}") from error
     fields = ", ".join(PromotionPolicy.model_fields)
     if not isinstance(tree, dict):
         raise UserError(f"policy {path} holds {type(tree).__name__}, not a mapping; its keys are {fields}")
@@ -72,7 +72,7 @@ def _configured(tracking: Tracking, flow_run: str) -> PromotionPolicy | None:
     from mlflow.exceptions import MlflowException
 
     # A run that was deleted, or a configuration of another release, leaves the other ways.
-    with suppress(MlflowException, yaml.YAMLError, ValidationError, AttributeError):
-        section: Any = yaml.safe_load(tracking.read_text(flow_run, "config.yaml") or "").get("promote")
+    with suppress(MlflowException, ValueError, AttributeError):
+        section: Any = parse_yaml(tracking.read_text(flow_run, "config.yaml") or "").get("promote")
         return None if section is None else PromotionPolicy.model_validate(section)
     return None

@@ -9,6 +9,9 @@ Arrays give arrays, and files give files, so that what comes back never has to b
   (H, W, 3) arrays or nested lists in JSON, give an object array of (H, W) maps in their order.
 - Files (JPEG, PNG, TIFF, WebP, BMP), as base64 text or bytes, give a list with each image's label map as base64 PNG,
   whose pixel values are class ids. As JSON integers the map of a 2048 x 1024 image would be 6 MB.
+
+A request is bounded: MAX_IMAGES images, of MAX_PIXELS pixels together (or as many as SEGVIT_SERVE_MAX_PIXELS says), and
+MAX_SECONDS until the last of them is begun.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from mlflow.exceptions import MlflowException
@@ -25,6 +30,13 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from numpy.typing import NDArray
+
+T = TypeVar("T")
+MAX_IMAGES = 256
+_BATCH_PIXELS = 1 << 22  # of arrays of one size that are predicted at once
+MAX_PIXELS = 1 << 24
+MAX_PIXELS_VARIABLE = "SEGVIT_SERVE_MAX_PIXELS"
+MAX_SECONDS = 50.0  # MLflow's server gives up after 60
 
 
 class UnusableInputError(MlflowException):  # type: ignore[misc, unused-ignore]
@@ -59,30 +71,39 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
         self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
     ) -> NDArray[Any] | list[str]:
         """Label maps of images, in their order; raises UnusableInputError naming the first that cannot be used."""
-        given = np.asarray(model_input)
+        given = _as_array(model_input, "the list of images")
         if given.ndim == 0:
             raise UnusableInputError("one image came without its batch; put it into a list")
         if len(given) == 0:
             raise UnusableInputError("no image came; give a list of one or more")
+        if len(given) > MAX_IMAGES:
+            raise UnusableInputError(f"{len(given)} images came, more than the {MAX_IMAGES} allowed; send fewer")
         items = given.tolist() if given.dtype.kind in "US" else list(given)
+        bounds = _Bounds()
         if any(isinstance(item, str | bytes) for item in items):
-            pictures = [_picture(number, item, self.grey_range) for number, item in enumerate(items)]
-            return [self._encoded_map(picture) for picture in pictures]
-        return self._maps([_pixels(number, item) for number, item in enumerate(items)])
+            pictures = [_picture(number, item, self.grey_range, bounds) for number, item in enumerate(items)]
+            return [self._encoded_map(bounds.in_time(picture)) for picture in pictures]
+        arrays = [bounds.counted(number, _pixels(number, item)) for number, item in enumerate(items)]
+        return self._maps(arrays, bounds)
 
-    def _maps(self, images: Sequence[NDArray[np.uint8]]) -> NDArray[Any]:
+    def _maps(self, images: Sequence[NDArray[np.uint8]], bounds: _Bounds) -> NDArray[Any]:
         import torch
 
         from segvit.inference.predict import predict, predict_batch
 
         if any(image.shape != images[0].shape for image in images):
             maps = np.empty(len(images), dtype=object)
-            maps[:] = [predict(self.model, image, **self.inference).cpu().numpy() for image in images]
+            maps[:] = [predict(self.model, bounds.in_time(image), **self.inference).cpu().numpy() for image in images]
             return maps
         if self.inference:
-            labels = torch.stack([predict(self.model, image, **self.inference) for image in images])
+            labels = torch.stack([predict(self.model, bounds.in_time(image), **self.inference) for image in images])
         else:
-            labels = predict_batch(self.model, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+            size = max(1, _BATCH_PIXELS // (images[0].shape[0] * images[0].shape[1]))
+            parts = []
+            for start in range(0, len(images), size):
+                part = torch.from_numpy(np.stack(bounds.in_time(images[start : start + size])))
+                parts.append(predict_batch(self.model, part.permute(0, 3, 1, 2)))
+            labels = torch.cat(parts)
         batch: NDArray[np.int64] = labels.cpu().numpy()
         return batch
 
@@ -96,9 +117,37 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
         return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _picture(number: int, item: Any, grey_range: Sequence[float] | None) -> NDArray[np.uint8]:
+class _Bounds:
+    """What is left of what a request may take."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + MAX_SECONDS
+        self._most = self._left = int(os.environ.get(MAX_PIXELS_VARIABLE) or MAX_PIXELS)
+
+    def counted(self, number: int, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """`image` (H, W, 3); raises UnusableInputError where it is more than what is left."""
+        self.count(number, image.shape[1], image.shape[0])
+        return image
+
+    def count(self, number: int, width: int, height: int) -> None:
+        """Take the pixels of an image from what is left; raises UnusableInputError."""
+        self._left -= width * height
+        if self._left < 0:
+            raise UnusableInputError(
+                f"image {number} of {width}x{height} pixels is beyond the {self._most} pixels allowed in all; scale it "
+                f"down, send fewer at once, or set {MAX_PIXELS_VARIABLE} where the server starts"
+            )
+
+    def in_time(self, image: T) -> T:
+        """`image`; raises UnusableInputError where there is no time left for it."""
+        if time.monotonic() > self._end:
+            raise UnusableInputError(f"the images take longer than the {MAX_SECONDS:g} s allowed; send fewer at once")
+        return image
+
+
+def _picture(number: int, item: Any, grey_range: Sequence[float] | None, bounds: _Bounds) -> NDArray[np.uint8]:
     """The upright RGB pixels (H, W, 3) of an image file; more than 8 bits a channel are scaled by the range."""
-    from segvit.image_files import DecodeError, decode_image
+    from segvit.image_files import DecodeError, decode_image, image_size
 
     if not isinstance(item, str | bytes):
         raise UnusableInputError(f"image {number} is no base64 text as others are; send all images in one form")
@@ -109,20 +158,25 @@ def _picture(number: int, item: Any, grey_range: Sequence[float] | None) -> NDAr
         except ValueError as error:
             raise UnusableInputError(f"image {number} is no base64 text of an image file ({error})") from None
     try:
+        bounds.count(number, *image_size(item))
         pixels: NDArray[np.uint8] = decode_image(item, None if grey_range is None else (grey_range[0], grey_range[1]))
     except DecodeError as error:
         raise UnusableInputError(f"image {number} {error}; send a JPEG, PNG, TIFF, WebP or BMP file") from None
     return pixels
 
 
+def _as_array(given: Any, what: str) -> NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise UnusableInputError(f"{what} has rows of different lengths or depths") from None
+
+
 def _pixels(number: int, item: Any) -> NDArray[np.uint8]:
     """An image (H, W, 3) given as uint8 array, or as nested lists of integers, which is what JSON has."""
-    array = np.asarray(item)
+    array = _as_array(item, f"image {number}")
     if array.dtype == object:
-        try:
-            array = np.array(array.tolist())
-        except ValueError:
-            raise UnusableInputError(f"image {number} has rows of different lengths") from None
+        array = _as_array(array.tolist(), f"image {number}")
         if array.dtype.kind in "iu" and array.size and array.min() >= 0 and array.max() <= 255:
             array = array.astype(np.uint8)
     if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:

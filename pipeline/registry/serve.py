@@ -1,4 +1,4 @@
-"""A model behind `mlflow models serve`, in a process group of its own that ends with the block that started it."""
+"""A model behind `scoring_app`, in a process group of its own that ends with the block that started it."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def check_address(host: str, port: int) -> bool:
 
 @contextmanager
 def scoring_server(folder: Path, host: str, port: int, scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """MLflow's server of the model in `folder`, answering; its output goes to standard error.
+    """The server of the model in `folder`, answering; its output goes to standard error.
 
     Raises UserError where it ends before it answers.
     """
     interpreter = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder.resolve())),
-            *("--env-manager", "local", "--host", host, "--port", str(port), "--workers", "1"),
+            *(sys.executable, "-m", "pipeline.registry.scoring_app", str(folder.resolve())),
+            *("--host", host, "--port", str(port)),
         ],
         # Not where the caller stands: Python would take modules from there.
         cwd=scratch,

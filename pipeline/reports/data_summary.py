@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import storage
@@ -12,6 +13,7 @@ from pipeline.shards.balance import count_classes
 from pipeline.shards.shard_reader import ShardReader, open_shard_set
 from pipeline.shards.shards import ShardSetError
 from pipeline.storage.names import QUARANTINE
+from segvit.image_files import one_line
 
 MOST_QUARANTINED = 100
 
@@ -79,10 +81,14 @@ def summarize_shard_set(uri: str) -> DataSummary:
 
 
 def _read_quarantine(uri: str) -> Iterator[QuarantinedSample]:
-    with storage.open_uri(storage.join(uri, QUARANTINE)) as file:
-        for batch in pq.ParquetFile(file).iter_batches(MOST_QUARANTINED):
-            yield from (QuarantinedSample(**row) for row in batch.to_pylist())
-            return
+    quarantine = storage.join(uri, QUARANTINE)
+    try:
+        with storage.open_uri(quarantine) as file:
+            for batch in pq.ParquetFile(file).iter_batches(MOST_QUARANTINED):
+                yield from (QuarantinedSample(**row) for row in batch.to_pylist())
+                return
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise ShardSetError(f"{quarantine} cannot be read ({one_line(error)}); prepare the shard set again") from error
 
 
 def _summarize_split(reader: ShardReader, split: str) -> SplitSummary:

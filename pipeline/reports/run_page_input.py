@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 import segvit
+from pipeline.errors import UserError, shown
 from pipeline.evaluation.paper import figure_of
+from pipeline.masking import masked
 from pipeline.records import (
     BackboneRecord,
     Checkpoint,
@@ -134,7 +136,7 @@ def load_report_input(
         experiment=experiment,
         run_id=run_id,
         created_at=created_at,
-        config_yaml=config_yaml,
+        config_yaml=masked(config_yaml),
         shard_set=shard_set,
         class_names=tuple(manifest["classes"]),
         palette=tuple((red, green, blue) for red, green, blue in manifest["palette"]),
@@ -156,7 +158,7 @@ def _load_variant(
             key=row["key"],
             kind=row["kind"],
             miou=row["miou"],
-            **{part: _picture(join(folder, row[part])) for part in ("image", "truth", "prediction")},
+            **{part: _example(folder, row[part]) for part in ("image", "truth", "prediction")},
         )
         for row in read_json(join(folder, EXAMPLES_FILE))
     ]
@@ -172,6 +174,13 @@ def _load_variant(
         paper=figure_of(checkpoint),
         also=also,
     )
+
+
+def _example(folder: str, name: str) -> str:
+    """The picture `name` below `folder`, as a page holds it; raises UserError for a name that leads elsewhere."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise UserError(f"{join(folder, EXAMPLES_FILE)} names {shown(name)}, outside of its folder; run its flow again")
+    return _picture(join(folder, name))
 
 
 def _picture(uri: str) -> str:

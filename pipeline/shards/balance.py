@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.config import DataConfig
-from pipeline.shards.shard_reader import ShardReader
+from pipeline.shards.shard_reader import ShardReader, check_index
 from pipeline.shards.shards import ShardSetError
 from pipeline.storage.names import INDEX
+from segvit.image_files import one_line
 
 BATCH_ROWS = 16384
 
@@ -109,15 +110,27 @@ def _class_pixels(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Pixels by class (rows, K) and pixels in all (rows,), part by part."""
     uri = storage.join(shard_set, INDEX)
-    with storage.open_uri(uri) as file:
-        batches = pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=["split", "height", "width", "class_pixels"])
-        for batch in batches:
-            rows = batch.filter(pc.equal(batch["split"], split))
-            if not len(rows):
-                continue
-            lengths = pc.list_value_length(rows["class_pixels"]).to_numpy(zero_copy_only=False)
-            if (lengths != num_classes).any():
-                raise ShardSetError(f"{uri} has not {num_classes} classes a sample; prepare the shard set again")
-            values = rows["class_pixels"].flatten().to_numpy(zero_copy_only=False)
-            size = rows["height"].cast(pa.int64()).to_numpy() * rows["width"].cast(pa.int64()).to_numpy()
-            yield values.reshape(len(rows), num_classes), size
+    try:
+        with storage.open_uri(uri) as file:
+            check_index(uri, file)
+            batches = pq.ParquetFile(file).iter_batches(
+                BATCH_ROWS, columns=["split", "height", "width", "class_pixels"]
+            )
+            for batch in batches:
+                rows = batch.filter(pc.equal(batch["split"], split))
+                if len(rows):
+                    yield _pixels_of(uri, rows, num_classes)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ShardSetError(f"{uri} cannot be read ({one_line(error)}); prepare the shard set again") from error
+
+
+def _pixels_of(uri: str, rows: pa.RecordBatch, num_classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    lengths = pc.list_value_length(rows["class_pixels"])
+    if lengths.null_count or not pc.all(pc.equal(lengths, num_classes)).as_py():
+        raise ShardSetError(f"{uri} has not {num_classes} classes a sample; prepare the shard set again")
+    values = rows["class_pixels"].flatten()
+    height, width = rows["height"].cast(pa.int64()), rows["width"].cast(pa.int64())
+    if values.null_count or height.null_count or width.null_count:
+        raise ShardSetError(f"{uri} has samples without a size; prepare the shard set again")
+    size = height.to_numpy(zero_copy_only=False) * width.to_numpy(zero_copy_only=False)
+    return values.to_numpy(zero_copy_only=False).reshape(len(rows), num_classes), size

@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 
 from pipeline import storage
 from pipeline.records import ShardSet
-from pipeline.shards.shards import ShardEntry, ShardSetError, read_manifest
+from pipeline.shards.shards import INDEX_SCHEMA, ShardEntry, ShardSetError, read_manifest
 from pipeline.storage.names import INDEX
+from pipeline.storage.parquet_pages import ParquetPages
+from segvit.image_files import one_line
 
 MAX_OPEN_SHARDS = 64
+# How much longer the rows of an index are than its file: keys and offsets differ from row to row.
+MAX_INDEX_RATIO, MIN_INDEX_BYTES = 64, 1 << 24
 
 # n samples of a split
 
@@ -92,10 +96,11 @@ class ShardReader:
         columns = ["key", "shard", "image_offset", "image_size", "label_offset", "label_size"]
         try:
             with storage.open_uri(uri) as file:
+                check_index(uri, file)
                 # As a dictionary, a shard's name is kept once, not once a sample.
                 table = pq.read_table(file, columns=columns, filters=[("split", "=", split)], read_dictionary=["shard"])
-        except (OSError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
-            raise ShardSetError(f"{uri} cannot be read ({error}); prepare the shard set again") from error
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise ShardSetError(f"{uri} cannot be read ({one_line(error)}); prepare the shard set again") from error
         entries = self.manifest.splits[split]
         index = SplitIndex(
             table["key"].combine_chunks(),
@@ -184,6 +189,27 @@ def open_shard_set(shard_set: ShardSet | str) -> ShardReader:
     return reader
 
 
+def check_index(uri: str, file: IO[bytes]) -> None:
+    """Raise ShardSetError where the index at `uri` has other columns than it should, or more rows than it can hold."""
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with pq.ParquetFile(file) as parquet:
+        footer, schema = parquet.metadata, parquet.schema_arrow
+        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    file.seek(0)
+    other = [field.name for field in INDEX_SCHEMA if field.name not in schema.names]
+    other += [field.name for field in INDEX_SCHEMA if not other and schema.field(field.name).type != field.type]
+    if other:
+        raise ShardSetError(f"{uri} has no column {other[0]}, or one of another type; prepare the shard set again")
+    ParquetPages(file).refuse_long_in_all(MAX_INDEX_RATIO * num_bytes + MIN_INDEX_BYTES)
+    file.seek(0)
+    num_rows, unpacked = footer.num_rows, sum(group.total_byte_size for group in groups)
+    if not 0 <= num_rows <= 8 * num_bytes or not 0 <= unpacked <= MAX_INDEX_RATIO * num_bytes + MIN_INDEX_BYTES:
+        raise ShardSetError(
+            f"{uri} says {num_rows} rows of {unpacked} bytes, which {num_bytes} bytes do not hold; prepare it again"
+        )
+
+
 def _end(index: SplitIndex, sample: int) -> int:
     return int(index.label_offset[sample] + index.label_size[sample])
 
@@ -192,6 +218,8 @@ def _shard_numbers(uri: str, names: pa.Array, entries: Sequence[ShardEntry]) -> 
     """Each sample's shard as its position in the manifest, whatever the order of names in the file is."""
     if not pa.types.is_dictionary(names.type):
         names = names.dictionary_encode()
+    if names.null_count:
+        raise ShardSetError(f"{uri} has samples without a shard; prepare the shard set again")
     in_file = names.indices.to_numpy()
     listed = names.dictionary.to_pylist()
     numbers = {entry.name: number for number, entry in enumerate(entries)}
@@ -215,8 +243,13 @@ def _check_fit(uri: str, index: SplitIndex, entries: Sequence[ShardEntry]) -> No
                 "prepare the shard set again"
             )
     limits = np.array([entry.num_bytes for entry in entries], dtype=np.int64)
+    ranges = (index.image_offset, index.image_size, index.label_offset, index.label_size)
+    if any(one.dtype != np.int64 for one in ranges):
+        raise ShardSetError(f"{uri} has samples without a place; prepare the shard set again")
     fits = (
-        (index.image_offset >= 0)
+        # Each below a bound, so that no sum passes the range of integers.
+        np.all([one <= limits[index.shard] for one in ranges], axis=0)
+        & (index.image_offset >= 0)
         & (index.image_size >= 0)
         & (index.image_offset + index.image_size <= index.label_offset)
         & (index.label_size >= 0)

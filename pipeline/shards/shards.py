@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from typing import IO
+from typing import IO, Annotated
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipeline import storage
 from pipeline.errors import UserError
@@ -40,17 +40,21 @@ INDEX_SCHEMA = pa.schema(
 QUARANTINE_SCHEMA = pa.schema([(name, pa.string()) for name in ("split", "key", "file", "reason", "remedy")])
 
 
+# More is in no file, and sums of such numbers pass the range of integers.
+NonNegative = Annotated[int, Field(ge=0, lt=1 << 48)]
+
+
 class ShardSetError(UserError):
     """A shard set that is missing, damaged, or of a version this code does not read."""
 
 
 class ShardEntry(Record):
-    """One tar file."""
+    """One tar file beside the manifest: its name holds no folder."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.tar$")]
     sha256: str
-    num_bytes: int
-    num_samples: int
+    num_bytes: NonNegative
+    num_samples: NonNegative
 
 
 class Manifest(Record):

@@ -1,5 +1,6 @@
 """Files on any fsspec location: reading, publishing whole or not at all, and their sums."""
 
+from pipeline.storage.json_text import parse_json
 from pipeline.storage.publish import PARTIAL, publish_bytes, publish_folder, publish_json, publishing, remove_files
 from pipeline.storage.uri import (
     MAX_READ_BYTES,
@@ -32,6 +33,7 @@ __all__ = [
     "list_names",
     "local_path",
     "open_uri",
+    "parse_json",
     "publish_bytes",
     "publish_folder",
     "publish_json",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.storage.json_text import parse_json
 
 # Longer files are no picture, list or record; they are opened and read in parts.
 MAX_READ_BYTES = 1 << 29
@@ -82,8 +83,8 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_json(uri: str) -> Any:
-    """The parsed JSON file at `uri`."""
-    return json.loads(read_bytes(uri))
+    """The parsed JSON file at `uri`; raises ValueError for what is none, OSError where it cannot be read."""
+    return parse_json(read_bytes(uri))
 
 
 def file_digest(uri: str) -> str:

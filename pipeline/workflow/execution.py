@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.causes import one_line
+from pipeline.masking import masked
 from pipeline.records import Record
 from pipeline.storage.file_stamps import folder_bytes
 from pipeline.workflow.moved_store import at_its_place
@@ -252,7 +253,7 @@ def record_failed(request: StepRequest, run_id: str | None, cause: str, details:
             run_id = run_id or _create_run(request, _tags(request, RunState.FAILED, None))
             tags = {Tag.STATE: RunState.FAILED, Tag.ERROR: cause, **note_tag(RunState.FAILED, cause)}
             try:
-                request.tracking.client().log_text(run_id, details, TRACEBACK_FILE)
+                request.tracking.client().log_text(run_id, masked(details), TRACEBACK_FILE)
                 keep_with_run(request.tracking, run_id, _log_uri(request))
             finally:
                 request.tracking.end_run(run_id, "FAILED", tags)

@@ -30,6 +30,7 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.errors import UserError
+from pipeline.masking import masked
 from pipeline.records import Record
 from pipeline.workflow import execution, exported, liveness, ray_session, runs
 from pipeline.workflow.driver_watch import DriverWatch, FlowTerminated
@@ -354,7 +355,8 @@ class Flow(Graph):
         self.run_id = self.tracking.create_run(self.name, tags)
         config = self.config.model_dump(mode="json") if isinstance(self.config, BaseModel) else self.config
         if config:
-            self.tracking.client().log_text(self.run_id, yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
+            text = masked(yaml.safe_dump(dict(config), sort_keys=False))
+            self.tracking.client().log_text(self.run_id, text, "config.yaml")
             self.tracking.log_params(self.run_id, config)
 
     def _log_plan(self) -> None:

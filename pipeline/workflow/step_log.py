@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from pipeline import storage
+from pipeline.masking import masked
 
 if TYPE_CHECKING:
     from pipeline.workflow.tracking import Tracking
@@ -137,7 +138,7 @@ class _Sink(ABC):
         """Keep one line, with the time; raises OSError where that cannot be."""
         stamp = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
         # Of what was drawn over itself, the last state; and nothing that would steer a terminal.
-        shown = _CONTROL.sub("", text.rstrip("\r\n").rpartition("\r")[2])
+        shown = masked(_CONTROL.sub("", text.rstrip("\r\n").rpartition("\r")[2]))
         with self.lock:
             self.write(f"{stamp}  {shown}\n".encode(errors="replace"))
 

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from pipeline import storage
 from pipeline.errors import UserError
+from pipeline.masking import holds_password, masked
 from pipeline.workflow.mlflow_settings import import_mlflow
 from pipeline.workflow.moved_store import ARTIFACTS, follow_move, local_folder
 from pipeline.workflow.store_creation import create_store
@@ -132,6 +133,11 @@ class Tracking:
         A store that was moved follows its files (`pipeline.workflow.moved_store`). Raises UserError for a URI MLflow
         could not use from every process of a flow, and for a store that is a copy or of a later release.
         """
+        if holds_password(workspace):
+            raise UserError(
+                f"workspace {masked(workspace)} holds a password, which every record would keep; give the credentials in "
+                "the environment, as fsspec's file system reads them"
+            )
         if storage.is_local(workspace):
             read_workspace_file(workspace)
         if uri is None:
@@ -278,7 +284,7 @@ class Tracking:
         from mlflow.entities import Param as MlflowParam
 
         flat = flatten(params) if isinstance(params, Mapping) else list(params)
-        entities = [MlflowParam(_param_key(param.key), param.value[:MAX_PARAM_LENGTH]) for param in flat]
+        entities = [MlflowParam(_param_key(param.key), masked(param.value)[:MAX_PARAM_LENGTH]) for param in flat]
         for start in range(0, len(entities), MAX_BATCH_PARAMS):
             self.client().log_batch(run_id, params=entities[start : start + MAX_BATCH_PARAMS])
 

@@ -35,6 +35,7 @@ WHEEL_BACKBONE = "vit_small_patch14_dinov2"
 GRID_KEY = "patch_grid"
 HUB_FILE = "model.safetensors"
 HUB_TIMEOUT_S = 3.0
+MAX_SHOWN = 400  # characters of an error of the reader, which may repeat the file
 HUB_DEADLINE_S = 5.0
 
 Source = Literal["file", "hub", "wheel", "random"]
@@ -187,7 +188,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
     try:
         return {name: tensor.float() for name, tensor in load_file(path).items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a safetensors file: {first_line(error)[:MAX_SHOWN]}") from None
 
 
 def save_backbone_state(path: Path, weights: BackboneWeights) -> None:
@@ -256,7 +257,7 @@ def read_shapes(path: Path) -> dict[str, Shape]:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a safetensors file: {first_line(error)[:MAX_SHOWN]}") from None
 
 
 def load_backbone_state(model: SegViT, state: Mapping[str, Tensor], source_grid: Grid | None = None) -> None:

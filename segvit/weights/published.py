@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 import re
 import zipfile
@@ -166,8 +167,7 @@ def rename(model: SegViT) -> dict[str, str]:
 def read_state(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file or mapping by published name."""
     contents = source if isinstance(source, Mapping) else read_file(Path(source))
-    nested = contents.get("state_dict")
-    state = nested if isinstance(nested, Mapping) else contents
+    state = _nested_state(contents) or contents
     if strange := [str(name) for name, value in state.items() if not isinstance(value, Tensor)]:
         raise ValueError(f"not a state dict: {listing(strange)} hold no tensors; pass the tensors by name")
     if state and all(name.startswith(PREFIX) for name in state):
@@ -179,9 +179,11 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
     """The contents of a checkpoint file, on the CPU."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
+    num_bytes = path.stat().st_size
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        refuse_swelling(path, num_bytes)
         # Only the zip format can be mapped into memory instead of read.
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -193,12 +195,39 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
         raise ValueError(f"{path} is damaged or no checkpoint ({first_line(error)}); get it again") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not tensors by name; save a state_dict")
+    for name, tensor in {**contents, **_nested_state(contents)}.items():
+        # Strides of 0 repeat one number for ever.
+        if isinstance(tensor, Tensor) and tensor.numel() * tensor.element_size() > num_bytes:
+            raise ValueError(f"{path} says that {name} has the shape {tuple(tensor.shape)}, which it cannot hold")
     return contents
+
+
+def refuse_swelling(path: Path, num_bytes: int) -> None:
+    """Raise ValueError for a torch file that takes more memory than it is long: packed, or with zeros made on demand.
+
+    PyTorch stores without compression, and its unpickler for tensors alone may still make a bytearray of any length.
+    """
+    if not zipfile.is_zipfile(path):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            swells = content.find(b"bytearray") >= 0
+    else:
+        with zipfile.ZipFile(path) as archive:
+            swells = sum(member.file_size for member in archive.infolist()) > num_bytes
+            pickles = [member for member in archive.namelist() if member.endswith(".pkl")]
+            swells = swells or any(b"bytearray" in archive.read(member) for member in pickles)
+    if swells:
+        raise ValueError("it holds more than tensors by name, or is compressed; save a state_dict by torch.save")
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, without its advice."""
     return str(error).strip().partition("\n")[0].partition(". ")[0]
+
+
+def _nested_state(contents: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `state_dict` holds, empty where there is none."""
+    nested = contents.get("state_dict")
+    return nested if isinstance(nested, Mapping) else {}
 
 
 def read_layout(state: Mapping[str, Tensor], *, shrinks: bool) -> Layout:
@@ -217,6 +246,11 @@ def read_layout(state: Mapping[str, Tensor], *, shrinks: bool) -> Layout:
         raise ValueError(
             "not a published SegViT checkpoint: it needs tensors backbone.layers.0.* and decode_head.decoder_1.*, "
             f"got {listing(sorted(state)) or 'none'}"
+        )
+    if max(num_blocks, num_stages, count(state, layers_of)) > len(state):
+        raise ValueError(
+            f"the checkpoint numbers up to {max(num_blocks, num_stages, count(state, layers_of))} parts and has "
+            f"{len(state)} tensors; get it again"
         )
     if shrinks and structure == "cascade":
         raise ValueError(f"shrink_at has no meaning for a cascade of {num_stages} stages; leave it out")

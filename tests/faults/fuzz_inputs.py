@@ -1,173 +1,164 @@
-"""Damaged and hostile inputs to prepare: each must end in a quarantine row or one clear error.
+"""Damaged and hostile inputs to every reader: each is read, or refused in one clear line.
 
-    python -m tests.faults.fuzz_inputs [--inputs 2000] [--seed 0]
+    python -m tests.faults.fuzz_inputs [--inputs 10000] [--seed 0] [--readers coco mat ...]
 
-Every input is a CamVid miniature of which one file, one name or the archive around it is mutated. Fails for a
-crash, for more than 20 seconds, for any other exception, for an error of several lines, for a file outside the
-target, and for a process of more than 1.5 GiB. A mutation that leaves a readable sample may pass.
+Input N goes to reader N modulo their number (`tests/faults/fuzz/readers.py`), mutated as N and the seed say. Fails for
+a process that ends, for more than 20 seconds, for an exception other than the reader's refusals, for a refusal of
+several lines, for a file left outside of the input's own folder, and for more than MAX_GROWTH_MIB of memory beyond what
+the process had before.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
-import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
-from PIL import Image
-
-from pipeline.config import DataConfig
-from pipeline.errors import UserError
-from pipeline.shards.prepare import prepare_shards
-from pipeline.shards.shard_check import check_shard_set
-from tests.faults.mutations import BYTES, hostile_name, pack, replace_by_special
+from tests.faults.fuzz.case import require_one_line
+from tests.faults.fuzz.readers import READERS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 20
-MAX_ADDRESS_SPACE = 6 << 30
-MAX_RSS_KIB = 1536 << 10
-INPUTS_A_PROCESS = 250
-OUTPUT = re.compile(r"(rows/)?((train|val)-\d{5}\.(tar|parquet)|index\.parquet|quarantine\.parquet|manifest\.json)")
+MAX_ADDRESS_SPACE = 8 << 30
+MAX_GROWTH_MIB = 1024
+INPUTS_A_PROCESS = 2000
 
 
-def build_source(root: Path) -> None:
-    """Two images to train on and one to evaluate on, 16x24 pixels; the first is a JPEG by content."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 2), ("val", 1)):
-        (root / split).mkdir(parents=True)
-        (root / f"{split}annot").mkdir()
-        for number in range(count):
-            image = Image.fromarray(rng.integers(0, 256, (16, 24, 3), dtype=np.uint8))
-            image.save(root / split / f"{number}.png", "PNG" if number else "JPEG")
-            Image.fromarray(rng.integers(0, 12, (16, 24), dtype=np.uint8)).save(root / f"{split}annot/{number}.png")
-
-
-def mutate(root: Path, rng: random.Random) -> tuple[str, Path]:
-    """Change one thing in the data set at `root`: what it was, and where the data set is now."""
-    file = root / rng.choice(["train/0.png", "train/1.png", "trainannot/0.png"])
-    where = rng.choices(["bytes", "special", "name", "archive"], [60, 6, 8, 26])[0]
-    if where == "bytes":
-        kinds = list(BYTES)
-        kind = rng.choices(kinds, [BYTES[name][0] for name in kinds])[0]
-        file.write_bytes(BYTES[kind][1](file.read_bytes(), rng))
-        return kind, root
-    if where == "special":
-        replace_by_special(file, rng)
-        return "no plain file", root
-    if where == "name":
-        name = hostile_name(rng)
-        for folder in ("train", "trainannot"):
-            (root / folder / "1.png").rename(root / folder / f"{name}.png")
-        return "hostile name", root
-    archive = root.with_suffix(rng.choice([".tar", ".zip"]))
-    pack(root, archive, rng)
-    if rng.random() < 0.6:
-        kind = rng.choice(["truncated", "bits flipped", "overwritten"])
-        archive.write_bytes(BYTES[kind][1](archive.read_bytes(), rng))
-        return f"{kind} archive", archive
-    return "hostile archive", archive
-
-
-def judge(case: Path, number: int, seed: int) -> dict[str, str]:
-    """Prepare input `number` below the empty folder `case`: its kind, its outcome and, if that is bad, why."""
-    (case / "here").mkdir(parents=True)
-    os.chdir(case / "here")
-    root, target = case / "raw", case / "out"
-    build_source(root)
-    kind, root = mutate(root, random.Random(f"{seed}-{number}"))
-    before = {path for path in case.rglob("*") if target not in path.parents}
-    lenient = {"on_bad_sample": "quarantine", "max_quarantined_fraction": 1.0, "classes_without_pixels": "allow"}
-    config = DataConfig.model_validate({"dataset": "camvid", "root": str(root), **lenient})
+def judge(case: Path, name: str, number: int, seed: int) -> dict[str, str]:
+    """Read input `number` of the reader `name` below the empty folder `case`: its kind, its outcome and why."""
+    made = READERS[name](case, random.Random(f"{seed}-{name}-{number}"))
     try:
-        shard_set = prepare_shards(config, str(target), progress=lambda line: None)
-        check_shard_set(str(target))
-        outcome = "quarantined" if shard_set.num_quarantined else "good"
-        why = ""
-    except UserError as error:
-        outcome, why = "error", str(error)
-        if "\n" in why or len(why) > 2000 or (target / "manifest.json").exists():
-            outcome = "BAD ERROR"
+        made.read()
+        outcome, why = "good", ""
+    except made.refusals as error:
+        try:
+            require_one_line(error)
+            outcome, why = "refused", ""
+        except AssertionError as unclear:
+            outcome, why = "UNCLEAR", str(unclear)
     except BaseException as error:
-        outcome, why = "CRASH", f"{type(error).__name__}: {error}"
-    after = {path for path in case.rglob("*") if target not in path.parents and path != target}
-    files = [str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()]
-    stray = [*map(str, after ^ before), *(name for name in files if not OUTPUT.fullmatch(name))]
-    if stray:
-        outcome, why = "STRAY FILES", str(stray)
-    return {"kind": kind, "outcome": outcome, "why": why}
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else "nowhere"
+        outcome, why = "CRASH", f"{type(error).__name__}: {str(error)[:400]} at {where}"
+    return {"kind": made.kind, "outcome": outcome, "why": why}
 
 
 def _time_out(_signal: int, _frame: FrameType | None) -> None:
     raise TimeoutError(f"took more than {LIMIT_S} s")
 
 
-def work(first: int, last: int, seed: int) -> None:
-    """The inputs from `first` to `last`, a line of JSON each; with the peak memory so far."""
+def _memory_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def work(names: list[str], first: int, last: int, seed: int) -> None:
+    """The inputs from `first` to `last`, a line of JSON each."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_ADDRESS_SPACE, MAX_ADDRESS_SPACE))
     signal.signal(signal.SIGALRM, _time_out)
-    with tempfile.TemporaryDirectory() as folder:
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as scratch:
+        tempfile.tempdir = f"{scratch}/temporary"
+        Path(tempfile.tempdir).mkdir()
         for number in range(first, last):
-            case = Path(folder) / str(number)
+            case = Path(scratch) / "case" / str(number)
+            case.mkdir(parents=True)
+            # The peak starts anew.
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _memory_kib("VmRSS")
             signal.alarm(LIMIT_S)
-            result = judge(case, number, seed)
+            # Code that holds the interpreter hears no signal.
+            faulthandler.dump_traceback_later(LIMIT_S + 10, exit=True)
+            result = judge(case, names[number % len(names)], number, seed)
+            faulthandler.cancel_dump_traceback_later()
             signal.alarm(0)
-            os.chdir(folder)
-            shutil.rmtree(case)
-            outside = [path.name for path in Path(folder).iterdir()]
+            peak = _memory_kib("VmHWM")
+            os.chdir(scratch)
+            shutil.rmtree(Path(scratch) / "case", ignore_errors=True)
+            outside = sorted(path.name for path in Path(scratch).iterdir() if path.name != "temporary")
             if outside:
                 result |= {"outcome": "STRAY FILES", "why": str(outside)}
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            print(json.dumps({"number": number, "peak_kib": peak, **result}), flush=True)
+            if (peak - before) >> 10 > MAX_GROWTH_MIB:
+                result |= {"outcome": "MEMORY", "why": f"{(peak - before) >> 10} MiB more than before"}
+            line = {"number": number, "growth_kib": peak - before, "peak_kib": peak, **result}
+            print(json.dumps(line), flush=True)
+
+
+def run(names: list[str], inputs: int, seed: int) -> tuple[list[dict[str, str | int]], list[str]]:
+    """The results of all inputs, and what was bad; a process that ends is followed by another behind its input."""
+    results: list[dict[str, str | int]] = []
+    bad: list[str] = []
+    first = 0
+    while first < inputs:
+        last = min(first + INPUTS_A_PROCESS, inputs)
+        command = [sys.executable, "-m", "tests.faults.fuzz_inputs", "--seed", str(seed), "--readers", *names]
+        command += ["--work", str(first), str(last)]
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=errors, text=True)
+            assert process.stdout is not None
+            for line in process.stdout:
+                if not line.startswith('{"number"'):
+                    continue
+                result = json.loads(line)
+                results.append(result)
+                first = int(result["number"]) + 1
+                if result["outcome"].isupper():
+                    bad.append(_say(names, result["number"], f"{result['kind']}: {result['outcome']} {result['why']}"))
+            process.wait()
+            errors.seek(0)
+            end = errors.read()
+        if first < last:
+            bad.append(_say(names, first, f"the process ended with {process.returncode}: {end[-1500:]}"))
+            first += 1
+    return results, bad
+
+
+def _say(names: list[str], number: int, what: str) -> str:
+    """What went wrong with an input; said at once, since the others may take long."""
+    line = f"input {number}, {names[number % len(names)]}, {what}"
+    print(line, flush=True)
+    return line
 
 
 def main() -> None:
     """Give the inputs to processes, one after the other, and sum up what became of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=2000)
+    parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--readers", nargs="+", choices=list(READERS), default=list(READERS))
     parser.add_argument("--work", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         first, last = options.work
-        work(first, last, options.seed)
+        work(options.readers, first, last, options.seed)
         return
-    outcomes: Counter[tuple[str, str]] = Counter()
-    bad, peak = list[str](), 0
-    for first in range(0, options.inputs, INPUTS_A_PROCESS):
-        last = min(first + INPUTS_A_PROCESS, options.inputs)
-        command = [sys.executable, "-m", "tests.faults.fuzz_inputs", "--seed", str(options.seed)]
-        command += ["--work", str(first), str(last)]
-        try:
-            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1000)
-            end, output = f"ended with {done.returncode}: {done.stderr[-500:]}", done.stdout
-        except subprocess.TimeoutExpired as error:
-            end, output = "hung", (error.stdout or b"").decode()
-        results = [json.loads(line) for line in output.splitlines()]
-        if len(results) < last - first:
-            bad.append(f"input {first + len(results)}: the process {end}")
-        for result in results:
-            outcomes[result["kind"], result["outcome"]] += 1
-            peak = max(peak, result["peak_kib"])
-            if result["outcome"].isupper():
-                bad.append(f"input {result['number']}, {result['kind']}: {result['outcome']} {result['why']}")
-    for (kind, outcome), count in sorted(outcomes.items()):
-        print(f"{kind:22} {outcome:12} {count:5}")
-    print(f"{sum(outcomes.values())} inputs, {len(bad)} bad, peak memory {peak >> 10} MiB")
-    if peak > MAX_RSS_KIB:
-        bad.append(f"peak memory {peak >> 10} MiB, more than {MAX_RSS_KIB >> 10}")
+    results, bad = run(options.readers, options.inputs, options.seed)
+    outcomes = Counter((options.readers[int(one["number"]) % len(options.readers)], one["outcome"]) for one in results)
+    for (name, outcome), count in sorted(outcomes.items()):
+        growth = max(
+            int(one["growth_kib"])
+            for one in results
+            if options.readers[int(one["number"]) % len(options.readers)] == name
+        )
+        print(f"{name:20} {outcome:12} {count:5}   at most {growth >> 10} MiB an input")
+    peak = max(int(one["peak_kib"]) for one in results)
+    print(f"{len(results)} inputs over {len(options.readers)} readers, {len(bad)} bad, peak memory {peak >> 10} MiB")
     if bad:
-        raise SystemExit("\n".join(bad[:20]))
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,38 @@ def overwrite(data: bytes, rng: random.Random) -> bytes:
     return data[:start] + noise + data[start + len(noise) :]
 
 
+def splice(data: bytes, rng: random.Random) -> bytes:
+    """A stretch taken out, put in once more elsewhere, or repeated many times."""
+    start = rng.randrange(len(data))
+    part = data[start : start + rng.randint(1, 200)]
+    rest = data[:start] + data[start + len(part) :]
+    place = rng.randrange(len(rest) + 1)
+    return rest[:place] + part * rng.choice([0, 1, 2, 2, 100]) + rest[place:]
+
+
+def numbers(data: bytes, rng: random.Random) -> bytes:
+    """A few stretches of 1 to 8 bytes that are read as numbers become extreme ones, in either order of bytes."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 3)):
+        size = rng.choice([1, 2, 4, 4, 4, 8, 8])
+        extremes = (
+            0,
+            1,
+            (1 << 8 * size) - 1,
+            (1 << 8 * size - 1) - 1,
+            1 << 8 * size - 1,
+            1 << 8 * size - 2,
+            65535,
+            255,
+        )
+        number = rng.choice(extremes) & ((1 << 8 * size) - 1)
+        start = rng.randrange(max(1, len(changed) - size))
+        # Headers lie at the beginning or at the end.
+        start = min(start, rng.choice([start, 64, 512])) if rng.random() < 0.5 else max(start, len(changed) - 600)
+        changed[start : start + size] = number.to_bytes(size, rng.choice(["little", "big"]))
+    return bytes(changed)
+
+
 def other_type(_data: bytes, rng: random.Random) -> bytes:
     """Something else: no picture, or one of another format."""
     kind = rng.choice(["empty", "text", "GIF", "BMP", "TIFF", "WEBP", "zip", "noise", "html"])
@@ -107,6 +139,8 @@ BYTES: dict[str, tuple[int, Bytes]] = {
     "truncated": (6, truncate),
     "bits flipped": (8, flip_bits),
     "overwritten": (4, overwrite),
+    "spliced": (3, splice),
+    "numbers": (4, numbers),
     "wrong type": (4, other_type),
     "odd picture": (4, odd_picture),
     "absurd size": (3, absurd_size),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import FlowRun
+from tests.faults.fuzz.readers import READERS
 
 pytestmark = pytest.mark.timeout(1200)
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -32,8 +33,9 @@ def test_kill_prepare__reruns_are_identical() -> None:
     assert line == "2 kills, every rerun byte-identical, no stray file, no orphan process"
 
 
-def test_fuzz_inputs__quarantine_or_one_clear_error() -> None:
-    assert re.fullmatch(r"60 inputs, 0 bad, peak memory \d+ MiB", run("fuzz_inputs", "--inputs", "60"))
+def test_fuzz_inputs__are_read_or_refused_in_one_line() -> None:
+    line = run("fuzz_inputs", "--inputs", str(3 * len(READERS)))
+    assert re.fullmatch(rf"{3 * len(READERS)} inputs over {len(READERS)} readers, 0 bad, peak memory \d+ MiB", line)
 
 
 def test_strike_flow__ends_in_time_and_is_marked_for_what_it_was() -> None:

@@ -57,7 +57,7 @@ def test_one_line__a_system_error_without_a_file_names_what_was_worked_on() -> N
     line = one_line(caught(read_nothing, "s3://key:secret@host/model"))
     assert re.fullmatch(
         r"FileNotFoundError: \[Errno 2\] No such file or directory "
-        r"\(at s3://host/model, pipeline/test_causes\.py line \d+\)",
+        r"\(at s3://\*\*\*@host/model, pipeline/test_causes\.py line \d+\)",
         line,
     )
 

@@ -93,3 +93,39 @@ def test_load__damage_is_named(tmp_path: Path, make_model: MakeModel) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a checkpoint's configuration"):
         load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_classes": 10**9}, "num_classes 1000000000 is no number from 1 to 65536"),
+        ({"num_classes": "4"}, "num_classes '4' is no number from 1 to 65536"),
+        ({"model": []}, "model and metadata are mappings by name"),
+        ({"metadata": {"class_names": 3}}, "its metadata are of another form"),
+        ({"model.decoder_layers": 10**9}, "decoder_layers must be at most 128, got 1000000000"),
+        ({"model.decoder_width": 10**9}, "decoder_width must be at most 65536, got 1000000000"),
+        ({"model.image_size": [10**9, 10**9]}, "image_size must be at most 65536 pixels a side"),
+        ({"model.backbone_options": {"depth": 10**9}}, "backbone option depth must be at most 128, got 1000000000"),
+        ({"model.decoder_width": 60_000}, "does not fit config.json beside it: tensor .* has shape"),
+    ],
+)
+def test_load__a_configuration_that_would_fill_the_memory(
+    tmp_path: Path, make_model: MakeModel, changes: dict[str, Any], message: str
+) -> None:
+    save_checkpoint(tmp_path, make_model("cascade"), METADATA)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for path, value in changes.items():
+        section, _, name = path.rpartition(".")
+        (config[section] if section else config)[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(tmp_path)
+
+
+def test_load__a_configuration_without_end(tmp_path: Path, make_model: MakeModel) -> None:
+    save_checkpoint(tmp_path, make_model("cascade"), METADATA)
+    long = " " * (1 << 24) + "{}"
+    for text, message in (("[" * 100_000, "is not JSON"), (long, "is longer than the 16777216 bytes")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_checkpoint(tmp_path)

@@ -313,3 +313,21 @@ def test_read_label_picture__indices_with_their_colours_and_colours_as_numbers()
 def test_decode_label__colour_is_refused() -> None:
     with pytest.raises(DecodeError, match="is a colour picture, not a map of class ids with one channel"):
         decode_label(encoded(Image.new("RGB", (2, 2))))
+
+
+def test_open_image__a_chain_of_pages_is_not_followed_to_its_end() -> None:
+    data = bytearray(encoded(Image.new("L", (4, 4)), "TIFF"))
+    (start,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, start)
+    end = start + 2 + 12 * count
+    directory = bytes(data[start:end])
+    struct.pack_into("<I", data, end, len(data))
+    for _ in range(300):
+        data += directory + struct.pack("<I", len(data) + len(directory) + 4)
+    with pytest.raises(DecodeError, match="holds more than 100 pages"):
+        open_image(bytes(data))
+
+
+def test_open_image__readers_that_nobody_needs_see_no_file() -> None:
+    with pytest.raises(DecodeError, match="unknown format"):
+        open_image(encoded(Image.new("RGB", (4, 4)), "ICO"))

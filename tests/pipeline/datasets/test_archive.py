@@ -225,3 +225,19 @@ def test_cut_tar__is_damage_also_between_two_members(tmp_path: Path) -> None:
     place.write_bytes(header)
     with pytest.raises(UserError, match=r"is damaged or ends early at byte 1024; fetch it again"):
         index_archive(str(place), "")
+
+
+def test_headers__that_claim_more_than_an_index_has(tmp_path: Path) -> None:
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 1 << 33
+    (tmp_path / "x.tar").write_bytes(long_name.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))
+    with pytest.raises(UserError, match=r"x.tar cannot be read \(it claims an index or a header of 8589934592 bytes"):
+        index_archive(str(tmp_path / "x.tar"), "")
+
+
+def test_sizes__below_zero_are_damage(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("a.png")
+    member.size = -512
+    (tmp_path / "x.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(10_240))
+    with pytest.raises(UserError, match=r"archive .*x.tar (cannot be read|is damaged|ends inside)"):
+        index_archive(str(tmp_path / "x.tar"), "")

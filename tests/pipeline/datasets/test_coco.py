@@ -22,6 +22,7 @@ from pipeline.datasets.rasterise import decode_counts, draw_runs
 from pipeline.errors import UserError
 from pipeline.shards.prepare import prepare_shards
 from pipeline.shards.shard_reader import open_shard_set
+from tests.pipeline.datasets.patches import on_image
 
 HEIGHT, WIDTH = 8, 12
 CATEGORIES = [{"id": 7, "name": "car"}, {"id": 3, "name": "road"}]
@@ -96,7 +97,7 @@ def painted(*objects: tuple[int, slice, slice], void: int = 0) -> NDArray[np.uin
 def test_objects__the_pixels_of_a_rectangle_exactly(tmp_path: Path, form: str) -> None:
     road, car = painted((1, slice(2, 7), slice(1, 9))), painted((1, slice(3, 5), slice(4, 12)))
     runs = [rows_of(mask == 1) for mask in (road, car)]
-    np.testing.assert_array_equal(draw_runs(runs[0]["counts"], HEIGHT, WIDTH), road == 1)
+    np.testing.assert_array_equal(on_image(draw_runs(runs[0]["counts"], HEIGHT, WIDTH), HEIGHT, WIDTH), road == 1)
     forms: dict[str, list[Any]] = {
         "polygon": [box(1, 2, 9, 7), box(4, 3, 12, 5)],
         "runs": runs,

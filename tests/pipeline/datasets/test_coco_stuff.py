@@ -15,9 +15,7 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, RejectedSampleError, open_dataset
-from pipeline.datasets.coco_stuff import decode_mat
 from pipeline.errors import UserError
-from segvit.image_files import DecodeError
 
 NAMES = {
     "train": ["COCO_train2014_000000000077", "COCO_train2014_000000000025"],
@@ -134,34 +132,3 @@ def test_missing_list__one_clear_error(tmp_path: Path) -> None:
     (root / "imageLists/test.txt").write_text("a\nb\na\n")
     with pytest.raises(UserError, match=r"imageLists/test\.txt holds 'a' twice; remove one"):
         open_coco(root).splits()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"T": np.zeros((2, 2))}, "holds no label map S, only T"),
-        ({"S": np.zeros((2, 2, 2), np.uint16)}, "holds a map S of 2x2x2, not of an image"),
-        ({"S": np.zeros((2, 2), np.float64)}, "something else than whole numbers"),
-    ],
-)
-def test_decode_mat__wrong_content(tmp_path: Path, content: dict[str, object], message: str) -> None:
-    scipy.io.savemat(tmp_path / "x.mat", content)
-    with pytest.raises(DecodeError, match=message):
-        decode_mat((tmp_path / "x.mat").read_bytes())
-
-
-def test_decode_mat__any_damage_is_one_error(tmp_path: Path) -> None:
-    scipy.io.savemat(tmp_path / "x.mat", {"S": raw_map()}, do_compression=True)
-    good = (tmp_path / "x.mat").read_bytes()
-    np.testing.assert_array_equal(decode_mat(good), raw_map())
-    rng = np.random.default_rng(0)
-    refused = 0
-    for number in range(200):
-        data = bytearray(good[: rng.integers(len(good))] if number % 2 else good)
-        for place in rng.integers(len(data), size=3) if data else ():
-            data[place] ^= int(rng.integers(1, 256))
-        try:
-            decode_mat(bytes(data))
-        except DecodeError:
-            refused += 1
-    assert refused > 150

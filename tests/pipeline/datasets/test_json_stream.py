@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.datasets import json_stream
-from pipeline.datasets.json_stream import read_elements, read_items
+from pipeline.datasets.json_stream import as_text, read_elements, read_items
 from tests.examples import num_examples
 
 VALUES = st.recursive(
@@ -66,3 +66,9 @@ def test_read_items__of_the_outermost_array_and_their_bytes() -> None:
     assert [json.loads(data[item.offset : item.offset + item.size]) for item in items] == values
     with pytest.raises(ValueError, match=r"byte 0 is '\{' and should be '\['"):
         list(read_items(io.BytesIO(b"{}")))
+
+
+def test_as_text__half_a_character_is_replaced() -> None:
+    assert as_text("a\ud800b") == "a?b"
+    assert as_text("\u00e4") == "\u00e4"
+    assert as_text("\u00c3\u00a4") == "\u00e4"

@@ -16,6 +16,8 @@ from PIL import Image
 
 from pipeline.config import DataConfig
 from pipeline.datasets import RawDataset, RejectedSampleError, open_dataset
+from pipeline.datasets.label_studio import draw_regions
+from pipeline.datasets.objects import object_classes
 from pipeline.datasets.rasterise import draw_packed_runs
 from pipeline.errors import UserError
 from pipeline.shards.prepare import prepare_shards
@@ -142,12 +144,12 @@ def test_brush__is_read_as_label_studio_packs_it() -> None:
     empty = pack_runs(np.zeros((2527, 3332), bool))
     # The beginning of an export of an image of this size that Label Studio wrote.
     assert empty[:21] == [2, 1, 233, 240, 57, 27, 255, 255, 255, 0, 255, 255, 224, 31, 255, 252, 3, 255, 255, 128, 127]
-    assert not draw_packed_runs(bytes(empty), 2527, 3332).any()
+    assert not draw_packed_runs(bytes(empty), 2527, 3332).mask.any()
     rng = np.random.default_rng(0)
     for sizes in ((3, 4, 8, 16), (1, 2, 9, 13)):
         for share in (0.01, 0.5, 0.99):
             mask = rng.random((37, 53)) < share
-            np.testing.assert_array_equal(draw_packed_runs(bytes(pack_runs(mask, sizes)), 37, 53), mask)
+            np.testing.assert_array_equal(draw_packed_runs(bytes(pack_runs(mask, sizes)), 37, 53).mask, mask)
 
 
 def test_brush__of_other_sizes_or_cut_off_is_refused() -> None:
@@ -276,3 +278,10 @@ def test_end_to_end__to_shards(tmp_path: Path, packed: bool) -> None:
     shards = prepare_shards(DataConfig.model_validate(settings), str(tmp_path / "shards"), progress=lambda _: None)
     assert {split: one.num_samples for split, one in shards.splits.items()} == {"train": 1, "val": 1}
     np.testing.assert_array_equal(labels_of(root)["b"], np.eye(8, 12))
+
+
+def test_brush__a_number_in_place_of_its_bytes_takes_no_memory(tmp_path: Path) -> None:
+    region = {"type": "brushlabels", "original_height": 8, "original_width": 12}
+    value = {"format": "rle", "rle": 1 << 40, "brushlabels": ["car"]}
+    with pytest.raises(DecodeError, match="holds a brush mask that is no list of bytes"):
+        draw_regions([{**region, "value": value}], object_classes(["car"], "background", "x"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.config import FolderConfig
-from pipeline.datasets.splits import draw_val
+from pipeline.datasets.splits import draw_val, first_repeated
 from pipeline.errors import UserError
 
 
@@ -38,3 +38,9 @@ def test_draw__groups_stay_together() -> None:
         draw([*names, "other"], group="^(clip[0-9]+)_")
     with pytest.raises(UserError, match="has one group to draw from, 'clip0'; add others"):
         draw(names[:5], group="^(clip[0-9]+)_")
+
+
+def test_first_repeated__of_a_million_names() -> None:
+    names = [str(number) for number in range(1_000_000)]
+    assert first_repeated(names) is None
+    assert first_repeated([*names, "999999"]) == "999999"

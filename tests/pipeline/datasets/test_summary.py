@@ -11,6 +11,7 @@ import pytest
 from pipeline import storage
 from pipeline.config import DataConfig, DigitsConfig, FolderConfig
 from pipeline.datasets import archive, tree
+from pipeline.datasets.boundary import Boundary
 from pipeline.datasets.summary import SourceSummary, describe_source
 from pipeline.errors import UserError
 
@@ -47,9 +48,9 @@ def note_listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     listed: list[str] = []
     original = tree.list_tree
 
-    def list_tree(uri: str) -> Iterator[tuple[str, str]]:
+    def list_tree(uri: str, boundary: Boundary) -> Iterator[tuple[str, str]]:
         listed.append(Path(uri).name)
-        return original(uri)
+        return original(uri, boundary)
 
     monkeypatch.setattr(tree, "list_tree", list_tree)
     return listed

@@ -11,6 +11,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from pipeline.datasets.boundary import Boundary
 from pipeline.datasets.tree import FileTree, list_tree
 from pipeline.errors import UserError
 
@@ -56,17 +57,18 @@ def test_wrappers__the_root_itself_comes_first(tmp_path: Path) -> None:
 def test_links__followed_and_a_circle_ends(tmp_path: Path) -> None:
     put(tmp_path / "elsewhere", "deep/x.jpg")
     put(tmp_path / "root", "images/a.jpg")
+    disk = Boundary(str(tmp_path / "root"), [str(tmp_path / "elsewhere")])
     images = tmp_path / "root" / "images"
     (images / "linked").symlink_to(tmp_path / "elsewhere")
     (images / "circle").symlink_to(images)
     (images / "b.jpg").symlink_to(images / "a.jpg")
     (images / "broken.jpg").symlink_to(tmp_path / "nothing")
-    stamps = dict(list_tree(str(images)))
+    stamps = dict(list_tree(str(images), disk))
     assert sorted(stamps) == ["a.jpg", "b.jpg", "broken.jpg", "linked/deep/x.jpg"]
     assert stamps["b.jpg"] == stamps["a.jpg"]
     before = stamps["a.jpg"]
     os.utime(images / "a.jpg", (1, 1))
-    assert dict(list_tree(str(images)))["a.jpg"] != before
+    assert dict(list_tree(str(images), disk))["a.jpg"] != before
 
 
 def test_unicode__names_in_the_composed_form_and_files_as_they_are(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -190,3 +191,48 @@ def test_encode_png__reproducible() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7)).astype(np.uint8)
     assert encode_png(pixels) == encode_png(pixels.copy())
     np.testing.assert_array_equal(decode_label(encode_png(pixels)), pixels)
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/x.tar", "a/b.tar", "a\0.tar", "passwd"])
+def test_manifest__names_no_file_outside_of_its_folder(shard_folder: Path, tmp_path: Path, name: str) -> None:
+    content = json.loads((shard_folder / "manifest.json").read_text())
+    content["splits"]["train"][0]["name"] = name
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ShardSetError, match=r"manifest.json is damaged at splits.train.0.name; prepare"):
+        read_manifest(str(tmp_path))
+
+
+def test_manifest__nested_without_end(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ShardSetError, match="is not JSON"):
+        read_manifest(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("image_offset", 2**62, "puts sample .* outside of train-00000.tar"),
+        ("image_size", 2**62, "puts sample .* outside of train-00000.tar"),
+        ("label_size", -1, "puts sample .* outside of train-00000.tar"),
+        ("label_offset", None, "has samples without a place"),
+        ("shard", None, "has samples without a shard"),
+        ("shard", "../x.tar", "names shard ../x.tar, which the manifest does not"),
+    ],
+)
+def test_index__places_that_lie(shard_folder: Path, tmp_path: Path, column: str, value: object, message: str) -> None:
+    (tmp_path / "manifest.json").write_bytes((shard_folder / "manifest.json").read_bytes())
+    rows = pq.read_table(shard_folder / "index.parquet")
+    listed = rows.to_pylist()
+    listed[0][column] = value
+    pq.write_table(pa.Table.from_pylist(listed, rows.schema), tmp_path / "index.parquet")
+    with pytest.raises(ShardSetError, match=message):
+        open_shard_set(str(tmp_path)).index("train")
+
+
+def test_index__of_more_rows_than_its_file_can_hold(shard_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes((shard_folder / "manifest.json").read_bytes())
+    schema = pq.read_schema(shard_folder / "index.parquet")
+    nothing = pa.Table.from_arrays([pa.nulls(1 << 22, field.type) for field in schema], schema=schema)
+    pq.write_table(nothing, tmp_path / "index.parquet", compression="zstd")
+    with pytest.raises(ShardSetError, match=r"says 4194304 rows of \d+ bytes, which \d+ bytes do not hold"):
+        open_shard_set(str(tmp_path)).index("train")

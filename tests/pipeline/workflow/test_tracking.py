@@ -154,3 +154,9 @@ def test_read_text__a_server_that_is_away_is_no_missing_artifact(
             tracking.read_text(run_id, "record.json", f"mlflow-artifacts:/{run_id}")
     else:
         assert tracking.read_text(run_id, "record.json", f"mlflow-artifacts:/{run_id}") is None
+
+
+def test_for_workspace__a_password_is_refused_and_not_repeated() -> None:
+    with pytest.raises(UserError, match=r"workspace s3://\*\*\*@host/ws holds a password") as refused:
+        Tracking.for_workspace("s3://key:hidden@host/ws", "http://127.0.0.1:1")
+    assert "hidden" not in str(refused.value)

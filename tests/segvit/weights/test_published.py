@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -387,3 +388,37 @@ def test_published_state_dict__models_without_a_counterpart(settings: dict[str, 
         model = build_model(base.replace(**settings), 4)
     with pytest.raises(ValueError, match=f"no place for .*{reason}.*; use segvit.save_checkpoint"):
         published_state_dict(model)
+
+
+class Zeros:
+    """Eight gigabytes once it is unpickled, in a few bytes of a file."""
+
+    def __reduce__(self) -> Any:
+        return bytearray, (1 << 33,)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_load_published__files_that_swell_are_refused_before_they_do(tmp_path: Path, is_zip: bool) -> None:
+    arguments: dict[str, Any] = {"num_heads": 3, "out_layers": (5,), "image_size": 64}
+    file = tmp_path / "x.pth"
+    state = {f"backbone.layers.{10**9}.x": torch.ones(1), "decode_head.decoder_1.x": torch.ones(1)}
+    cases: dict[str, dict[str, Any]] = {
+        "holds more than tensors by name, or is compressed": {"x": Zeros()},
+        "says that x has the shape .*, which it cannot hold": {"x": torch.ones(1).expand(1 << 40)},
+        "numbers up to 1000000001 parts and has 2 tensors": state,
+    }
+    for message, content in cases.items():
+        torch.save({"state_dict": content}, file, _use_new_zipfile_serialization=is_zip)
+        with pytest.raises(ValueError, match=message):
+            load_published(file, **arguments)
+
+
+def test_load_published__compressed_members_are_refused(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(3)}, tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data + bytes(1 << 20))
+    with pytest.raises(ValueError, match=r"or is compressed; save a state_dict by torch\.save"):
+        load_published(tmp_path / "x.pth", num_heads=3, out_layers=(5,), image_size=64)
