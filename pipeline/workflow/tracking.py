@@ -135,7 +135,7 @@ class Tracking:
         """
         if holds_password(workspace):
             raise UserError(
-                f"workspace {masked(workspace)} holds a password, which every record would keep; give the credentials in "
+                f"workspace {masked(workspace)} holds a password, which every record would keep; give credentials in "
                 "the environment, as fsspec's file system reads them"
             )
         if storage.is_local(workspace):
