@@ -27,9 +27,10 @@ test: $(STAMP)
 	wait $$others; rest=$$?; cat $$log; rm -f $$log; \
 	test $$ray -eq 0 -a $$rest -eq 0
 
-# Kills, races, outages, a full disk and mutated inputs at random; `make test` runs short forms. About two hours.
+# Kills, races, outages, a full disk and mutated inputs at random; `make test` runs short forms. About three hours.
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults.kill_flow --kills 60
+	$(BIN)/python -m tests.faults.kill_cluster --kills 60
 	$(BIN)/python -m tests.faults.kill_prepare --kills 30
 	$(BIN)/python -m tests.faults.kill_search --kills 10
 	$(BIN)/python -m tests.faults.kill_training --kills 5
