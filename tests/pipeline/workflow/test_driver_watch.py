@@ -132,10 +132,10 @@ def test_flow__struck_at_any_instant_is_marked_for_what_it_was(
     for strike in range(STRIKES):
         delay_s = 1.2 * seconds * strike / STRIKES
         kill = f"sleep {delay_s:.4f}; kill -{('TERM', 'INT')[strike % 2]} {os.getpid()}"
+        met = len(signals_outside)
         killer = subprocess.Popen(["sh", "-c", kill])
         flow = Flow(str(tmp_path), tracking, "struck", {"a": 1})
         ended = interrupted = False
-        met = len(signals_outside)
         try:
             with flow:
                 pass
