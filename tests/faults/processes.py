@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 
 import psutil
 
@@ -40,8 +40,15 @@ def require_loopback(mark: str) -> None:
         except psutil.Error:
             continue
         for one in sockets:
-            if one.status == psutil.CONN_LISTEN and not ip_address(one.laddr.ip).is_loopback:
+            if one.status == psutil.CONN_LISTEN and not _is_loopback(one.laddr.ip):
                 raise SystemExit(f"{command_line(process)} listens at {one.laddr.ip}:{one.laddr.port}")
+
+
+def _is_loopback(address: str) -> bool:
+    found = ip_address(address)
+    # An IPv6 socket that is bound to an IPv4 address.
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return (mapped or found).is_loopback
 
 
 def command_line(process: psutil.Process) -> str:
