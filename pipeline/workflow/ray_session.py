@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -45,9 +46,30 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(CONTROL_TIMEOUT_S))
-        # The node's address is then 127.0.0.1, as where Ray knows no clusters of several machines, and all its sockets
-        # are bound to that; else its services and metrics, which ask for no token, listen at every interface.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    with _on_loopback():
+        return _start(options)
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A local Ray that is started within has its node at 127.0.0.1 and binds all its sockets to that.
+
+    Ray does so where it knows no clusters of several machines; else its services and metrics, which ask for no token,
+    listen at every interface. It reads the setting when it is imported, and where it is told to join a cluster, which
+    it then refuses: so it is there for no longer than the start.
+    """
+    setting = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    if os.environ.get("RAY_ADDRESS") or setting in os.environ or "ray" in sys.modules:
+        yield
+        return
+    os.environ[setting] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[setting]
+
+
+def _start(options: Callable[[], dict[str, Any]]) -> bool:
     import ray
 
     if ray.is_initialized():
