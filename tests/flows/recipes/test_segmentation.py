@@ -102,7 +102,7 @@ def test_run__what_trials_and_training_workers_print_is_in_their_step_s_log(flow
     tracking = Tracking.for_workspace(str(flow_run.workspace))
     [trained] = [run for run in tracking.runs("tags.`segvit.label` = 'train/full'") if "segvit.done" in run.data.tags]
     flow = trained.data.tags["mlflow.parentRunId"]
-    for label, last in (("tune", "trial 0001  step 4/4  val mIoU"), ("train/full", "full  step 6/6  val mIoU")):
+    for label, last in (("tune", "trial 0001  finished at step 4/4  mIoU"), ("train/full", "full  step 6/6  val mIoU")):
         text = read_log(log_uri(str(flow_run.workspace), flow, label))
         assert f"  {last}" in text
     assert tracking.read_text(trained.info.run_id, LOG_ARTIFACT) == text
