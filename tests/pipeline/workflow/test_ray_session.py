@@ -89,7 +89,12 @@ def test_workers_that_fit__by_gpus_or_else_by_cpus(
     ],
 )
 def test_wants_gpu__counts_what_the_autoscaler_would_start(
-    monkeypatch: pytest.MonkeyPatch, there: float, can_come: bool | None, use_gpu: bool | None, wanted: bool
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    there: float,
+    can_come: bool | None,
+    use_gpu: bool | None,
+    wanted: bool,
 ) -> None:
     def will_come(resources: dict[str, float]) -> bool:
         assert (resources, can_come is not None) == ({"GPU": 1}, True), "asked without need"
@@ -98,6 +103,8 @@ def test_wants_gpu__counts_what_the_autoscaler_would_start(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": there})
     monkeypatch.setattr(cluster_growth, "will_come", will_come)
     assert ray_session.wants_gpu(use_gpu) is wanted
+    # Whoever watches is told what is waited for.
+    assert ("the autoscaler starts one" in capsys.readouterr().out) is bool(can_come)
 
 
 def test_wants_gpu__one_that_can_never_come_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
