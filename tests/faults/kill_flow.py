@@ -244,6 +244,17 @@ def check_executed_once(workspace: Path) -> None:
         raise SystemExit(f"shown as running after the end: {running}")
 
 
+def check_alike(workspace: Path, expected: list[dict[str, Any]], files: Counter[str]) -> None:
+    """Raise SystemExit unless a flow that was disturbed left what an undisturbed one did: its registry, its files."""
+    check_visible(workspace)
+    check_executed_once(workspace)
+    found = registry_state(workspace)
+    if found != expected:
+        raise SystemExit(f"the registry differs from the undisturbed one:\n{found}\n{expected}")
+    if published(workspace) != files:
+        raise SystemExit(f"files differ: {published(workspace) - files} or {files - published(workspace)}")
+
+
 def last_cause(workspace: Path) -> str:
     """The cause on the newest flow's run."""
     flows = store(workspace).first_runs(f"tags.`{Tag.KIND}` = 'flow'", 1)
@@ -350,13 +361,7 @@ def main() -> None:
             workspace = Path(folder) / f"workspace-{episodes}"
             kills += disturb(config, workspace, targets, seconds, plan, rng)
             episodes += 1
-            check_visible(workspace)
-            check_executed_once(workspace)
-            found = registry_state(workspace)
-            if found != expected:
-                raise SystemExit(f"the registry differs from the undisturbed one:\n{found}\n{expected}")
-            if published(workspace) != files:
-                raise SystemExit(f"files differ: {published(workspace) - files} or {files - published(workspace)}")
+            check_alike(workspace, expected, files)
             print(f"flow {episodes}: completed, the same registry and files, every step finished once", flush=True)
             shutil.rmtree(workspace)
     kinds = Counter[str]()
