@@ -42,7 +42,7 @@ def lion(groups: Groups, betas: Sequence[float] = (0.9, 0.99)) -> torch.optim.Op
 def muon(
     groups: Groups, momentum: float = 0.95, nesterov: bool = True, betas: Sequence[float] = (0.9, 0.95)
 ) -> torch.optim.Optimizer:
-    """Muon for the weights of linear layers, their updates scaled to AdamW's size (arXiv 2502.16982); AdamW for the rest.
+    """Muon for weights of linear layers, updates scaled to AdamW's size (arXiv 2502.16982); AdamW for the rest.
 
     Embeddings, biases and norms are no maps between spaces, which Muon is for.
     """

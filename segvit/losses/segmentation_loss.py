@@ -56,7 +56,8 @@ class SegmentationLoss(nn.Module):
             alike (arXiv 1512.00567).
 
     Raises:
-        ValueError: An unknown term, smoothing below 0 or not below 1, weights that break a rule, or an ignore index that is a class.
+        ValueError: An unknown term, weights that break a rule, smoothing outside [0, 1), or an ignore index that is a
+            class.
     """
 
     def __init__(
