@@ -25,6 +25,7 @@ from segvit.config import ModelConfig
 from segvit.distillation import distillation_problem
 from segvit.flops import count_parameters, model_gflops, outline_model
 from segvit.model_check import model_problems
+from segvit.optimizers import optimizer_problem
 from segvit.presets import find_preset
 from segvit.weights.pretrained import WEIGHTS_VARIABLE, is_of_other_backbone, weights_problem
 from segvit.weights.start import start_problem
@@ -191,7 +192,7 @@ def _of_settings(config: ExperimentConfig, name: str, num_classes: int) -> list[
         found = _model_problems(settings, ModelConfig.from_dict(settings.model), num_classes)
     except ValueError as error:
         found = [str(error)]
-    return [*found, *_schedule_problems(settings)]
+    return [*found, *_schedule_problems(settings), *_optimizer_problems(settings)]
 
 
 def _model_problems(settings: VariantSettings, model: ModelConfig, num_classes: int) -> list[str]:
@@ -209,6 +210,12 @@ def _schedule_problems(settings: VariantSettings) -> list[str]:
     except (ValueError, TypeError) as error:
         return [f"train.schedule: {error}"]
     return []
+
+
+def _optimizer_problems(settings: VariantSettings) -> list[str]:
+    optimizer = settings.train.optimizer
+    problem = optimizer_problem(optimizer.name, optimizer.options)
+    return [f"train.optimizer: {problem}"] if problem else []
 
 
 def _of_search(config: ExperimentConfig, num_classes: int) -> Iterator[str]:

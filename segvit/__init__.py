@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from segvit.model import SegViT, build_model
     from segvit.model_check import model_problems
     from segvit.optim import parameter_groups
+    from segvit.optimizers import OPTIMIZERS, build_optimizer
     from segvit.output import SegmentationOutput
     from segvit.paper import PaperFigure, paper_figure
     from segvit.presets import PRESETS, Preset, PublishedResult, find_preset
@@ -90,6 +91,7 @@ _NAMES_BY_MODULE = {
     ),
     "segvit.model_check": ("model_problems",),
     "segvit.optim": ("parameter_groups",),
+    "segvit.optimizers": ("OPTIMIZERS", "build_optimizer"),
     "segvit.output": ("SegmentationOutput",),
     "segvit.paper": (
         "PaperFigure",
@@ -133,6 +135,7 @@ _MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name 
 __all__ = [
     "DECODERS",
     "LOSS_TERMS",
+    "OPTIMIZERS",
     "PRESETS",
     "PUBLISHED_SCALES",
     "PUBLISHED_WEIGHTS",
@@ -161,6 +164,7 @@ __all__ = [
     "SegmentationOutput",
     "TakenWeights",
     "build_model",
+    "build_optimizer",
     "build_schedule",
     "colorize",
     "draw_legend",

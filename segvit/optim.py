@@ -1,29 +1,29 @@
-"""Optimizers by name, and the parameter groups that they get (SegViT, arXiv 2210.05844).
-
-A package adds an optimizer by an entry point of group ``segvit.optimizers`` whose value is a function of the groups of
-`parameter_groups` and of options with defaults; it returns a `torch.optim.Optimizer`.
-"""
+"""The parameter groups that optimizers get (SegViT, arXiv 2210.05844), and the optimizers that are built in."""
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import timm.optim
 import torch
-from torch import nn
+from timm.optim.muon import zeropower_via_newtonschulz
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from segvit.bf16 import has_bf16
 from segvit.model import SegViT
-from segvit.registry import Registry, nearest_first
 
 Groups = list[dict[str, Any]]
 
-OPTIMIZERS: Registry[Callable[..., torch.optim.Optimizer]] = Registry(
-    "optimizer",
-    "segvit.optimizers",
-    {"adamw": "segvit.optim:adamw", "lion": "segvit.optim:lion", "muon": "segvit.optim:muon"},
+# Coefficients of five steps of the iteration, each the best for where the one before leads.
+NEWTON_SCHULZ = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
 )
 
 
@@ -40,58 +40,93 @@ def lion(groups: Groups, betas: Sequence[float] = (0.9, 0.99)) -> torch.optim.Op
 
 
 def muon(
-    groups: Groups, momentum: float = 0.95, nesterov: bool = True, betas: Sequence[float] = (0.9, 0.95)
+    groups: Groups, momentum: float = 0.95, steps: int = 5, betas: Sequence[float] = (0.9, 0.95), eps: float = 1e-8
 ) -> torch.optim.Optimizer:
-    """Muon for weights of linear layers, updates scaled to AdamW's size (arXiv 2502.16982); AdamW for the rest.
+    """Muon, see `Muon`."""
+    return Muon(groups, momentum=momentum, steps=steps, betas=_pair(betas), eps=eps)
 
-    Embeddings, biases and norms are no maps between spaces, which Muon is for.
+
+class Muon(torch.optim.Optimizer):
+    """Muon for weights of linear layers, with updates of AdamW's size (arXiv 2502.16982); AdamW for all the rest.
+
+    The momentum of a matrix is made orthogonal by timm's Newton-Schulz iteration; matrices of one shape go through it
+    together. Embeddings, biases, norms and convolutions are no maps between spaces, which Muon is for.
+
+    Args:
+        groups: Those of `parameter_groups`; their learning rates are AdamW's in size.
+        momentum: Of the gradients, Nesterov's.
+        steps: Of the iteration.
+        betas: Of AdamW.
+        eps: Of AdamW.
     """
-    apart = []
-    for group in groups:
-        linear = group["linear"]
-        for is_linear in (True, False):
-            params = [one for one, flag in zip(group["params"], linear, strict=True) if flag == is_linear]
-            if params:
-                apart.append({**group, "params": params, "use_fallback": not is_linear})
-    return timm.optim.Muon(apart, momentum=momentum, nesterov=nesterov, betas=_pair(betas))
+
+    def __init__(self, groups: Groups, momentum: float, steps: int, betas: tuple[float, float], eps: float) -> None:
+        if not 0.0 <= momentum < 1.0 or steps < 1:
+            raise ValueError(f"momentum must be in [0, 1) and steps >= 1, got {momentum} and {steps}")
+        apart = []
+        for group in groups:
+            for is_linear in (True, False):
+                params = [one for one, flag in zip(group["params"], group["linear"], strict=True) if flag == is_linear]
+                if params:
+                    apart.append({**group, "params": params, "is_linear": is_linear})
+        super().__init__(apart, {"momentum": momentum, "steps": steps})
+        others = [group for group in self.param_groups if not group["is_linear"]]
+        # Over the same groups and the same state, so that both see one learning rate and are saved as one.
+        self._adamw = torch.optim.AdamW(others, betas=betas, eps=eps, fused=True) if others else None
+        if self._adamw is not None:
+            self._adamw.param_groups = others
+            self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take a step along the gradients."""
+        assert closure is None, "closures are not evaluated"
+        if self._adamw is not None:
+            self._adamw.step()
+        for group in self.param_groups:
+            if group["is_linear"]:
+                self._step_linear(group)
+
+    def _step_linear(self, group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].lerp_(weight.grad, 1.0 - group["momentum"])
+            ahead = weight.grad.lerp(state["momentum"], group["momentum"])
+            by_shape.setdefault(weight.shape, []).append((weight, ahead))
+        for (rows, columns), members in by_shape.items():
+            rate = group["lr"] * 0.2 * max(rows, columns) ** 0.5
+            updates = orthogonalized(torch.stack([whole(update) for _, update in members]), group["steps"])
+            for (weight, _), update in zip(members, updates.to(members[0][0].dtype), strict=True):
+                weight.mul_(1.0 - group["lr"] * group["weight_decay"])
+                weight.add_(like(weight, update), alpha=-rate)
+
+
+def orthogonalized(matrices: Tensor, steps: int) -> Tensor:
+    """The matrices (M, rows, columns) with all singular values near 1, in bf16 where the device has it."""
+    dtype = torch.bfloat16 if has_bf16(matrices.device) else torch.float32
+    return zeropower_via_newtonschulz(matrices, steps, list(NEWTON_SCHULZ), dtype=dtype)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor whose parts lie on several devices; a collective call then."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(parameter: Tensor, values: Tensor) -> Tensor:
+    """Values placed as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return values
+    return distribute_tensor(values, parameter.device_mesh, parameter.placements)
 
 
 def _pair(betas: Sequence[float]) -> tuple[float, float]:
     first, second = betas
     return float(first), float(second)
-
-
-def build_optimizer(name: str, groups: Groups, **options: Any) -> torch.optim.Optimizer:
-    """The named optimizer over these groups.
-
-    Args:
-        name: Of an optimizer in `OPTIMIZERS`.
-        groups: Those of `parameter_groups`.
-        options: Of the optimizer, such as `betas`.
-
-    Raises:
-        ValueError: Unknown optimizer or option, or one that breaks a rule.
-    """
-    make = OPTIMIZERS.get(name)
-    known = list(inspect.signature(make).parameters)[1:]
-    if unknown := [option for option in options if option not in known]:
-        choices = f"choose from {', '.join(nearest_first(unknown[0], known))}" if known else "it has none"
-        raise ValueError(f"unknown option {', '.join(unknown)} of optimizer {name}; {choices}")
-    try:
-        return make(groups, **options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer {name} takes no {options}: {error}") from None
-
-
-def optimizer_problem(name: str, options: dict[str, Any]) -> str | None:
-    """Why there is no such optimizer with these options; None where there is."""
-    weight = nn.Parameter(torch.zeros(1, 1))
-    try:
-        group = {"name": "backbone", "params": [weight], "lr": 1e-3, "weight_decay": 0.0, "linear": [True]}
-        build_optimizer(name, [group], **options)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def parameter_groups(

@@ -21,13 +21,14 @@ from flows.recipes import RECIPES
 from pipeline.errors import UserError
 from segvit.decoders import DECODERS
 from segvit.losses import LOSS_TERMS
+from segvit.optimizers import OPTIMIZERS
 from segvit.schedules import SCHEDULES
 
 EXPERIMENT_FILE = "experiment.yaml"
 # Ray takes 512 MiB; source of a fifth of that is no source.
 MAX_SOURCE_BYTES = 100 << 20
 PACKAGES = tuple(Path(package.__path__[0]) for package in (segvit, pipeline, flows))
-PLUGIN_GROUPS = frozenset(registry.group for registry in (DECODERS, LOSS_TERMS, SCHEDULES, RECIPES))
+PLUGIN_GROUPS = frozenset(registry.group for registry in (DECODERS, LOSS_TERMS, OPTIMIZERS, SCHEDULES, RECIPES))
 _COMPILED = (".so", ".pyd", ".dylib")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,12 @@ from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob, job_schedule
 from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import Averages, TrainState, gather_rng, load_training, save_training
+from segvit.bf16 import has_bf16
 from segvit.metrics import segmentation_metrics
-from segvit.optim import build_optimizer, clip_gradients, parameter_groups
+from segvit.optim import clip_gradients, parameter_groups
+from segvit.optimizers import build_optimizer
 from segvit.weights.pretrained import load_backbone_state, read_file, read_grid
 from segvit.weights.start import TakenWeights, take_weights
-
-# Instructions that multiply bf16 matrices, of x86 and of ARM.
-_CPU_BF16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 class Trainer:
@@ -242,14 +240,8 @@ class Trainer:
 
 
 def computed_precision(asked: str, device: torch.device) -> str:
-    """`asked`, but fp32 where the device would have to emulate bf16 (on a CPU six times slower than fp32)."""
-    if asked != "bf16":
-        return asked
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Older releases of PyTorch cannot tell; then the processor is taken to have none.
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if any(capabilities.get(name) for name in _CPU_BF16) else "fp32"
+    """`asked`, but fp32 where the device would have to emulate bf16."""
+    return "fp32" if asked == "bf16" and not has_bf16(device) else asked
 
 
 def build_loss(job: TrainJob) -> segvit.SegmentationLoss:

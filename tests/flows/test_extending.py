@@ -30,6 +30,7 @@ EXPERIMENT: dict[str, Any] = {
     "variants": {"full": {}},
     "loss": {"tversky": 2.0},
     "train": {
+        "optimizer": "radam",
         "schedule": {"name": "staircase", "every": 2},
         "steps": 4,
         "batch_size": 2,
@@ -51,7 +52,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = (ROOT / "docs" / "extending.md").read_text()
     names = re.findall(r"^## .*: `(\w+\.py)`$", text, flags=re.M)
     sources = re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
-    assert len(names) == len(sources) == 4
+    assert len(names) == len(sources) == 5
     for name, source in zip(names, sources, strict=True):
         (folder / name).write_text(source)
     [groups] = re.findall(r"^```toml\n(.*?)^```$", text, flags=re.M | re.S)
