@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import timm.optim
 import torch
+from timm.optim.lion import Lion
 from timm.optim.muon import zeropower_via_newtonschulz
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -36,7 +36,7 @@ def adamw(
 
 def lion(groups: Groups, betas: Sequence[float] = (0.9, 0.99)) -> torch.optim.Optimizer:
     """Lion (arXiv 2302.06675), half of AdamW's memory; wants a third to a tenth of its learning rate."""
-    return timm.optim.Lion(groups, betas=_pair(betas))
+    return Lion(groups, betas=_pair(betas))
 
 
 def muon(
@@ -195,4 +195,5 @@ def clip_gradients(groups: Groups, max_norm: float, *, per_group: bool) -> torch
     if not per_group:
         return nn.utils.clip_grad_norm_([one for group in groups for one in group["params"]], max_norm)
     norms = [nn.utils.clip_grad_norm_(group["params"], max_norm) for group in groups]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm

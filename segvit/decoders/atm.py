@@ -220,7 +220,7 @@ class FinerMasks(nn.Module):
 
     def upsample(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """The features (B, h*w, C) of a grid as (B, C / factor, factor * h, factor * w)."""
-        cells = tokens.transpose(1, 2).unflatten(2, grid)
+        cells = torch.unflatten(tokens.transpose(1, 2), 2, grid)
         for doubling in self.doublings:
             cells = doubling(cells)
         return cells
@@ -229,19 +229,19 @@ class FinerMasks(nn.Module):
         """The finer masks of queries (B, N, C) with masks (B, N, h, w), float32 or more."""
         size = (cells.shape[2], cells.shape[3])
         enlarged = F.interpolate(mask, size=size, mode="bilinear", align_corners=False)
-        query = self.query(queries)
+        query: Tensor = self.query(queries)
         with full_precision(query):
             query, flat = at_least_float32(query), at_least_float32(cells).flatten(2)
             added = torch.matmul(query * query.shape[2] ** -0.5, flat)
-        return enlarged + added.unflatten(2, size)
+        return enlarged + torch.unflatten(added, 2, size)
 
 
 def zero_finer_masks(decoder: nn.Module) -> None:
     """Let what upsampled features add to the masks start at nothing; after all weights are initialised."""
     for module in decoder.modules():
         if isinstance(module, FinerMasks):
-            nn.init.zeros_(module.query.weight)  # type: ignore[arg-type]
-            nn.init.zeros_(module.query.bias)  # type: ignore[arg-type]
+            nn.init.zeros_(module.query.weight)
+            nn.init.zeros_(module.query.bias)
 
 
 class Doubling(nn.Module):

@@ -100,7 +100,8 @@ def adapt(network: nn.Module, name: str, tensor: Tensor, wanted: Tensor, source_
     (FlexiViT, arXiv 2212.08013, equation 4).
     """
     if name == PATCH_KERNEL and tensor.shape != wanted.shape:
-        return resample_patch_embed(tensor, list(wanted.shape[2:]))
+        resized: Tensor = resample_patch_embed(tensor, list(wanted.shape[2:]))
+        return resized
     grid = learned_grid(network, name, tuple(tensor.shape), wanted, source_grid)
     if grid is not None and name == "pos_embed":
         return resize_positions(tensor, grid, own_grid(network), prefix_entries(network))

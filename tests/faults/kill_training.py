@@ -129,7 +129,7 @@ def killing_worker(kills: Sequence[Kill], markers: str) -> Callable[[dict[str, A
             strike("after_step")
             return terms
 
-        def struck_validate(self: Trainer) -> float:
+        def struck_validate(self: Trainer) -> dict[str, float]:
             strike("validate")
             return validate(self)
 
