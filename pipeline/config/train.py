@@ -71,7 +71,11 @@ class TrainConfig(Section):
     """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step.
 
     `steps`: 0 for a variant that is kept as it starts from another one.
-    `precision`: bf16 computes in fp32 on a device without bf16 instructions, and the log says so.
+    `precision`: bf16 is mixed precision, parameters in float32; bf16_params computes in bf16 parameters too, and the
+    optimizer keeps float32 masters, which are what is saved. Both compute in fp32 on a device without bf16
+    instructions, and the log says so.
+    `activation_checkpointing`: keep of each trained backbone block its input alone, and compute the rest again in the
+    backward pass: less memory, a forward pass of these blocks more, the same loss and gradients.
     `repeat_factor_threshold`: images with a class that fewer than this share of the images hold come more often,
     sqrt(threshold / share) times an epoch (LVIS); left out, every image comes once.
     `stream_buffer`: read shards from front to back, this many samples a request, for storage where a request is
@@ -82,7 +86,8 @@ class TrainConfig(Section):
     steps: Annotated[int, Field(ge=0)]
     batch_size: Positive
     accumulation_steps: Positive = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16_params"] = "fp32"
+    activation_checkpointing: Annotated[bool, NotFingerprinted] = False
     freeze_blocks: Annotated[int, Field(ge=0)] = 0
     learning_rate: PositiveFloat = 2e-5
     decoder_lr_multiplier: PositiveFloat = 10.0

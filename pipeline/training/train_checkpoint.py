@@ -21,6 +21,7 @@ from torch import Tensor
 import segvit
 from pipeline import storage
 from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
+from pipeline.training.sharding import load_weights, placed_like, whole
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
@@ -48,22 +49,17 @@ class TrainState:
 def save_training(
     folder: Path,
     model: segvit.SegViT,
-    optimizer: torch.optim.Optimizer,
+    moments: Mapping[str, Tensor],
     state: TrainState,
     rng: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint to the new folder, its sums last.
 
-    `rng` is what `gather_rng` gave; `metadata` is kept with the weights.
+    `moments` is what `gather_moments` gave, `rng` what `gather_rng` gave; `metadata` is kept with the weights.
     """
     segvit.save_checkpoint(folder, model, metadata)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    moments: dict[str, Tensor] = {}
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            moments[f"{names[id(parameter)]}:{key}"] = value.detach().cpu().contiguous()
-    save_file(moments, folder / OPTIMIZER_FILE)
+    save_file(dict(moments), folder / OPTIMIZER_FILE)
     save_file(dict(rng), folder / RNG_FILE)
     (folder / HISTORY_FILE).write_text("".join(json.dumps(row) + "\n" for row in state.history))
     scalars = {name: getattr(state, name) for name in ("step", "best_miou", "val_miou", "train_seconds")}
@@ -80,15 +76,30 @@ def load_training(
 ) -> TrainState:
     """Put model, optimizer and this rank's random generators into the state that the folder holds."""
     weights, _ = segvit.load_checkpoint(folder)
-    model.load_state_dict(weights.state_dict())
+    load_weights(model, weights.state_dict())
     parameters = dict(model.named_parameters())
     for key, value in load_file(folder / OPTIMIZER_FILE).items():
         name, _, moment = key.rpartition(":")
         # Its count of steps, too: the fused AdamW wants all of its state beside the parameter.
-        optimizer.state[parameters[name]][moment] = value.to(device)
+        optimizer.state[parameters[name]][moment] = placed_like(value, parameters[name])
     _restore_rng(load_file(folder / RNG_FILE), rank, device)
     history = [json.loads(line) for line in (folder / HISTORY_FILE).read_text().splitlines()]
     return TrainState(history=history, **json.loads((folder / STATE_FILE).read_text()))
+
+
+def gather_moments(model: segvit.SegViT, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state on the CPU, by ``parameter:entry``, whole where it is sharded; a collective call.
+
+    Ranks that do not `keep` it get nothing.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments: dict[str, Tensor] = {}
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            gathered = whole(value.detach())
+            if keep:
+                moments[f"{names[id(parameter)]}:{key}"] = gathered.cpu().contiguous()
+    return moments
 
 
 def gather_rng(world_size: int, device: torch.device) -> dict[str, Tensor]:

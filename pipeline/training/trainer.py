@@ -25,8 +25,10 @@ from pipeline.shards.loader import Batch, EvalLoader
 from pipeline.storage.names import MANIFEST
 from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob, job_schedule
+from pipeline.training.master_weights import MasterWeights
 from pipeline.training.non_finite import FiniteWatch
-from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
+from pipeline.training.sharding import shard_model, uneven_forwards, whole, whole_model
+from pipeline.training.train_checkpoint import TrainState, gather_moments, gather_rng, load_training, save_training
 from segvit.metrics import segmentation_metrics
 from segvit.optim import parameter_groups
 from segvit.weights.pretrained import load_backbone_state, read_file, read_grid
@@ -55,10 +57,15 @@ class Trainer:
         self.state = TrainState()
         self.watch = FiniteWatch(context.device)
         torch.manual_seed(job.train.seed)
-        self.model = build_job_model(job).to(context.device)
+        self.model = build_job_model(job)
+        self.sharded = job.runtime.sharding == "full"
+        if not self.sharded or job.settings.distill is not None:
+            self.model.to(context.device)
         self.taken: TakenWeights | None = None
         self.fitted: segvit.FeatureFit | None = None
         self._start_from_other(resumed=resume_from is not None)
+        if self.sharded:
+            shard_model(self.model, context.device, torch.bfloat16 if self.precision == "bf16_params" else None)
         self.loss = build_loss(job)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
@@ -76,6 +83,8 @@ class Trainer:
         torch.manual_seed(job.train.seed + 7919 * (context.rank + 1))
         if resume_from is not None:
             self.state = load_training(resume_from, self.model, self.optimizer, context.rank, context.device)
+        in_bf16 = self.precision == "bf16_params" and not self.sharded
+        self.masters = MasterWeights(self.model) if in_bf16 else None
         self.forward = self._distributed_forward()
 
     def _start_from_other(self, *, resumed: bool) -> None:
@@ -110,17 +119,18 @@ class Trainer:
             return segvit.fit_upsampling(self.model, teacher, images, add_up)
 
     def _distributed_forward(self) -> nn.Module:
-        forward: nn.Module = self.model
-        if self.context.world_size > 1:
+        forward: nn.Module = self.model if self.masters is None else self.masters.copy
+        if self.context.world_size > 1 and not self.sharded:
             device_ids = [self.context.device] if self.context.device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
         if self.job.runtime.compile:
             forward = torch.compile(forward)  # type: ignore[assignment]
         return forward
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """bf16 autocast where the job asks for it and the device has it."""
-        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    def autocast(self, *, training: bool = False) -> contextlib.AbstractContextManager[None]:
+        """bf16 autocast where the job asks for it and the device has it; parameters that train in bf16 need none."""
+        enabled = self.precision == "bf16" or (self.precision == "bf16_params" and not training)
+        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=enabled)
 
     def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches; returns this rank's weighted loss terms, detached."""
@@ -134,16 +144,20 @@ class Trainer:
         for index, batch in enumerate(batches):
             images = self.model.normalize(batch.images.to(self.context.device, non_blocking=True))
             with self._no_sync_unless(index == len(batches) - 1):
-                with self.autocast():
+                with self.autocast(training=True):
                     output = self.forward(images)
                 losses = self.loss(output, labels[index], normalizer=normalizer)
                 losses["total"].backward()
+            if self.masters is not None:
+                self.masters.take_gradients()
             for name, value in losses.items():
                 terms[name] = terms[name] + value.detach() if name in terms else value.detach()
         # Of the gradient that all ranks share: the same number everywhere.
-        gradient_norm = nn.utils.clip_grad_norm_(self._trainable(), self.job.train.gradient_clip_norm)
+        gradient_norm = whole(nn.utils.clip_grad_norm_(self._trainable(), self.job.train.gradient_clip_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.masters is not None:
+            self.masters.update_copy()
         self.state.step += 1
         self.watch.note(self.state.step, terms, gradient_norm)
         return terms
@@ -152,7 +166,8 @@ class Trainer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _no_sync_unless(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        if last or self.context.world_size == 1:
+        # Shares and masters add up gradients of their own: a whole one of every parameter would be memory, and bf16.
+        if last or self.context.world_size == 1 or self.sharded or self.masters is not None:
             return contextlib.nullcontext()
         # torch.compile's wrapper passes attributes of the DDP module through.
         return self.forward.no_sync()  # type: ignore[operator,no-any-return]
@@ -181,7 +196,7 @@ class Trainer:
             max_samples=self.job.max_val_samples,
             held_apart=self.job.hold_out,
         )
-        with self.autocast():
+        with self.autocast(), uneven_forwards(self.model):
             inference = self.job.inference.options()
             confusion = confusion_of_split(self.model, loader, self.context.device, inference=inference)
         matrix = torch.from_numpy(confusion.matrix)
@@ -192,8 +207,9 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint to the new folder, from rank 0; a collective call."""
-        rng = gather_rng(self.context.world_size, self.context.device)
-        if self.context.rank:
+        rng, keep = gather_rng(self.context.world_size, self.context.device), self.context.rank == 0
+        model, moments = whole_model(self.model, keep=keep), gather_moments(self.model, self.optimizer, keep=keep)
+        if not keep:
             return
         manifest = storage.read_json(storage.join(self.job.shard_set.uri, MANIFEST))
         metadata = {
@@ -205,18 +221,16 @@ class Trainer:
         }
         if manifest.get("grey_range") is not None:
             metadata["grey_range"] = manifest["grey_range"]
-        save_training(folder, self.model, self.optimizer, self.state, rng, metadata)
+        save_training(folder, model, moments, self.state, rng, metadata)
 
 
 def computed_precision(asked: str, device: torch.device) -> str:
     """`asked`, but fp32 where the device would have to emulate bf16 (on a CPU six times slower than fp32)."""
-    if asked != "bf16":
-        return asked
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return asked if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # Older releases of PyTorch cannot tell; then the processor is taken to have none.
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if any(capabilities.get(name) for name in _CPU_BF16) else "fp32"
+    return asked if any(capabilities.get(name) for name in _CPU_BF16) else "fp32"
 
 
 def build_loss(job: TrainJob) -> segvit.SegmentationLoss:
@@ -236,4 +250,5 @@ def build_job_model(job: TrainJob) -> segvit.SegViT:
             load_backbone_state(model, read_file(file), source_grid=read_grid(file))
     if job.train.freeze_blocks:
         model.freeze_blocks(job.train.freeze_blocks)
+    model.set_grad_checkpointing(job.train.activation_checkpointing)
     return model
