@@ -72,8 +72,8 @@ class TrainConfig(Section):
 
     `steps`: 0 for a variant that is kept as it starts from another one.
     `precision`: bf16 is mixed precision, parameters in float32; bf16_params computes in bf16 parameters too, and the
-    optimizer keeps float32 masters, which are what is saved. Both compute in fp32 on a device without bf16
-    instructions, and the log says so.
+    optimizer keeps float32 masters, which are what is saved; with runtime.sharding full, bf16 is the same. Both compute
+    in fp32 on a device without bf16 instructions, and the log says so.
     `activation_checkpointing`: keep of each trained backbone block its input alone, and compute the rest again in the
     backward pass: less memory, a forward pass of these blocks more, the same loss and gradients.
     `repeat_factor_threshold`: images with a class that fewer than this share of the images hold come more often,

@@ -36,10 +36,7 @@ def shard_model(model: SegViT, device: torch.device, param_dtype: torch.dtype | 
         param_dtype: The type that blocks are gathered and compute in; the shares stay as they are, and gradients are
             summed in float32. None: the parameters' own.
     """
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    ensure_process_group(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype, torch.float32 if param_dtype else None)
     # Positions stay in float32; tokens have the type already.
@@ -54,6 +51,13 @@ def shard_model(model: SegViT, device: torch.device, param_dtype: torch.dtype | 
     # Nothing changes the predictions in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     model.to(device)
+
+
+def ensure_process_group(device: torch.device) -> None:
+    """Make a group of this process alone, where it is in none."""
+    if not dist.is_initialized():
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -65,7 +65,7 @@ class Trainer:
         self.fitted: segvit.FeatureFit | None = None
         self._start_from_other(resumed=resume_from is not None)
         if self.sharded:
-            shard_model(self.model, context.device, torch.bfloat16 if self.precision == "bf16_params" else None)
+            shard_model(self.model, context.device, None if self.precision == "fp32" else torch.bfloat16)
         self.loss = build_loss(job)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
@@ -129,7 +129,8 @@ class Trainer:
 
     def autocast(self, *, training: bool = False) -> contextlib.AbstractContextManager[None]:
         """bf16 autocast where the job asks for it and the device has it; parameters that train in bf16 need none."""
-        enabled = self.precision == "bf16" or (self.precision == "bf16_params" and not training)
+        has_copies = self.sharded or self.precision == "bf16_params"
+        enabled = self.precision != "fp32" and not (training and has_copies)
         return torch.autocast(self.context.device.type, torch.bfloat16, enabled=enabled)
 
     def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:

@@ -235,7 +235,8 @@ def test_set_grad_checkpointing__compiled(make_model: MakeModel) -> None:
     for enable, forward in ((False, backbone), (True, compiled)):
         backbone.set_grad_checkpointing(enable)
         backbone.zero_grad()
-        torch.stack([feature.tokens.square().mean() for feature in forward(images)]).sum().backward()
+        total: torch.Tensor = torch.stack([feature.tokens.square().mean() for feature in forward(images)]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
         gradients.append(backbone.get_parameter("vit.blocks.0.attn.qkv.weight").grad)
     assert gradients[0] is not None
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
