@@ -65,7 +65,9 @@ def estimate_training(config: ExperimentConfig, variants: Collection[str], gpu: 
         UserError: Settings that do not fit one another, or no data to tell the classes.
     """
     costs: dict[str, TrainingCost] = {}
-    estimates = []
+    estimates: list[TrainEstimate] = []
+    if not variants:
+        return estimates
     for name, (model, num_classes) in variant_models(config).items():
         train = config.variant_settings(name).train
         if name not in variants or not train.steps:

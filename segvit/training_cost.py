@@ -84,11 +84,12 @@ class TrainingCost:
     - exchange, over several workers: 4 t (2 t of bf16_params); of shares: c (r + 4 b), with c = 4 in fp32 and 2 in
       bf16, r the parameters outside the blocks, b a block's: two are gathered at a time, and their gradients made;
     - activations: what autograd keeps of each image (`segvit.flops.activation_bytes`), counted under autocast's own
-      rules of types; with checkpointing, of each trained block its input, and one block's all;
+      rules of types, with its copies of weights; with checkpointing, of each trained block its input, and one block's
+      all, and the copies, 2 t, until the forward pass ends;
     - loss: (2 + 4) maps in float32 and one of labels in int64, of 2^24 pixels at most;
     - peak: weights, optimizer, exchange, and the larger of both ends of the backward pass: at first activations and
-      either the loss's maps or the block that is made again, and with accumulation the gradients of earlier
-      micro-batches; at last the gradients.
+      one of the loss's maps, the block that is made again, and autocast's copies, and with accumulation the gradients
+      of earlier micro-batches; at last the gradients.
 
     Args:
         config: The model.
@@ -123,13 +124,15 @@ class TrainingCost:
         exchange = self._exchange(setup)
         kind = "bf16_params" if setup.sharded and setup.precision != "fp32" else setup.precision
         of_image, fixed = self._activations(kind, setup.activation_checkpointing)
-        again = 0
+        again, copies = 0, 0
         if setup.activation_checkpointing:
+            # Without checkpointing the backward pass keeps them; so they are among `fixed`.
+            copies = 2 * self.num_trained if kind == "bf16" else 0
             again = setup.num_images * (self._activations(kind, False)[0] - of_image) // self._num_trained_blocks
         activations = fixed + setup.num_images * of_image
         loss = self._loss_maps(setup.num_images)
         earlier = gradients if setup.accumulation_steps > 1 else 0
-        fullest = max(activations + max(loss, again) + earlier, gradients + again)
+        fullest = max(activations + max(loss, again, copies) + earlier, gradients + again)
         peak = weights + optimizer + exchange + fullest
         return TrainingMemory(weights, optimizer, gradients, exchange, activations + again, loss, peak)
 
