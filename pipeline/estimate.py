@@ -10,7 +10,7 @@ from pipeline.errors import UserError
 from pipeline.preflight import variant_models
 from pipeline.records import Record
 from segvit.gpus import GPU, detect_gpu, find_gpu
-from segvit.training_cost import TrainingCost, TrainingSetup
+from segvit.training_cost import OPTIMIZER_BYTES, TrainingCost, TrainingSetup
 
 MOST_WORKERS = 64
 Changes = dict[str, Any]
@@ -112,6 +112,8 @@ def setup_of(train: TrainConfig, runtime: RuntimeConfig, changes: Changes, gpu: 
         activation_checkpointing=changes.get("train.activation_checkpointing", train.activation_checkpointing),
         num_workers=workers,
         sharded=changes.get("runtime.sharding", runtime.sharding) == "full",
+        optimizer_bytes=OPTIMIZER_BYTES.get(train.optimizer.name, OPTIMIZER_BYTES["adamw"])
+        + 4 * (train.ema_decay is not None),
     )
 
 

@@ -71,7 +71,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def placed_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, the same on all ranks, on the device of `other`, and in shares where that one is."""
+    """A tensor, whole and the same on all ranks, on the device of `other`, and in shares where that one is."""
+    if isinstance(tensor, DTensor):
+        return tensor
     tensor = tensor.to(other.device)
     if not isinstance(other, DTensor) or tensor.shape != other.shape:
         return tensor
@@ -84,6 +86,16 @@ def load_weights(model: SegViT, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict({name: placed_like(tensor, own[name]) for name, tensor in state.items()})
 
 
+def whole_weights(weights: Mapping[str, Tensor], *, keep: bool = True) -> dict[str, Tensor]:
+    """All of weights that may be in shares, for ranks that `keep` them; a collective call where they are."""
+    gathered: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        one = whole(tensor.detach())
+        if keep:
+            gathered[name] = one.cpu() if isinstance(tensor, DTensor) else one
+    return gathered
+
+
 def whole_model(model: SegViT, *, keep: bool = True) -> SegViT:
     """The model itself, or of a sharded one a copy on the CPU with all weights; a collective call.
 
@@ -92,10 +104,9 @@ def whole_model(model: SegViT, *, keep: bool = True) -> SegViT:
     if not is_sharded(model):
         return model
     copy = outline_model(model.config, model.num_classes)
-    for name, tensor in model.state_dict().items():
-        gathered = whole(tensor)
-        if keep:
-            copy.load_state_dict({name: gathered.cpu()}, strict=False, assign=True)
+    copy.load_state_dict(whole_weights(model.state_dict(), keep=keep), strict=keep, assign=True)
+    for name, parameter in copy.named_parameters():
+        parameter.requires_grad_(model.get_parameter(name).requires_grad)
     return copy
 
 

@@ -22,7 +22,17 @@ CPU = torch.device("cpu")
 TERMS = ("class", "focal", "dice", "total")
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "cascade": ("cascade", {"accumulation_steps": 2}),
-    "anchored": ("anchored", {"freeze_blocks": 1, "activation_checkpointing": True}),
+    "anchored": (
+        "anchored",
+        {
+            "freeze_blocks": 1,
+            "activation_checkpointing": True,
+            "ema_decay": 0.5,
+            "average_best": 2,
+            "gradient_clip": "by_group",
+            "validate_every_steps": 1,
+        },
+    ),
 }
 
 
@@ -64,7 +74,8 @@ def assert_same_tensors(first: Path, second: Path, tolerance: float) -> None:
 def make_jobs(make_job: MakeJob) -> dict[str, TrainJob]:
     jobs = {}
     for name, (structure, settings) in CASES.items():
-        jobs[name] = make_job(structure, steps=3, validate_every_steps=3, checkpoint_every_steps=2, **settings)
+        given: dict[str, Any] = {"steps": 3, "validate_every_steps": 3, "checkpoint_every_steps": 2, **settings}
+        jobs[name] = make_job(structure, **given)
     return jobs
 
 
@@ -84,8 +95,9 @@ def test_run_training__shares_on_two_ranks_train_as_whole_models_do(make_job: Ma
     for name in CASES:
         assert_close(told[f"{name}-sharded"], told[f"{name}-whole"])
         sharded, whole = (tmp_path / f"{name}-{kind}-0" / "step-00000003" for kind in ("sharded", "whole"))
-        for file in ("model.safetensors", "optimizer.safetensors"):
-            assert_same_tensors(sharded / file, whole / file, tolerance=1e-4)
+        for file in sorted(whole.glob("*.safetensors")):
+            if file.name != "rng.safetensors":
+                assert_same_tensors(sharded / file.name, file, tolerance=1e-4)
     # Saved in shares on two ranks, goes on whole on one; and the other way round.
     expected = told["cascade-whole"][2:]
     assert_close(
@@ -95,7 +107,7 @@ def test_run_training__shares_on_two_ranks_train_as_whole_models_do(make_job: Ma
     # Each rank holds half of what is trained and of what is frozen.
     assert 0.49 < told["share"] < 0.51
     assert sorted(told["val_images"]) == [2, 3]
-    assert told["miou"] == pytest.approx(Trainer(five_images(jobs["cascade"]), alone).validate(), abs=1e-6)
+    assert told["miou"] == pytest.approx(Trainer(five_images(jobs["cascade"]), alone).validate()["val_miou"], abs=1e-6)
 
 
 def _worker(rank: int, world_size: int, folder: str, jobs: dict[str, str]) -> None:
@@ -111,7 +123,7 @@ def _worker(rank: int, world_size: int, folder: str, jobs: dict[str, str]) -> No
     resume = root / "alone" / "step-00000002"
     told["resumed"] = train(job, place, root / f"resumed-{rank}", resume)
     trainer = Trainer(five_images(job), place)
-    told["miou"] = trainer.validate()
+    told["miou"] = trainer.validate()["val_miou"]
     parameters = list(trainer.model.parameters())
     assert all(isinstance(parameter, DTensor) for parameter in parameters)
     local = sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor))
@@ -122,6 +134,7 @@ def _worker(rank: int, world_size: int, folder: str, jobs: dict[str, str]) -> No
     told["val_images"] = counts
     if rank == 0:
         (root / "told.json").write_text(json.dumps(told))
+    dist.barrier()
     dist.destroy_process_group()
 
 
