@@ -174,8 +174,8 @@ def per_output_element(cost: int) -> Callable[..., int]:
     return formula
 
 
-def activation_bytes(model: nn.Module, size: tuple[int, int]) -> int:
-    """Bytes that autograd keeps for the backward pass of one image of (height, width) pixels.
+def activation_bytes(model: nn.Module, size: tuple[int, int], num_images: int = 1) -> int:
+    """Bytes that autograd keeps for the backward pass of images of (height, width) pixels.
 
     Counted at the end of a forward pass in training mode, in the model's type, before any loss: every storage
     that a saved tensor lies in, once and whole, parameters and buffers excluded. Attention is counted as fused
@@ -185,6 +185,7 @@ def activation_bytes(model: nn.Module, size: tuple[int, int]) -> int:
     Args:
         model: A model on the meta device, where nothing is computed; on others the pass runs for real.
         size: (height, width) in pixels.
+        num_images: In one batch.
     """
     was_training = model.training
     own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
@@ -195,7 +196,7 @@ def activation_bytes(model: nn.Module, size: tuple[int, int]) -> int:
         return tensor
 
     some = next(model.parameters())
-    images = torch.empty(1, 3, *size, device=some.device, dtype=some.dtype)
+    images = torch.empty(num_images, 3, *size, device=some.device, dtype=some.dtype)
     try:
         with torch.enable_grad(), saved_tensors_hooks(pack, lambda tensor: tensor), FusedAttention():
             output = model.train()(images)

@@ -72,6 +72,14 @@ class SegViT(nn.Module):
         """
         self.backbone.freeze_blocks(num_blocks)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep of each trained backbone block its input alone, and compute the rest again in the backward pass.
+
+        Loss and gradients are the same, stochastic depth included; a training step does one forward pass more of
+        these blocks (Chen et al., arXiv 1604.06174).
+        """
+        self.backbone.set_grad_checkpointing(enable)
+
 
 def build_model(config: ModelConfig | str, num_classes: int) -> SegViT:
     """The model of a configuration or of a preset's name, with random weights; nothing is downloaded.

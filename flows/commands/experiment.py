@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
 from flows.commands.options import WORKSPACE, Config, Json, Overrides, TrackingUri, Workspace, facts_output
 from pipeline.masking import masked
+
+if TYPE_CHECKING:
+    from pipeline.estimate import TrainEstimate
+    from pipeline.workflow.runs import PlannedStep
+
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="NAME", help="Card to estimate training for, as H100; default: this machine's."),
+]
 
 
 def run(
@@ -59,14 +73,18 @@ def plan(
     overrides: Overrides = None,
     workspace: Workspace = WORKSPACE,
     tracking_uri: TrackingUri = None,
+    gpu: Gpu = None,
     as_json: Json = False,
 ) -> None:
-    """Check an experiment against data, models and machine, and show its steps, each cached or to run."""
+    """Check an experiment against data, models and machine, and show its steps, and what training takes of a GPU."""
     from flows.experiment import load_experiment
+    from flows.present import estimates as present_estimates
     from flows.present import runs as present
+    from pipeline.estimate import choose_gpu, estimate_training
     from pipeline.workflow.tracking import Tracking
 
     experiment = load_experiment(config, overrides or ())
+    card = choose_gpu(gpu)
     experiment.check(workspace)
     warnings = experiment.warnings()
     planned = experiment.plan(workspace, Tracking.for_workspace(workspace, tracking_uri))
@@ -74,7 +92,20 @@ def plan(
         for warning in warnings:
             console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
         console.print(present.plan_tree(experiment.config.name, planned.steps, planned.complete))
-        give([step.model_dump(mode="json") for step in planned.steps])
+        # A label of training is train/VARIANT.
+        to_train = {step.label.partition("/")[2] for step in planned.steps if step.step == "train" and not step.cached}
+        estimates = {one.variant: one for one in estimate_training(experiment.config, to_train, card)}
+        if estimates:
+            console.print(present_estimates.estimates_view(list(estimates.values())))
+        give([_with_estimate(step, estimates) for step in planned.steps])
+
+
+def _with_estimate(step: PlannedStep, estimates: Mapping[str, TrainEstimate]) -> dict[str, Any]:
+    facts = step.model_dump(mode="json")
+    variant = step.label.partition("/")[2]
+    if step.step == "train" and variant in estimates:
+        facts["estimate"] = estimates[variant].model_dump(mode="json")
+    return facts
 
 
 def _tracking_view(uri: str) -> str:

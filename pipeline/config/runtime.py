@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_serializer, field_validator
 
@@ -18,6 +18,8 @@ class RuntimeConfig(Section):
             for: a run goes on with fewer when nodes are lost, and with more when they come. The global batch stays.
         cpus_per_worker: CPU cores reserved for, and threads used by, each.
         use_gpu: None means: when the machine has one, or the cluster has one or starts a node with one when asked to.
+        sharding: full: each training process keeps its share of parameters, gradients and optimizer state, and gathers
+            a block's parameters while it computes (FSDP2), for models that do not fit a GPU; none: all of them (DDP).
         loader_workers: loader processes beside each training process.
         trials_at_once: concurrent trials of the search.
         trainings_at_once: concurrent training runs of a flow; left out, as many as the cluster has room for when they
@@ -31,6 +33,7 @@ class RuntimeConfig(Section):
     num_workers: Positive | tuple[Positive, Positive] = 1
     cpus_per_worker: Positive = 1
     use_gpu: bool | None = None
+    sharding: Literal["none", "full"] = "none"
     loader_workers: Annotated[int, Field(ge=0)] = 0
     compile: bool = False
     trials_at_once: Positive = 2

@@ -92,7 +92,11 @@ class TrainConfig(Section):
     """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step.
 
     `steps`: 0 for a variant that is kept as it starts from another one.
-    `precision`: bf16 computes in fp32 on a device without bf16 instructions, and the log says so.
+    `precision`: bf16 is mixed precision, parameters in float32; bf16_params computes in bf16 parameters too, and the
+    optimizer keeps float32 masters, which are what is saved; with runtime.sharding full, bf16 is the same. Both compute
+    in fp32 on a device without bf16 instructions, and the log says so.
+    `activation_checkpointing`: keep of each trained backbone block its input alone, and compute the rest again in the
+    backward pass: less memory, a forward pass of these blocks more, the same loss and gradients.
     `layer_decay`: the learning rate of each backbone block over that of the one after it (BEiT).
     `gradient_clip`: whether `gradient_clip_norm` bounds the norm of all gradients together, or that of the backbone's
     and of the decoder's (with `layer_decay`: of every block's) by itself.
@@ -110,7 +114,8 @@ class TrainConfig(Section):
     steps: Annotated[int, Field(ge=0)]
     batch_size: Positive
     accumulation_steps: Positive = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16_params"] = "fp32"
+    activation_checkpointing: Annotated[bool, NotFingerprinted] = False
     freeze_blocks: Annotated[int, Field(ge=0)] = 0
     learning_rate: PositiveFloat = 2e-5
     decoder_lr_multiplier: PositiveFloat = 10.0

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from pipeline.training.sharding import placed_like, whole
+
 Weights = dict[str, Tensor]
 
 
@@ -41,7 +43,7 @@ class MovingAverage:
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Set the average."""
         for name, weight in weights.items():
-            self.weights[name].copy_(weight)
+            self.weights[name].copy_(placed_like(weight, self.weights[name]))
 
 
 class BestWeights:
@@ -59,7 +61,7 @@ class BestWeights:
         """Keep these weights if they are among the best; of equals, the later ones."""
         if len(self.kept) == self.number and miou < self.kept[-1][0]:
             return
-        copies = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+        copies = {name: whole(weight.detach()).to("cpu", copy=True) for name, weight in weights.items()}
         self.kept.insert(sum(one > miou for one, _ in self.kept), (miou, copies))
         del self.kept[self.number :]
 
@@ -94,4 +96,4 @@ def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Set trainable weights, in place."""
     parameters = trainable(model)
     for name, weight in weights.items():
-        parameters[name].copy_(weight)
+        parameters[name].copy_(placed_like(weight, parameters[name]))

@@ -52,7 +52,7 @@ def run_training(
     trainer = Trainer(job, context, resume_from)
     train, state = job.train, trainer.state
     if context.rank == 0 and trainer.precision != train.precision:
-        log(f"{job.variant}  in {trainer.precision}: this {context.device.type} has no {train.precision} instructions")
+        log(f"{job.variant}  in {trainer.precision}: this {context.device.type} has no bf16 instructions")
     if context.rank == 0 and trainer.taken is not None and job.start is not None:
         log(f"{job.variant}  starts from {job.start.origin} (step {job.start.step}): {trainer.taken.summary()}")
         if trainer.fitted is not None:

@@ -23,6 +23,7 @@ import segvit
 from pipeline import storage
 from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 from pipeline.training.averaging import BestWeights, MovingAverage, put, swapped, trainable
+from pipeline.training.sharding import load_weights, placed_like, whole
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
@@ -68,37 +69,31 @@ class Averages:
 def save_training(
     folder: Path,
     model: segvit.SegViT,
-    optimizer: torch.optim.Optimizer,
+    moments: Mapping[str, Tensor],
     state: TrainState,
     rng: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
-    averages: Averages | None = None,
+    moving: Mapping[str, Tensor] | None = None,
+    best: BestWeights | None = None,
     chosen: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint to the new folder, its sums last.
 
-    `rng` is what `gather_rng` gave; `metadata` is kept with the weights, which are the `chosen` ones where these are
-    not the model's own.
+    `moments` is what `gather_moments` gave, `rng` what `gather_rng` gave, `moving` the weights of the moving average;
+    `metadata` is kept with the weights, which are the `chosen` ones where these are not the model's own.
     """
-    averages = averages or Averages()
     with swapped(model, chosen):
         segvit.save_checkpoint(folder, model, metadata)
     if chosen is not None:
         save_weights(folder / TRAINED_FILE, trainable(model))
-    if averages.moving is not None:
-        save_weights(folder / AVERAGE_FILE, averages.moving.weights)
-    if averages.best is not None and averages.best.kept:
-        kept = enumerate(averages.best.kept)
+    if moving is not None:
+        save_weights(folder / AVERAGE_FILE, moving)
+    if best is not None and best.kept:
+        kept = enumerate(best.kept)
         sets = {f"{index}:{name}": one for index, (_, weights) in kept for name, one in weights.items()}
-        scores = torch.tensor([miou for miou, _ in averages.best.kept], dtype=torch.float64)
+        scores = torch.tensor([miou for miou, _ in best.kept], dtype=torch.float64)
         save_weights(folder / BEST_FILE, {**sets, "miou": scores})
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    moments: dict[str, Tensor] = {}
-    for parameter, values in optimizer.state.items():
-        for key, value in values.items():
-            # Some optimizers keep flags and counts beside tensors.
-            moments[f"{names[id(parameter)]}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    save_file(moments, folder / OPTIMIZER_FILE)
+    save_file(dict(moments), folder / OPTIMIZER_FILE)
     save_file(dict(rng), folder / RNG_FILE)
     (folder / HISTORY_FILE).write_text("".join(json.dumps(row) + "\n" for row in state.history))
     (folder / STATE_FILE).write_text(json.dumps({name: getattr(state, name) for name in _SCALARS}))
@@ -121,7 +116,7 @@ def load_training(
 ) -> TrainState:
     """Put model, optimizer, averages and this rank's random generators into the state that the folder holds."""
     weights, _ = segvit.load_checkpoint(folder)
-    model.load_state_dict(weights.state_dict())
+    load_weights(model, weights.state_dict())
     if (folder / TRAINED_FILE).exists():
         put(model, load_file(folder / TRAINED_FILE))
     _load_averages(folder, averages or Averages(), model)
@@ -129,11 +124,27 @@ def load_training(
     for key, value in load_file(folder / OPTIMIZER_FILE).items():
         name, _, moment = key.rpartition(":")
         # Its count of steps, too: the fused AdamW wants all of its state beside the parameter.
-        kept = value.item() if value.dtype == torch.bool else value.to(device)
+        kept = value.item() if value.dtype == torch.bool else placed_like(value, parameters[name])
         optimizer.state[parameters[name]][moment] = kept
     _restore_rng(load_file(folder / RNG_FILE), rank, device)
     history = [json.loads(line) for line in (folder / HISTORY_FILE).read_text().splitlines()]
     return TrainState(history=history, **json.loads((folder / STATE_FILE).read_text()))
+
+
+def gather_moments(model: segvit.SegViT, optimizer: torch.optim.Optimizer, *, keep: bool = True) -> dict[str, Tensor]:
+    """The optimizer's state on the CPU, by ``parameter:entry``, whole where it is sharded; a collective call.
+
+    Ranks that do not `keep` it get nothing.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments: dict[str, Tensor] = {}
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            # Some optimizers keep flags and counts beside tensors.
+            gathered = whole(torch.as_tensor(value).detach())
+            if keep:
+                moments[f"{names[id(parameter)]}:{key}"] = gathered.cpu().contiguous()
+    return moments
 
 
 def _load_averages(folder: Path, averages: Averages, model: segvit.SegViT) -> None:

@@ -25,8 +25,17 @@ from pipeline.storage.names import MANIFEST
 from pipeline.training.averaging import BestWeights, MovingAverage, Weights, swapped, trainable
 from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob, job_schedule
+from pipeline.training.master_weights import MasterWeights
 from pipeline.training.non_finite import FiniteWatch
-from pipeline.training.train_checkpoint import Averages, TrainState, gather_rng, load_training, save_training
+from pipeline.training.sharding import shard_model, uneven_forwards, whole, whole_model, whole_weights
+from pipeline.training.train_checkpoint import (
+    Averages,
+    TrainState,
+    gather_moments,
+    gather_rng,
+    load_training,
+    save_training,
+)
 from segvit.bf16 import has_bf16
 from segvit.metrics import segmentation_metrics
 from segvit.optim import clip_gradients, parameter_groups
@@ -54,10 +63,15 @@ class Trainer:
         self.state = TrainState()
         self.watch = FiniteWatch(context.device)
         torch.manual_seed(job.train.seed)
-        self.model = build_job_model(job).to(context.device)
+        self.model = build_job_model(job)
+        self.sharded = job.runtime.sharding == "full"
+        if not self.sharded or job.settings.distill is not None:
+            self.model.to(context.device)
         self.taken: TakenWeights | None = None
         self.fitted: segvit.FeatureFit | None = None
         self._start_from_other(resumed=resume_from is not None)
+        if self.sharded:
+            shard_model(self.model, context.device, None if self.precision == "fp32" else torch.bfloat16)
         self.loss = build_loss(job)
         self.optimizer = build_job_optimizer(job, self.model)
         ema_decay, average_best = job.train.ema_decay, job.train.average_best
@@ -74,6 +88,8 @@ class Trainer:
             self.state = load_training(
                 resume_from, self.model, self.optimizer, context.rank, context.device, self.averages
             )
+        in_bf16 = self.precision == "bf16_params" and not self.sharded
+        self.masters = MasterWeights(self.model) if in_bf16 else None
         self.forward = self._distributed_forward()
 
     def _start_from_other(self, *, resumed: bool) -> None:
@@ -108,17 +124,19 @@ class Trainer:
             return segvit.fit_upsampling(self.model, teacher, images, add_up)
 
     def _distributed_forward(self) -> nn.Module:
-        forward: nn.Module = self.model
-        if self.context.world_size > 1:
+        forward: nn.Module = self.model if self.masters is None else self.masters.copy
+        if self.context.world_size > 1 and not self.sharded:
             device_ids = [self.context.device] if self.context.device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
         if self.job.runtime.compile:
             forward = torch.compile(forward)  # type: ignore[assignment]
         return forward
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """bf16 autocast where the job asks for it and the device has it."""
-        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    def autocast(self, *, training: bool = False) -> contextlib.AbstractContextManager[None]:
+        """bf16 autocast where the job asks for it and the device has it; parameters that train in bf16 need none."""
+        has_copies = self.sharded or self.precision == "bf16_params"
+        enabled = self.precision != "fp32" and not (training and has_copies)
+        return torch.autocast(self.context.device.type, torch.bfloat16, enabled=enabled)
 
     def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches; returns this rank's weighted loss terms, detached."""
@@ -132,20 +150,26 @@ class Trainer:
         for index, batch in enumerate(batches):
             images = self.model.normalize(batch.images.to(self.context.device, non_blocking=True))
             with self._no_sync_unless(index == len(batches) - 1):
-                with self.autocast():
+                with self.autocast(training=True):
                     output = self.forward(images)
                 losses = self.loss(output, labels[index], normalizer=normalizer)
                 losses["total"].backward()
+            if self.masters is not None:
+                self.masters.take_gradients()
             for name, value in losses.items():
                 terms[name] = terms[name] + value.detach() if name in terms else value.detach()
         # Of the gradient that all ranks share: the same number everywhere.
-        gradient_norm = clip_gradients(
-            self.optimizer.param_groups,
-            self.job.train.gradient_clip_norm,
-            per_group=self.job.train.gradient_clip == "by_group",
+        gradient_norm = whole(
+            clip_gradients(
+                self.optimizer.param_groups,
+                self.job.train.gradient_clip_norm,
+                per_group=self.job.train.gradient_clip == "by_group",
+            )
         )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.masters is not None:
+            self.masters.update_copy()
         self.state.step += 1
         if self.averages.moving is not None:
             self.averages.moving.update(self.model, self.state.step)
@@ -154,7 +178,8 @@ class Trainer:
         return terms
 
     def _no_sync_unless(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        if last or self.context.world_size == 1:
+        # Shares and masters add up gradients of their own: a whole one of every parameter would be memory, and bf16.
+        if last or self.context.world_size == 1 or self.sharded or self.masters is not None:
             return contextlib.nullcontext()
         # torch.compile's wrapper passes attributes of the DDP module through.
         return self.forward.no_sync()  # type: ignore[operator,no-any-return]
@@ -212,7 +237,7 @@ class Trainer:
             max_samples=self.job.max_val_samples,
             held_apart=self.job.hold_out,
         )
-        with self.autocast():
+        with self.autocast(), uneven_forwards(self.model):
             inference = self.job.inference.options()
             confusion = confusion_of_split(self.model, loader, self.context.device, inference=inference)
         matrix = torch.from_numpy(confusion.matrix)
@@ -223,8 +248,11 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint to the new folder, from rank 0; a collective call."""
-        rng = gather_rng(self.context.world_size, self.context.device)
-        if self.context.rank:
+        rng, keep = gather_rng(self.context.world_size, self.context.device), self.context.rank == 0
+        model, moments = whole_model(self.model, keep=keep), gather_moments(self.model, self.optimizer, keep=keep)
+        moving = None if self.averages.moving is None else whole_weights(self.averages.moving.weights, keep=keep)
+        chosen = None if self.chosen is None else whole_weights(self.chosen, keep=keep)
+        if not keep:
             return
         manifest = storage.read_json(storage.join(self.job.shard_set.uri, MANIFEST))
         metadata = {
@@ -236,12 +264,12 @@ class Trainer:
         }
         if manifest.get("grey_range") is not None:
             metadata["grey_range"] = manifest["grey_range"]
-        save_training(folder, self.model, self.optimizer, self.state, rng, metadata, self.averages, self.chosen)
+        save_training(folder, model, moments, self.state, rng, metadata, moving, self.averages.best, chosen)
 
 
 def computed_precision(asked: str, device: torch.device) -> str:
     """`asked`, but fp32 where the device would have to emulate bf16."""
-    return "fp32" if asked == "bf16" and not has_bf16(device) else asked
+    return asked if has_bf16(device) else "fp32"
 
 
 def build_loss(job: TrainJob) -> segvit.SegmentationLoss:
@@ -277,4 +305,5 @@ def build_job_model(job: TrainJob) -> segvit.SegViT:
             load_backbone_state(model, read_file(file), source_grid=read_grid(file))
     if job.train.freeze_blocks:
         model.freeze_blocks(job.train.freeze_blocks)
+    model.set_grad_checkpointing(job.train.activation_checkpointing)
     return model

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from segvit.backbones.downsampling import (
     Downsampling,
@@ -45,6 +46,7 @@ class Backbone(nn.Module, ABC):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_frozen_blocks: int
+    grad_checkpointing: bool
 
     def __init__(self, vit: nn.Module, out_layers: Sequence[int]) -> None:
         super().__init__()
@@ -55,7 +57,13 @@ class Backbone(nn.Module, ABC):
         self.patch_size = network.patch_embed.patch_size[0]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         self.num_frozen_blocks = 0
+        self.grad_checkpointing = False
         self.vit = vit
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in the order they run."""
 
     @abstractmethod
     def frozen_modules(self) -> Iterator[nn.Module]:
@@ -64,6 +72,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def freeze_blocks(self, num_blocks: int) -> None:
         """Freeze the embeddings and the first blocks; see `SegViT.freeze_blocks`."""
+
+    @abstractmethod
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks again in the backward pass; see `SegViT.set_grad_checkpointing`."""
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the mode of all but the frozen parts, which stay in evaluation mode."""
@@ -151,10 +163,16 @@ class PlainBackbone(Backbone):
                             log_counts = F.pad(counts.log(), (self.num_prefix_tokens, 0)).to(tokens.dtype)
                             positions = positions._replace(log_counts=log_counts)
                 else:
-                    tokens = run_block(block, tokens, positions.of_block(index), self.num_prefix_tokens)
+                    tokens = self._run(run_block, block, tokens, positions.of_block(index), self.num_prefix_tokens)
             if index in self.out_layers:
                 features.append(FeatureMap(tokens[:, self.num_prefix_tokens :], grid, stride, patch_grid, kept))
         return features
+
+    def _run(self, block_function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            tokens: Tensor = checkpoint(block_function, *inputs, use_reentrant=False)
+            return tokens
+        return block_function(*inputs)
 
     def downsample(
         self, tokens: Tensor, positions: TokenPositions, grid: tuple[int, int]
@@ -164,9 +182,9 @@ class PlainBackbone(Backbone):
         prefix, block = self.num_prefix_tokens, self.vit.blocks[self.shrink_at]
         queries, halved = self.downsampling(tokens, grid, prefix), positions.halved(grid)
         if self.shrink_keys:
-            return run_block(block, queries, halved.of_block(self.shrink_at), prefix), halved
+            return self._run(run_block, block, queries, halved.of_block(self.shrink_at), prefix), halved
         block_positions = downsampled_positions(positions.of_block(self.shrink_at), grid, prefix, self.downsampling)
-        return query_block(block, queries, tokens, block_positions, prefix), halved
+        return self._run(query_block, block, queries, tokens, block_positions, prefix), halved
 
     def leave_out(self, tokens: Tensor, positions: TokenPositions, places: Tensor) -> tuple[Tensor, TokenPositions]:
         """As `downsample`, but the patches `places` (B, M) stay: (B, prefix + M, C), and their positions."""
@@ -174,7 +192,8 @@ class PlainBackbone(Backbone):
         prefix = self.num_prefix_tokens
         block_positions = positions_at(positions.of_block(self.shrink_at), places, prefix)
         queries = rows_at(tokens, with_prefix(places, prefix))
-        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, block_positions, prefix)
+        block = self.vit.blocks[self.shrink_at]
+        tokens = self._run(query_block, block, queries, tokens, block_positions, prefix)
         return tokens, positions.at(places)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -208,6 +227,11 @@ class PlainBackbone(Backbone):
             self.vit.pos_embed, self.vit.patch_embed.grid_size, grid, self.num_embedded_prefix_tokens
         )
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks, in the order they run."""
+        return list(self.vit.blocks)
+
     def frozen_modules(self) -> Iterator[nn.Module]:
         """Patch embedding, norm and positions of all blocks, and the frozen blocks."""
         for name in ("patch_embed", "pos_drop", "norm_pre", "rope", "rel_pos_bias"):
@@ -230,6 +254,10 @@ class PlainBackbone(Backbone):
         for module in self.frozen_modules() if num_blocks else ():
             module.requires_grad_(False)
         self.train(self.training)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks again in the backward pass; see `SegViT.set_grad_checkpointing`."""
+        self.grad_checkpointing = enable
 
 
 def block_problems(

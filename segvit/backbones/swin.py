@@ -59,6 +59,11 @@ class HierarchicalBackbone(Backbone):
                 features.append(FeatureMap(cells.flatten(1, 2), grid, self.patch_size * 2**index, patch_grid))
         return features
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, in the order they run."""
+        return blocks_of(self.vit)
+
     def frozen_modules(self) -> Iterator[nn.Module]:
         """The patch embedding and the frozen stages."""
         yield self.vit.patch_embed
@@ -73,6 +78,13 @@ class HierarchicalBackbone(Backbone):
         for module in self.frozen_modules() if num_blocks else ():
             module.requires_grad_(False)
         self.train(self.training)
+        self.set_grad_checkpointing(self.grad_checkpointing)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute blocks of unfrozen stages again in the backward pass; see `SegViT.set_grad_checkpointing`."""
+        self.grad_checkpointing = enable
+        for index, stage in enumerate(self.vit.layers):
+            stage.grad_checkpointing = enable and index >= self.num_frozen_blocks
 
 
 def build_hierarchical(config: ModelConfig) -> HierarchicalBackbone:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +77,16 @@ def query_block(
     Returns:
         (B, Q, C).
     """
+    # What shards parameters gathers a block's only for the block's own calls.
+    forward: Callable[..., Tensor] = getattr(block, "query_forward", partial(compute_query_block, block))
+    return forward(queries, None if queries is tokens else tokens, positions, num_prefix_tokens)
+
+
+def compute_query_block(
+    block: nn.Module, queries: Tensor, tokens: Tensor | None, positions: AttentionPositions, num_prefix_tokens: int
+) -> Tensor:
+    """What `query_block` computes; tokens None: they are the queries."""
+    tokens = queries if tokens is None else tokens
     parts: Any = block
     normed = parts.norm1(tokens)
     normed_queries = normed if queries is tokens else parts.norm1(queries)

@@ -22,7 +22,7 @@ FROZEN_OPTIONS = {
     "check": {"source", "--samples", "--out", "--overwrite", "--json"},
     "init": {"source", "--out", "--backbone", "--overwrite"},
     "run": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
-    "plan": {"config", "--set", "--workspace", "--tracking-uri", "--json"},
+    "plan": {"config", "--set", "--workspace", "--tracking-uri", "--gpu", "--json"},
     "runs": {"--workspace", "--tracking-uri", "--json"},
     "cancel": {"run_id", "--workspace", "--tracking-uri", "--json", "--address"},
     "show": {"run_id", "--follow", "--workspace", "--tracking-uri", "--json"},
@@ -109,6 +109,25 @@ def test_plan__names_every_step_and_executes_nothing(tmp_path: Path, capfd: pyte
     ]
     assert not any(step["cached"] for step in steps)
     assert not (tmp_path / "ws").exists()
+
+
+def test_plan__tells_what_training_takes_of_a_card(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    large = ["--set", "model.backbone=vit_giant_patch14_dinov2", "--set", "model.weights=random"]
+    large += ["--set", "train.freeze_blocks=0"]
+    arguments = ["plan", CONFIG, *large, "--workspace", str(tmp_path / "ws"), "--gpu", "l4"]
+    assert run(*arguments, "--set", "train.batch_size=512", "--set", "train.precision=bf16") == 0
+    shown = capfd.readouterr().out
+    assert "Training step on each GPU, L4 (24 GB)" in shown
+    assert "does not fit; it fits (" in shown
+    assert "--set train.activation_checkpointing=true" in shown
+    assert run(*arguments, "--json") == 0
+    steps = {step["label"]: step for step in json.loads(capfd.readouterr().out)}
+    estimate = steps["train/full"]["estimate"]
+    assert (estimate["variant"], estimate["gpu"]) == ("full", "L4")
+    assert estimate["weights"] == pytest.approx(1.06e9, rel=0.01)  # nine of its blocks
+    # It has no step of training.
+    assert "estimate" not in steps["train/shrunk"]
+    assert "estimate" not in steps["prepare"]
 
 
 def test_plan__starts_are_known_by_their_content(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -198,6 +217,7 @@ def test_results__further_ways_of_predicting_stand_by_themselves() -> None:
             "/none",
         ),
         (["plan", CONFIG, "--set", "model.weights=/none.safetensors"], "no weights file at /none.safetensors"),
+        (["plan", CONFIG, "--gpu", "h1000"], "--gpu: unknown GPU 'h1000'; did you mean H100?; choose from T4, "),
         (["predict", "models:/none@champion", "x.png", "--out", "out"], "unknown model 'none'"),
         (["predict", "/none", "x.png", "--out", "out"], "/none is no checkpoint folder"),
         (["promote", "none", "1"], "error: unknown model 'none'; none is registered yet"),

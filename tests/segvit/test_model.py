@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from segvit.flops import activation_bytes
 from segvit.inference.scores import semantic_scores
 from segvit.losses.segmentation_loss import SegmentationLoss
 from segvit.model import SegViT, build_model
@@ -177,3 +178,65 @@ def test_compile__whole_forward_is_one_graph(make_model: MakeModel, structure: s
     model.train()
     assert compiled(images).mask_logits.isfinite().all()  # with dropout, one graph too
     torch._dynamo.reset()
+
+
+CHECKPOINTED: dict[str, dict[str, Any]] = {
+    "cascade": {},
+    "shrunk": {},
+    "anchored": {},
+    "beit": {"backbone": "beit_base_patch16_224"},
+    "rotary": {"backbone": "eva02_tiny_patch14_224", "image_size": (56, 56)},
+    "swin": {"backbone": "swin_tiny_patch4_window7_224", "out_layers": (1, 3)},
+}
+
+
+@pytest.mark.parametrize("num_frozen", [0, 1])
+@pytest.mark.parametrize("case", CHECKPOINTED)
+def test_set_grad_checkpointing__same_loss_and_gradients(make_model: MakeModel, case: str, num_frozen: int) -> None:
+    structure = case if case in ("shrunk", "anchored") else "cascade"
+    model = make_model(structure, drop_path_rate=0.5, dropout=0.2, **CHECKPOINTED[case]).train()
+    model.freeze_blocks(num_frozen)
+    images = torch.randn(2, 3, *model.config.image_size)
+    labels = torch.randint(0, 4, (2, *model.config.image_size))
+    found = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        torch.manual_seed(1)
+        loss = SegmentationLoss(4)(model(images), labels)["total"]
+        loss.backward()
+        gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+        found.append((loss.item(), gradients, torch.rand(1).item()))
+    (loss_without, without, next_without), (loss_with, with_it, next_with) = found
+    assert (loss_with, next_with) == (loss_without, next_without)
+    assert with_it.keys() == without.keys()
+    for name, gradient in without.items():
+        assert torch.equal(with_it[name], gradient), name
+
+
+@pytest.mark.parametrize("backbone", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_set_grad_checkpointing__keeps_less_of_trained_blocks_alone(make_model: MakeModel, backbone: str) -> None:
+    with torch.device("meta"):
+        model = make_model(backbone=backbone)
+    kept = {}
+    for num_frozen in (0, 1):
+        model.freeze_blocks(num_frozen)
+        for enable in (False, True):
+            model.set_grad_checkpointing(enable)
+            kept[num_frozen, enable] = activation_bytes(model, (64, 64))
+    assert kept[0, True] < 0.6 * kept[0, False]
+    assert kept[1, True] < kept[1, False]
+
+
+def test_set_grad_checkpointing__compiled(make_model: MakeModel) -> None:
+    backbone = make_model().train().backbone
+    images, gradients = torch.randn(2, 3, 64, 64), []
+    compiled = torch.compile(backbone, backend="aot_eager", fullgraph=True)
+    for enable, forward in ((False, backbone), (True, compiled)):
+        backbone.set_grad_checkpointing(enable)
+        backbone.zero_grad()
+        total: torch.Tensor = torch.stack([feature.tokens.square().mean() for feature in forward(images)]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        gradients.append(backbone.get_parameter("vit.blocks.0.attn.qkv.weight").grad)
+    assert gradients[0] is not None
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
