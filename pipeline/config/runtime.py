@@ -19,6 +19,8 @@ class RuntimeConfig(Section):
         cpus_per_worker: CPU cores reserved for, and threads used by, each.
         use_gpu: None means: when the machine has one, or the cluster has one or starts a node with one when asked to.
         loader_workers: loader processes beside each training process.
+        compile: compile the backbone's blocks and the decoder's layers, in training and where a split is scored; worth
+            its first minutes on a GPU, or for long runs.
         trials_at_once: concurrent trials of the search.
         trainings_at_once: concurrent training runs of a flow; left out, as many as the cluster has room for when they
             are asked for. Give it for clusters that grow.

@@ -43,6 +43,7 @@ from pipeline.workflow.lease import Lease
 from pipeline.workflow.progress import StepProgress
 from pipeline.workflow.ray_session import wants_gpu
 from segvit.checkpoint import read_config
+from segvit.compilation import compile_regions
 from segvit.flops import model_cost
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, segmentation_metrics
 
@@ -92,6 +93,8 @@ def evaluate_part(
     `tally`: the actor that is told how far it is.
     """
     model, device = _load_model(checkpoint_uri, runtime)
+    if runtime.compile:
+        compile_regions(model)
     boundary = BoundaryIoU(model.num_classes)
     scores: list[ImageScore] = []
     counts: list[ImageCounts] = []

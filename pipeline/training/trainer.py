@@ -27,6 +27,7 @@ from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob, job_schedule
 from pipeline.training.non_finite import FiniteWatch
 from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
+from segvit.compilation import compile_regions
 from segvit.metrics import segmentation_metrics
 from segvit.optim import parameter_groups
 from segvit.weights.pretrained import load_backbone_state, read_file, read_grid
@@ -110,12 +111,12 @@ class Trainer:
             return segvit.fit_upsampling(self.model, teacher, images, add_up)
 
     def _distributed_forward(self) -> nn.Module:
+        if self.job.runtime.compile:
+            compile_regions(self.model)
         forward: nn.Module = self.model
         if self.context.world_size > 1:
             device_ids = [self.context.device] if self.context.device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
-        if self.job.runtime.compile:
-            forward = torch.compile(forward)  # type: ignore[assignment]
         return forward
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
@@ -154,7 +155,6 @@ class Trainer:
     def _no_sync_unless(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if last or self.context.world_size == 1:
             return contextlib.nullcontext()
-        # torch.compile's wrapper passes attributes of the DDP module through.
         return self.forward.no_sync()  # type: ignore[operator,no-any-return]
 
     def _global_normalizer(self, labels: list[Tensor]) -> Any:

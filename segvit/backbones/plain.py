@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,7 @@ class PlainBackbone(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(vit, out_layers)
+        self.compiled: Mapping[Callable[..., Tensor], Callable[..., Tensor]] = {}
         self.shrink_at = downsampling.block if downsampling else None
         if problems := block_problems(self.name, vit, self.out_layers, self.shrink_at, drop_path_rate):
             raise ValueError("; ".join(problems))
@@ -151,10 +152,13 @@ class PlainBackbone(Backbone):
                             log_counts = F.pad(counts.log(), (self.num_prefix_tokens, 0)).to(tokens.dtype)
                             positions = positions._replace(log_counts=log_counts)
                 else:
-                    tokens = run_block(block, tokens, positions.of_block(index), self.num_prefix_tokens)
+                    tokens = self._run(run_block, block, tokens, positions.of_block(index), self.num_prefix_tokens)
             if index in self.out_layers:
                 features.append(FeatureMap(tokens[:, self.num_prefix_tokens :], grid, stride, patch_grid, kept))
         return features
+
+    def _run(self, block_function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return self.compiled.get(block_function, block_function)(*inputs) if self.compiled else block_function(*inputs)
 
     def downsample(
         self, tokens: Tensor, positions: TokenPositions, grid: tuple[int, int]
@@ -164,9 +168,9 @@ class PlainBackbone(Backbone):
         prefix, block = self.num_prefix_tokens, self.vit.blocks[self.shrink_at]
         queries, halved = self.downsampling(tokens, grid, prefix), positions.halved(grid)
         if self.shrink_keys:
-            return run_block(block, queries, halved.of_block(self.shrink_at), prefix), halved
+            return self._run(run_block, block, queries, halved.of_block(self.shrink_at), prefix), halved
         block_positions = downsampled_positions(positions.of_block(self.shrink_at), grid, prefix, self.downsampling)
-        return query_block(block, queries, tokens, block_positions, prefix), halved
+        return self._run(query_block, block, queries, tokens, block_positions, prefix), halved
 
     def leave_out(self, tokens: Tensor, positions: TokenPositions, places: Tensor) -> tuple[Tensor, TokenPositions]:
         """As `downsample`, but the patches `places` (B, M) stay: (B, prefix + M, C), and their positions."""
@@ -174,7 +178,8 @@ class PlainBackbone(Backbone):
         prefix = self.num_prefix_tokens
         block_positions = positions_at(positions.of_block(self.shrink_at), places, prefix)
         queries = rows_at(tokens, with_prefix(places, prefix))
-        tokens = query_block(self.vit.blocks[self.shrink_at], queries, tokens, block_positions, prefix)
+        block = self.vit.blocks[self.shrink_at]
+        tokens = self._run(query_block, block, queries, tokens, block_positions, prefix)
         return tokens, positions.at(places)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -262,7 +267,29 @@ def drop_path_problems(blocks: Iterable[nn.Module], rate: float) -> list[str]:
 def set_drop_path(blocks: Sequence[nn.Module], rate: float) -> None:
     """Stochastic depth on the MLP branches only, its rate linear from 0 to `rate` over the blocks."""
     for index, block in enumerate(blocks if rate else ()):
-        block.drop_path2 = DropPath(rate * index / max(len(blocks) - 1, 1))
+        block.drop_path2 = StochasticDepth(rate * index / max(len(blocks) - 1, 1))
+
+
+class StochasticDepth(DropPath):
+    """timm's with the rate in a buffer, so that blocks of different rates can share compiled code.
+
+    Args:
+        rate: Share of the images for which the branch is left out, below 1.
+    """
+
+    kept_share: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(rate)
+        self.register_buffer("kept_share", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """The branch (B, ...) with some images' values zero and the others' made up for it, in training."""
+        if not self.training:
+            return branch
+        shares = self.kept_share.expand(branch.shape[0])
+        factors = (torch.bernoulli(shares) / shares).to(branch.dtype)
+        return branch * factors.view(-1, *[1] * (branch.ndim - 1))
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
