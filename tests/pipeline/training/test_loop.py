@@ -36,7 +36,7 @@ from tests.jobs import with_settings
 
 MakeJob = Callable[..., TrainJob]
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
-CLOCKS = ("images_per_s", "seconds")
+CLOCKS = ("images_per_s", "seconds", "data_wait_share")
 
 
 class Reports:
