@@ -141,7 +141,10 @@ def assemble(decoded: DecoderOutput, image_size: tuple[int, int]) -> Segmentatio
 
     def geometry(prediction: Prediction, auxiliary: tuple[SegmentationOutput, ...]) -> SegmentationOutput:
         rows, columns = prediction.mask_logits.shape[-2:]
-        padded_size = (rows * decoded.stride, columns * decoded.stride)
+        padded_size = (
+            rows // decoded.upsampling * decoded.stride,
+            columns // decoded.upsampling * decoded.stride,
+        )
         return SegmentationOutput(*prediction, auxiliary, image_size, padded_size)
 
     *earlier, final = decoded.predictions

@@ -67,11 +67,39 @@ class ScheduleConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class OptimizerConfig(BaseModel):
+    """What takes a step: `adamw`, `lion`, `muon`, or one that was registered.
+
+    A name alone stands for the optimizer with its own defaults; other keys are its options (`betas`).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: str = "adamw"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is given beside the name."""
+        return dict(self.model_extra or {})
+
+
 class TrainConfig(Section):
     """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step.
 
     `steps`: 0 for a variant that is kept as it starts from another one.
     `precision`: bf16 computes in fp32 on a device without bf16 instructions, and the log says so.
+    `layer_decay`: the learning rate of each backbone block over that of the one after it (BEiT).
+    `gradient_clip`: whether `gradient_clip_norm` bounds the norm of all gradients together, or that of the backbone's
+    and of the decoder's (with `layer_decay`: of every block's) by itself.
+    `ema_decay`: an average of the weights, which forgets this factor a step (after few steps: less), is validated,
+    too, and saved and published where it is better; left out, there is none.
+    `average_best`: at the end the mean of the weights of so many best validations is validated, too, likewise.
+    `stop_after`: training ends early after so many validations in a row that found nothing better.
     `repeat_factor_threshold`: images with a class that fewer than this share of the images hold come more often,
     sqrt(threshold / share) times an epoch (LVIS); left out, every image comes once.
     `stream_buffer`: read shards from front to back, this many samples a request, for storage where a request is
@@ -87,11 +115,17 @@ class TrainConfig(Section):
     learning_rate: PositiveFloat = 2e-5
     decoder_lr_multiplier: PositiveFloat = 10.0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    optimizer: OptimizerConfig = OptimizerConfig()
     warmup_steps: Annotated[int, Field(ge=0)] = 1500
     schedule: ScheduleConfig = ScheduleConfig()
     gradient_clip_norm: PositiveFloat = 35.0
+    gradient_clip: Literal["together", "by_group"] = "together"
+    ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    average_best: Annotated[int, Field(ge=2, le=16)] | None = None
     validate_every_steps: Positive
     checkpoint_every_steps: Annotated[Positive, NotFingerprinted]
+    stop_after: Positive | None = None
     keep: Literal["best", "last"] = "best"
     keep_checkpoints: Annotated[Positive, NotFingerprinted] = 2
     seed: int = 0

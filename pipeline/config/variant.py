@@ -24,11 +24,13 @@ class LossConfig(Section):
     Attributes:
         with_published: whether terms that are not named have their published weights, or none.
         count_ignored_as_background: whether ignored pixels count as "not this class" in mask terms, as published.
+        label_smoothing: share of the targets of `class` and of the cross-entropies that goes to all classes alike.
     """
 
     weights: dict[str, Weight] = Field(default_factory=dict)
     with_published: bool = True
     count_ignored_as_background: bool = True
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -186,6 +188,7 @@ class VariantSettings(Section):
                 **self.loss.resolved(),
                 "with_published": False,
                 "count_ignored_as_background": self.loss.count_ignored_as_background,
+                "label_smoothing": self.loss.label_smoothing,
             },
             "train": self.train.model_dump(mode="json"),
             "distill": self.distill and self.distill.model_dump(mode="json"),

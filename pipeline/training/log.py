@@ -90,17 +90,23 @@ class TrainingLog:
             self._print(_progress_line(self.job.variant, step, steps, row, self._seconds_left))
         self._log_started, self._log_step = time.monotonic(), step
 
-    def validated(self, miou: float, seconds: float) -> None:
-        """Take in a validation that took so long."""
+    def validated(self, scores: dict[str, float], seconds: float) -> None:
+        """Take in a validation that took so long: `val_miou` of what is saved, and what it was chosen from."""
+        miou = scores["val_miou"]
         self._validating += seconds
         self._log_started += seconds
         self.state.val_miou = miou
         self.state.best_miou = max(self.state.best_miou, miou)
-        self._add({"val_miou": miou})
+        self._add(scores)
         if self.context.rank == 0 and self._say_validations:
+            others = [
+                f"{name.removeprefix('val_miou_').replace('_', ' ')} {value:.4f}"
+                for name, value in scores.items()
+                if name != "val_miou"
+            ]
             self._print(
                 f"{self.job.variant}  step {self.state.step}/{self.job.train.steps}  val mIoU {miou:.4f}  "
-                f"best {self.state.best_miou:.4f}"
+                f"best {self.state.best_miou:.4f}" + (f"  ({', '.join(others)})" if others else "")
             )
 
     def report(self, *, saved: bool, folder: Path | None) -> None:

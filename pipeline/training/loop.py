@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline.config import TrainConfig
 from pipeline.cpu_threads import set_cpu_threads
 from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob
@@ -63,11 +64,15 @@ def run_training(
     mfu_per_image = utilisation_per_image(job, context, trainer.precision)
     training_log = TrainingLog(job, context, state, report, log, report_every_s, say_validations, mfu_per_image)
 
-    def finish_step(*, validate: bool, save: bool) -> None:
+    def finish_step(*, validate: bool, save: bool, last: bool) -> None:
         step, folder = state.step, None
         if validate:
             started = time.monotonic()
-            training_log.validated(trainer.validate(), time.monotonic() - started)
+            scores = trainer.validate()
+            state.finished = last or stops_early(train, state, scores["val_miou"])
+            if state.finished:
+                trainer.validate_best(scores)
+            training_log.validated(scores, time.monotonic() - started)
         if save:
             assert work_folder is not None, "checkpoints need a work folder"
             training_log.stamp()
@@ -76,10 +81,10 @@ def run_training(
         training_log.report(saved=save, folder=folder if context.rank == 0 else None)
 
     if train.steps == 0:
-        finish_step(validate=True, save=job.save_checkpoints)
+        finish_step(validate=True, save=job.save_checkpoints, last=True)
         return state
     batches = prefetch(micro_batches(job, context, state.step), context.device)
-    while state.step < train.steps:
+    while state.step < train.steps and not state.finished:
         started = time.monotonic()
         step_batches = [next(batches) for _ in range(train.accumulation_steps)]
         training_log.waited(time.monotonic() - started)
@@ -94,8 +99,16 @@ def run_training(
             _refuse_non_finite(trainer, run_uri)
         if due_log:
             training_log.log(terms, trainer.max_learning_rate)
-        finish_step(validate=due_validation, save=due_save)
+        finish_step(validate=due_validation, save=due_save, last=last)
     return state
+
+
+def stops_early(train: TrainConfig, state: TrainState, miou: float) -> bool:
+    """Whether the last validations, as many as `stop_after`, found nothing better than the best before them."""
+    if train.stop_after is None:
+        return False
+    scores = [row["val_miou"] for row in state.history if "val_miou" in row] + [miou]
+    return len(scores) - 1 - scores.index(max(scores)) >= train.stop_after
 
 
 def _refuse_non_finite(trainer: Trainer, run_uri: str | None) -> None:

@@ -261,7 +261,7 @@ def train_variant(
     for fits_left in reversed(range(MAX_FITS + 1)):
         saved = repair_run(run_uri, job.train.keep, lease)
         logged_step = _fill_metrics(log, saved[-1]) if saved else -1
-        if saved and saved[-1].step == job.train.steps:
+        if saved and saved[-1].finished:
             lease.check()
             return publish_checkpoint(job, saved, target_uri)
         if not fits_left:

@@ -1,7 +1,8 @@
 """What training writes to be able to go on: weights, optimizer, random state, history, and sums of all of it.
 
 One folder, written by rank 0 alone, so that its last file, the sums, vouches for all the others. No pickle.
-W ranks when it was written.
+The weights are those that were found best when it was written: what is published needs no more. Where these are an
+average, the weights that training goes on with lie beside them. W ranks when it was written.
 """
 
 from __future__ import annotations
@@ -21,11 +22,17 @@ from torch import Tensor
 import segvit
 from pipeline import storage
 from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
+from pipeline.training.averaging import BestWeights, MovingAverage, put, swapped, trainable
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
 STATE_FILE = "state.json"
 SUMS_FILE = "sums.json"
+# Of averaged weights, where there are any.
+TRAINED_FILE = "trained.safetensors"
+AVERAGE_FILE = "average.safetensors"
+BEST_FILE = "best.safetensors"
+OPTIONAL_FILES = (TRAINED_FILE, AVERAGE_FILE, BEST_FILE)
 FILES = (WEIGHTS_FILE, CONFIG_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE, HISTORY_FILE)
 
 
@@ -35,6 +42,7 @@ class TrainState:
 
     Attributes:
         val_miou: of this very step; -1 where it was not validated.
+        finished: whether training ends with this step.
         history: rows of metrics, each with its `step`.
     """
 
@@ -42,7 +50,19 @@ class TrainState:
     best_miou: float = -1.0
     val_miou: float = -1.0
     train_seconds: float = 0.0
+    finished: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
+
+
+_SCALARS = ("step", "best_miou", "val_miou", "train_seconds", "finished")
+
+
+@dataclass
+class Averages:
+    """The averages of a run's weights, as far as its settings ask for them."""
+
+    moving: MovingAverage | None = None
+    best: BestWeights | None = None
 
 
 def save_training(
@@ -52,23 +72,43 @@ def save_training(
     state: TrainState,
     rng: Mapping[str, Tensor],
     metadata: Mapping[str, Any],
+    averages: Averages | None = None,
+    chosen: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint to the new folder, its sums last.
 
-    `rng` is what `gather_rng` gave; `metadata` is kept with the weights.
+    `rng` is what `gather_rng` gave; `metadata` is kept with the weights, which are the `chosen` ones where these are
+    not the model's own.
     """
-    segvit.save_checkpoint(folder, model, metadata)
+    averages = averages or Averages()
+    with swapped(model, chosen):
+        segvit.save_checkpoint(folder, model, metadata)
+    if chosen is not None:
+        save_weights(folder / TRAINED_FILE, trainable(model))
+    if averages.moving is not None:
+        save_weights(folder / AVERAGE_FILE, averages.moving.weights)
+    if averages.best is not None and averages.best.kept:
+        kept = enumerate(averages.best.kept)
+        sets = {f"{index}:{name}": one for index, (_, weights) in kept for name, one in weights.items()}
+        scores = torch.tensor([miou for miou, _ in averages.best.kept], dtype=torch.float64)
+        save_weights(folder / BEST_FILE, {**sets, "miou": scores})
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments: dict[str, Tensor] = {}
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
-            moments[f"{names[id(parameter)]}:{key}"] = value.detach().cpu().contiguous()
+            # Some optimizers keep flags and counts beside tensors.
+            moments[f"{names[id(parameter)]}:{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     save_file(moments, folder / OPTIMIZER_FILE)
     save_file(dict(rng), folder / RNG_FILE)
     (folder / HISTORY_FILE).write_text("".join(json.dumps(row) + "\n" for row in state.history))
-    scalars = {name: getattr(state, name) for name in ("step", "best_miou", "val_miou", "train_seconds")}
-    (folder / STATE_FILE).write_text(json.dumps(scalars))
-    (folder / SUMS_FILE).write_text(json.dumps({name: _sha256(folder / name) for name in FILES}))
+    (folder / STATE_FILE).write_text(json.dumps({name: getattr(state, name) for name in _SCALARS}))
+    written = [name for name in (*FILES, *OPTIONAL_FILES) if (folder / name).exists()]
+    (folder / SUMS_FILE).write_text(json.dumps({name: _sha256(folder / name) for name in written}))
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Tensors by name, as safetensors."""
+    save_file({name: weight.detach().cpu().contiguous() for name, weight in weights.items()}, path)
 
 
 def load_training(
@@ -77,18 +117,37 @@ def load_training(
     optimizer: torch.optim.Optimizer,
     rank: int,
     device: torch.device,
+    averages: Averages | None = None,
 ) -> TrainState:
-    """Put model, optimizer and this rank's random generators into the state that the folder holds."""
+    """Put model, optimizer, averages and this rank's random generators into the state that the folder holds."""
     weights, _ = segvit.load_checkpoint(folder)
     model.load_state_dict(weights.state_dict())
+    if (folder / TRAINED_FILE).exists():
+        put(model, load_file(folder / TRAINED_FILE))
+    _load_averages(folder, averages or Averages(), model)
     parameters = dict(model.named_parameters())
     for key, value in load_file(folder / OPTIMIZER_FILE).items():
         name, _, moment = key.rpartition(":")
         # Its count of steps, too: the fused AdamW wants all of its state beside the parameter.
-        optimizer.state[parameters[name]][moment] = value.to(device)
+        kept = value.item() if value.dtype == torch.bool else value.to(device)
+        optimizer.state[parameters[name]][moment] = kept
     _restore_rng(load_file(folder / RNG_FILE), rank, device)
     history = [json.loads(line) for line in (folder / HISTORY_FILE).read_text().splitlines()]
     return TrainState(history=history, **json.loads((folder / STATE_FILE).read_text()))
+
+
+def _load_averages(folder: Path, averages: Averages, model: segvit.SegViT) -> None:
+    if averages.moving is not None:
+        # Without a file, as after a change of the setting, the average starts from the weights as they are now.
+        file = folder / AVERAGE_FILE
+        averages.moving.load(load_file(file) if file.exists() else trainable(model))
+    if averages.best is not None and (folder / BEST_FILE).exists():
+        sets = load_file(folder / BEST_FILE)
+        scores = sets.pop("miou").tolist()
+        for index, miou in enumerate(scores):
+            prefix = f"{index}:"
+            own = {name.removeprefix(prefix): one for name, one in sets.items() if name.startswith(prefix)}
+            averages.best.offer(miou, own)
 
 
 def gather_rng(world_size: int, device: torch.device) -> dict[str, Tensor]:
@@ -125,9 +184,9 @@ def damage_of(uri: str) -> str | None:
         return f"{SUMS_FILE} is missing"
     except ValueError:
         return f"{SUMS_FILE} is damaged"
-    if not isinstance(sums, dict) or set(sums) != set(FILES):
+    if not isinstance(sums, dict) or not set(FILES) <= set(sums) <= {*FILES, *OPTIONAL_FILES}:
         return f"{SUMS_FILE} is damaged"
-    for name in FILES:
+    for name in sums:
         try:
             found = storage.file_digest(storage.join(uri, name))
         except FileNotFoundError:

@@ -30,6 +30,7 @@ class SavedCheckpoint(NamedTuple):
     Attributes:
         val_miou: of its own step; -1 where it was not validated.
         best_miou: the best of the run up to it.
+        finished: whether training ended with it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class SavedCheckpoint(NamedTuple):
     val_miou: float
     best_miou: float
     train_seconds: float
+    finished: bool = False
 
 
 def repair_run(run_uri: str, keep: str, lease: Lease, log: Log = print) -> tuple[SavedCheckpoint, ...]:

@@ -23,13 +23,14 @@ from pipeline.errors import UserError
 from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.shards.loader import Batch, EvalLoader
 from pipeline.storage.names import MANIFEST
+from pipeline.training.averaging import BestWeights, MovingAverage, Weights, swapped, trainable
 from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob, job_schedule
 from pipeline.training.non_finite import FiniteWatch
-from pipeline.training.train_checkpoint import TrainState, gather_rng, load_training, save_training
+from pipeline.training.train_checkpoint import Averages, TrainState, gather_rng, load_training, save_training
 from segvit.compilation import compile_regions
 from segvit.metrics import segmentation_metrics
-from segvit.optim import parameter_groups
+from segvit.optim import build_optimizer, clip_gradients, parameter_groups
 from segvit.weights.pretrained import load_backbone_state, read_file, read_grid
 from segvit.weights.start import TakenWeights, take_weights
 
@@ -61,22 +62,21 @@ class Trainer:
         self.fitted: segvit.FeatureFit | None = None
         self._start_from_other(resumed=resume_from is not None)
         self.loss = build_loss(job)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(
-                self.model,
-                learning_rate=job.train.learning_rate,
-                weight_decay=job.train.weight_decay,
-                decoder_lr_multiplier=job.train.decoder_lr_multiplier,
-            ),
-            betas=(0.9, 0.999),
-            fused=True,
+        self.optimizer = build_job_optimizer(job, self.model)
+        ema_decay, average_best = job.train.ema_decay, job.train.average_best
+        self.averages = Averages(
+            moving=None if ema_decay is None else MovingAverage(self.model, ema_decay),
+            best=None if average_best is None else BestWeights(average_best),
         )
+        self.chosen: Weights | None = None
         self.rate_factor = job_schedule(job.train)
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         # Same initial weights everywhere, different dropout on each rank.
         torch.manual_seed(job.train.seed + 7919 * (context.rank + 1))
         if resume_from is not None:
-            self.state = load_training(resume_from, self.model, self.optimizer, context.rank, context.device)
+            self.state = load_training(
+                resume_from, self.model, self.optimizer, context.rank, context.device, self.averages
+            )
         self.forward = self._distributed_forward()
 
     def _start_from_other(self, *, resumed: bool) -> None:
@@ -142,15 +142,19 @@ class Trainer:
             for name, value in losses.items():
                 terms[name] = terms[name] + value.detach() if name in terms else value.detach()
         # Of the gradient that all ranks share: the same number everywhere.
-        gradient_norm = nn.utils.clip_grad_norm_(self._trainable(), self.job.train.gradient_clip_norm)
+        gradient_norm = clip_gradients(
+            self.optimizer.param_groups,
+            self.job.train.gradient_clip_norm,
+            per_group=self.job.train.gradient_clip == "by_group",
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
+        if self.averages.moving is not None:
+            self.averages.moving.update(self.model, self.state.step)
+        self.chosen = None
         self.watch.note(self.state.step, terms, gradient_norm)
         return terms
-
-    def _trainable(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _no_sync_unless(self, last: bool) -> contextlib.AbstractContextManager[None]:
         if last or self.context.world_size == 1:
@@ -170,8 +174,37 @@ class Trainer:
         """The highest learning rate of the last step, which is the decoder's."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
-    def validate(self) -> float:
-        """mIoU on the val split, or on what is held apart of train, over all ranks; predicted as in evaluation."""
+    def validate(self) -> dict[str, float]:
+        """mIoU of the weights and of their moving average, predicted as in evaluation; the better is what is saved.
+
+        Over all ranks, on the val split or on what is held apart of train.
+
+        Returns:
+            ``val_miou``, the better one's, and, where there is an average, each one's own.
+        """
+        scores = {"val_miou": self._miou()}
+        self.chosen = None
+        if self.averages.moving is not None:
+            self._weigh(scores, "val_miou_average", self.averages.moving.weights)
+        if self.averages.best is not None:
+            self.averages.best.offer(scores["val_miou"], self.chosen or trainable(self.model))
+        return scores
+
+    def validate_best(self, scores: dict[str, float]) -> None:
+        """At the end: the mean of the best validations' weights among the last validation's scores, where asked for."""
+        best = self.averages.best
+        if best is not None and len(best.kept) > 1:
+            self._weigh(scores, "val_miou_mean_of_best", best.mean())
+
+    def _weigh(self, scores: dict[str, float], name: str, weights: Weights) -> None:
+        """Score other weights, and choose them if none are better."""
+        scores.setdefault("val_miou_trained", scores["val_miou"])
+        with swapped(self.model, weights):
+            scores[name] = self._miou()
+        if scores[name] >= scores["val_miou"]:
+            scores["val_miou"], self.chosen = scores[name], weights
+
+    def _miou(self) -> float:
         loader = EvalLoader(
             self.job.shard_set,
             split="train" if self.job.hold_out else "val",
@@ -205,7 +238,7 @@ class Trainer:
         }
         if manifest.get("grey_range") is not None:
             metadata["grey_range"] = manifest["grey_range"]
-        save_training(folder, self.model, self.optimizer, self.state, rng, metadata)
+        save_training(folder, self.model, self.optimizer, self.state, rng, metadata, self.averages, self.chosen)
 
 
 def computed_precision(asked: str, device: torch.device) -> str:
@@ -223,8 +256,24 @@ def build_loss(job: TrainJob) -> segvit.SegmentationLoss:
     """The loss that the job's variant is trained with."""
     loss = job.settings.loss
     return segvit.SegmentationLoss(
-        job.shard_set.num_classes, loss.resolved(), count_ignored_as_background=loss.count_ignored_as_background
+        job.shard_set.num_classes,
+        loss.resolved(),
+        count_ignored_as_background=loss.count_ignored_as_background,
+        label_smoothing=loss.label_smoothing,
     )
+
+
+def build_job_optimizer(job: TrainJob, model: segvit.SegViT) -> torch.optim.Optimizer:
+    """The optimizer of the job over the model's trainable parameters."""
+    train = job.train
+    groups = parameter_groups(
+        model,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        decoder_lr_multiplier=train.decoder_lr_multiplier,
+        layer_decay=train.layer_decay,
+    )
+    return build_optimizer(train.optimizer.name, groups, **train.optimizer.options)
 
 
 def build_job_model(job: TrainJob) -> segvit.SegViT:

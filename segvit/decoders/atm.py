@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from segvit.attention import FeedForward, LayerStack, MultiheadAttention, attend
@@ -21,7 +23,8 @@ from segvit.output import at_least_float32, full_precision
 class DecoderSizes:
     """What all parts of an ATM decoder share.
 
-    `attention_scale`: factor of ATM's similarity; None: head width ** -0.5.
+    `attention_scale`: factor of ATM's similarity; None: head width ** -0.5. `mask_upsampling`: how many times finer
+    than the features the masks are, on each side.
     """
 
     num_classes: int
@@ -30,6 +33,7 @@ class DecoderSizes:
     num_layers: int
     dropout: float
     attention_scale: float | None = None
+    mask_upsampling: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,11 @@ class ATMDecoder(Decoder):
 
     attention_scale: float | None = None
     """Factor of ATM's similarity; None: head width ** -0.5."""
+
+    @property
+    def finer(self) -> int:
+        """How many times finer than the features the masks are, on each side."""
+        return 1
 
     def problems(self) -> list[str]:
         """See `Decoder`."""
@@ -61,6 +70,7 @@ class ATMDecoder(Decoder):
             num_layers=spec.num_layers,
             dropout=spec.dropout,
             attention_scale=self.attention_scale,
+            mask_upsampling=self.finer,
         )
 
     def spec_problems(self, spec: DecoderSpec) -> list[str]:
@@ -84,6 +94,19 @@ class ATMOnFeatures(ATMDecoder):
 
     input_projection: bool = True
     """Whether a linear layer and a norm precede each ATM stage; without them the decoder has the backbone's width."""
+    mask_upsampling: int = 1
+    """How many times finer than the patch grid the masks are, on each side: 1, as published, 2 or 4; learned."""
+
+    def problems(self) -> list[str]:
+        """See `Decoder`."""
+        valid = self.mask_upsampling in (1, 2, 4)
+        rule = [] if valid else [f"mask_upsampling must be 1, 2 or 4, got {self.mask_upsampling}"]
+        return [*super().problems(), *rule]
+
+    @property
+    def finer(self) -> int:
+        """See `mask_upsampling`."""
+        return self.mask_upsampling
 
     @property
     def projects(self) -> bool:
@@ -162,9 +185,13 @@ class ATMStage(LayerStack):
         super().__init__()
         self.input = InputProjection(input_width, sizes.width) if input_width is not None else nn.Identity()
         self.layers = nn.ModuleList(ATMLayer(sizes) for _ in range(sizes.num_layers))
+        self.finer = FinerMasks(sizes) if sizes.mask_upsampling > 1 else None
 
     def forward(self, queries: Tensor, features: FeatureMap, *, inner_masks: bool) -> list[tuple[Tensor, Tensor]]:
-        """Queries (B, N, C) and mask logits (B, N, h, w) of the last layer, or of every one if asked for."""
+        """Queries (B, N, C) and mask logits (B, N, h, w) of the last layer, or of every one if asked for.
+
+        With mask upsampling the masks are that many times finer.
+        """
         tokens = self.input(features.tokens)
         steps = []
         for index, layer in enumerate(self.layers):
@@ -172,7 +199,65 @@ class ATMStage(LayerStack):
             queries, mask = self.run_layer(layer, queries, tokens, with_mask=with_mask)
             if mask is not None:
                 steps.append((queries, mask.unflatten(2, features.grid)))
+        if self.finer is not None:
+            cells = self.finer.upsample(tokens, features.grid)
+            steps = [(queries, self.finer(queries, mask, cells)) for queries, mask in steps]
         return steps
+
+
+class FinerMasks(nn.Module):
+    """Masks on a finer grid than the features': those of ATM, enlarged, and what upsampled features add to them.
+
+    Each doubling is a transposed convolution and a depthwise one, as in EoMT (arXiv 2503.19108, section 3.2), here
+    to half the channels before. The first step's masks are ATM's: what is added starts at zero.
+    """
+
+    def __init__(self, sizes: DecoderSizes) -> None:
+        super().__init__()
+        self.factor = sizes.mask_upsampling
+        widths = [sizes.width // 2**doubling for doubling in range(self.factor.bit_length())]
+        self.doublings = nn.ModuleList(Doubling(before, after) for before, after in pairwise(widths))
+        self.query = nn.Linear(sizes.width, widths[-1])
+
+    def upsample(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The features (B, h*w, C) of a grid as (B, C / factor, factor * h, factor * w)."""
+        cells = tokens.transpose(1, 2).unflatten(2, grid)
+        for doubling in self.doublings:
+            cells = doubling(cells)
+        return cells
+
+    def forward(self, queries: Tensor, mask: Tensor, cells: Tensor) -> Tensor:
+        """The finer masks of queries (B, N, C) with masks (B, N, h, w), float32 or more."""
+        size = (cells.shape[2], cells.shape[3])
+        enlarged = F.interpolate(mask, size=size, mode="bilinear", align_corners=False)
+        query = self.query(queries)
+        with full_precision(query):
+            query, flat = at_least_float32(query), at_least_float32(cells).flatten(2)
+            added = torch.matmul(query * query.shape[2] ** -0.5, flat)
+        return enlarged + added.unflatten(2, size)
+
+
+def zero_finer_masks(decoder: nn.Module) -> None:
+    """Let what upsampled features add to the masks start at nothing; after all weights are initialised."""
+    for module in decoder.modules():
+        if isinstance(module, FinerMasks):
+            nn.init.zeros_(module.query.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(module.query.bias)  # type: ignore[arg-type]
+
+
+class Doubling(nn.Module):
+    """Twice the rows and columns of a feature map, learned."""
+
+    def __init__(self, width: int, new_width: int) -> None:
+        super().__init__()
+        self.enlarge = nn.ConvTranspose2d(width, new_width, kernel_size=2, stride=2)
+        self.mix = nn.Conv2d(new_width, new_width, kernel_size=3, padding=1, groups=new_width, bias=False)
+        self.norm = LayerNorm2d(new_width)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, new C, 2h, 2w)."""
+        output: Tensor = self.norm(self.mix(F.gelu(self.enlarge(cells))))
+        return output
 
 
 class InputProjection(nn.Sequential):

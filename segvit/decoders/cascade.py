@@ -12,7 +12,7 @@ from torch import nn
 
 from segvit.attention import initialize_linear
 from segvit.backbones.feature_map import FeatureMap
-from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes
+from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes, zero_finer_masks
 from segvit.decoders.decoder import DecoderOutput, DecoderSpec, Prediction
 from segvit.output import at_least_float32
 
@@ -90,11 +90,14 @@ class ATMCascade(nn.Module):
         self.class_queries = nn.ModuleList(nn.Embedding(sizes.num_classes, sizes.width) for _ in range(num_tables))
         self.stages = nn.ModuleList(ATMStage(width, sizes) for width in reversed(input_widths))
         self.class_head = nn.Linear(sizes.width, sizes.num_classes + 1)
+        self.finer = sizes.mask_upsampling
         self.apply(initialize_linear)
+        zero_finer_masks(self)
 
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
-        """One prediction a stage, from features in the backbone's order, on the first feature's grid."""
-        batch, grid = len(features[0].tokens), features[0].grid
+        """One prediction a stage, from features in the backbone's order, on the first feature's grid or a finer one."""
+        batch = len(features[0].tokens)
+        grid = (self.finer * features[0].grid[0], self.finer * features[0].grid[1])
         # Through parameters(): the type of a module list's members is not known to be a table.
         tables = [table.expand(batch, -1, -1) for table in self.class_queries.parameters()]
         queries = tables[0]
@@ -102,9 +105,9 @@ class ATMCascade(nn.Module):
         for index, (stage, feature) in enumerate(zip(self.stages, reversed(features), strict=True)):
             start = queries if self.chain else tables[index % len(tables)]
             [(queries, mask)] = stage(start, feature, inner_masks=False)
-            if feature.grid != grid:
+            if tuple(mask.shape[-2:]) != grid:
                 mask = F.interpolate(mask, size=grid, mode="bilinear", align_corners=False)
             if predictions and self.accumulate:
                 mask = mask + predictions[-1].mask_logits
             predictions.append(Prediction(at_least_float32(self.class_head(queries)), mask))
-        return DecoderOutput(predictions, features[0].stride)
+        return DecoderOutput(predictions, features[0].stride, self.finer)

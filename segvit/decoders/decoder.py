@@ -25,10 +25,13 @@ class Prediction(NamedTuple):
 
 
 class DecoderOutput(NamedTuple):
-    """All predictions of a decoder, the final one last, and the pixels a mask cell covers on each side."""
+    """All predictions of a decoder, the final one last, on a grid of the features or a finer one."""
 
     predictions: list[Prediction]
     stride: int
+    """Pixels that a cell of the features' grid covers on each side."""
+    upsampling: int = 1
+    """How many cells of the masks there are along such a cell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from segvit.attention import initialize_linear
 from segvit.backbones.feature_map import FeatureMap
-from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes
+from segvit.decoders.atm import ATMOnFeatures, ATMStage, DecoderSizes, zero_finer_masks
 from segvit.decoders.decoder import DecoderOutput, DecoderSpec, Prediction
 from segvit.output import at_least_float32
 
@@ -39,7 +39,9 @@ class SingleATM(nn.Module):
         self.class_queries = nn.Embedding(sizes.num_classes, sizes.width)
         self.stage = ATMStage(input_width, sizes)
         self.class_head = nn.Linear(sizes.width, sizes.num_classes + 1)
+        self.finer = sizes.mask_upsampling
         self.apply(initialize_linear)
+        zero_finer_masks(self)
 
     def forward(self, features: Sequence[FeatureMap]) -> DecoderOutput:
         """One prediction a layer, from the last of the features."""
@@ -49,4 +51,4 @@ class SingleATM(nn.Module):
             Prediction(at_least_float32(self.class_head(queries)), mask)
             for queries, mask in self.stage(queries, feature, inner_masks=True)
         ]
-        return DecoderOutput(predictions, feature.stride)
+        return DecoderOutput(predictions, feature.stride, self.finer)

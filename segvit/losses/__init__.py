@@ -19,7 +19,12 @@ LOSS_TERMS: Registry[LossTerm] = Registry(
     {
         "class": "segvit.losses.class_entropy:CLASS_ENTROPY",
         "focal": "segvit.losses.focal:FOCAL",
+        "focal_balanced": "segvit.losses.focal:BALANCED_FOCAL",
+        "focal_hard": "segvit.losses.hard_pixels:HARD_FOCAL",
         "dice": "segvit.losses.dice:DICE",
+        "dice_hard": "segvit.losses.hard_pixels:HARD_DICE",
         "cross_entropy": "segvit.losses.cross_entropy:CROSS_ENTROPY",
+        "cross_entropy_balanced": "segvit.losses.cross_entropy:BALANCED_CROSS_ENTROPY",
+        "cross_entropy_hard": "segvit.losses.cross_entropy:HARD_CROSS_ENTROPY",
     },
 )

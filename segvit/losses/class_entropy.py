@@ -8,9 +8,9 @@ from torch import Tensor
 from segvit.losses.term import LossTerm
 
 
-def class_entropy(class_logits: Tensor, targets: Tensor) -> Tensor:
+def class_entropy(class_logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """See `LossTerm`."""
-    return F.cross_entropy(class_logits.transpose(1, 2), targets, reduction="none")
+    return F.cross_entropy(class_logits.transpose(1, 2), targets, reduction="none", label_smoothing=label_smoothing)
 
 
-CLASS_ENTROPY = LossTerm(name="class", compares="classes", function=class_entropy)
+CLASS_ENTROPY = LossTerm(name="class", compares="classes", function=class_entropy, smooths=True)

@@ -18,12 +18,26 @@ TILT = 0.5 - FOCAL_ALPHA
 
 def focal_loss(logits: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
     """See `LossTerm`."""
-    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    wrong = (logits.sigmoid() - target).abs()
-    pixels = (FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)) * wrong.square() * entropy
+    pixels = focal_pixels(logits, target)
     if counted is None:
         return pixels.mean((1, 2))
     return (pixels * counted).sum((1, 2)) / counted.sum((1, 2)).clamp(min=1)
+
+
+def balanced_focal_loss(logits: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    """The focal loss whose pixels on the mask and off it weigh a half each, however few one are; see `LossTerm`."""
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    pixels = (logits.sigmoid() - target).square() * entropy
+    off = 1 - target if counted is None else (1 - target) * counted
+    means = [(pixels * part).sum((1, 2)) / part.sum((1, 2)).clamp(min=1) for part in (target, off)]
+    return (means[0] + means[1]) / 2
+
+
+def focal_pixels(logits: Tensor, target: Tensor) -> Tensor:
+    """The focal loss of every pixel (P, H, W)."""
+    entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    wrong = (logits.sigmoid() - target).abs()
+    return (FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)) * wrong.square() * entropy
 
 
 def fused_focal_loss(maps: MaskMaps, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -47,4 +61,11 @@ FOCAL = LossTerm(
     fused=fused_focal_loss,
     default_weight=20.0,
     search_range=(5.0, 80.0),
+)
+BALANCED_FOCAL = LossTerm(
+    name="focal_balanced",
+    compares="masks",
+    function=balanced_focal_loss,
+    default_weight=3.0,
+    search_range=(0.5, 10.0),
 )

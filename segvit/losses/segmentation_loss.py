@@ -52,9 +52,12 @@ class SegmentationLoss(nn.Module):
         ignore_index: Label of pixels without a class.
         count_ignored_as_background: Whether ignored pixels count as "not this class" in the mask terms, as in
             the published formulation, or are left out of them.
+        label_smoothing: Share of the targets of terms of classes and of cross-entropies that goes to all classes
+            alike (arXiv 1512.00567).
 
     Raises:
-        ValueError: An unknown term, weights that break a rule, or an ignore index that is a class.
+        ValueError: An unknown term, weights that break a rule, smoothing outside [0, 1), or an ignore index that is a
+            class.
     """
 
     def __init__(
@@ -64,12 +67,16 @@ class SegmentationLoss(nn.Module):
         *,
         ignore_index: int = 255,
         count_ignored_as_background: bool = True,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         weights = PUBLISHED_WEIGHTS if weights is None else weights
         if problems := loss_problems(weights):
             raise ValueError("; ".join(problems))
         check_ignore_index(num_classes, ignore_index)
+        if not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        self.label_smoothing = label_smoothing
         self.weights = {name: float(weight) for name, weight in weights.items() if weight > 0}
         self.terms = {name: LOSS_TERMS.get(name) for name in self.weights}
         self.num_classes = num_classes
@@ -163,7 +170,7 @@ class SegmentationLoss(nn.Module):
         class_logits = at_least_float32(prediction.class_logits)
         targets = torch.where(present, torch.arange(self.num_classes, device=present.device), self.num_classes)
         weights = query_weights(present, class_logits.dtype)
-        return [(term.function(class_logits, targets) * weights).sum() for term in terms]
+        return [(term.function(class_logits, targets, **self._smoothing(term)) * weights).sum() for term in terms]
 
     def _mask_sums(
         self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, labels: Tensor, present: Tensor
@@ -183,7 +190,14 @@ class SegmentationLoss(nn.Module):
         logits = pixel_logits(prediction)
         ignored = labels == self.ignore_index
         known = labels.masked_fill(ignored, 0)
-        return [term.function(logits, known).masked_fill(ignored, 0.0).sum() for term in terms]
+        losses = []
+        for term in terms:
+            counted = {"counted": ~ignored} if term.counts_pixels else {}
+            losses.append(term.function(logits, known, **counted, **self._smoothing(term)))
+        return [loss.masked_fill(ignored, 0.0).sum() for loss in losses]
+
+    def _smoothing(self, term: LossTerm) -> dict[str, float]:
+        return {"label_smoothing": self.label_smoothing} if term.smooths else {}
 
 
 WITHOUT_MASKS = "which a structure without masks has none of; use terms that compare pixels, such as cross_entropy"

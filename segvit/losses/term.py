@@ -28,6 +28,9 @@ class LossTerm:
       is the term. The function sees some masks at a time and must not change what it is given.
     - ``pixels``: class logits (B, N, H, W), a linear head's or the logarithm of semantic scores, and labels (B, H, W);
       the loss of every pixel, (B, H, W). The mean over labelled pixels is the term; ignored ones are labelled 0.
+
+    A function with `smooths` also takes a keyword ``label_smoothing``, the share of a target that goes to all classes
+    alike; one with `counts_pixels` a keyword ``counted``, the labelled pixels (B, H, W) as booleans.
     """
 
     name: str
@@ -36,6 +39,8 @@ class LossTerm:
     default_weight: float = 1.0
     search_range: tuple[float, float] = (0.3, 3.0)
     """Least and greatest weight that a search tries."""
+    smooths: bool = False
+    counts_pixels: bool = False
     fused: Callable[[MaskMaps, bool], tuple[Tensor, Tensor | None]] | None = None
     """For terms that compare masks: the same from maps that such terms share. Given whether the gradient is wanted;
     returns the loss of every mask (P,) and its gradient with respect to the mask's logits (P, H, W) or None."""

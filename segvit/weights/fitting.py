@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from timm.layers.patch_embed import resample_patch_embed
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from segvit.backbones.feature_map import resize_positions
 from segvit.backbones.positions import resize_bias_table
 
 UNUSED_PREFIXES = ("norm.", "fc_norm.", "head.", "attn_pool.", "mask_token")
+PATCH_KERNEL = "patch_embed.proj.weight"
 BIAS_TABLE = "relative_position_bias_table"
 COMPUTED_SUFFIXES = ("relative_position_index", "attn_mask", "k_bias")
 
@@ -69,6 +72,10 @@ def shape_mismatch(network: nn.Module, name: str, given: Shape, wanted: Tensor) 
             return None
         rule = "no square of distances" if in_windows else f"not distances and {extra} more"
         return f"{name} {given}, which is {rule} for {width} heads"
+    if name == PATCH_KERNEL and not isinstance(network, SwinTransformer) and given[:2] == shape[:2]:
+        if len(given) == 4 and given[2] == given[3] > 0:
+            return None
+        return f"{name} {given}, which is no square patch"
     if name == "rope.freqs" and given[:1] + given[2:] == shape[:1] + shape[2:] and given[1] >= shape[1]:
         return None
     return f"{name} {given} instead of {shape}"
@@ -87,7 +94,13 @@ def grid_problem(network: nn.Module, given: Mapping[str, Shape], source_grid: Gr
 
 
 def adapt(network: nn.Module, name: str, tensor: Tensor, wanted: Tensor, source_grid: Grid | None = None) -> Tensor:
-    """A tensor that `key_mismatch` and `grid_problem` accept, at the network's own grid, window or depth."""
+    """A tensor that `key_mismatch` and `grid_problem` accept, at the network's own patch size, grid, window or depth.
+
+    The embedding of patches of another size is resized so that it gives resized patches what it gave them before
+    (FlexiViT, arXiv 2212.08013, equation 4).
+    """
+    if name == PATCH_KERNEL and tensor.shape != wanted.shape:
+        return resample_patch_embed(tensor, list(wanted.shape[2:]))
     grid = learned_grid(network, name, tuple(tensor.shape), wanted, source_grid)
     if grid is not None and name == "pos_embed":
         return resize_positions(tensor, grid, own_grid(network), prefix_entries(network))
@@ -147,7 +160,10 @@ def published_grid(network: nn.Module) -> Grid:
     """Rows and columns of patches of the images that timm's weights of the architecture were trained on."""
     config: Any = network.pretrained_cfg
     embedding: Any = network.patch_embed
-    rows, columns = (size // patch for size, patch in zip(config["input_size"][1:], embedding.patch_size, strict=True))
+    # The network's own patches may be of another size than the architecture's, which its name tells.
+    named = re.search(r"_patch(\d+)_?", config["architecture"])
+    patch = int(named[1]) if named else embedding.patch_size[0]
+    rows, columns = (size // patch for size in config["input_size"][1:])
     return rows, columns
 
 

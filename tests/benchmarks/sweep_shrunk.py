@@ -63,7 +63,7 @@ def full_model(config: ExperimentConfig, shards: ShardSet, folder: Path, device:
         trainer = new_trainer(job_of(config, "full", shards), device)
         train(trainer)
         trainer.save(folder)
-        print(f"{folder.name}: {gflops_of(trainer):.2f} GFLOPs, mIoU {trainer.validate():.4f}", flush=True)
+        print(f"{folder.name}: {gflops_of(trainer):.2f} GFLOPs, mIoU {trainer.validate()['val_miou']:.4f}", flush=True)
     uri, step = str(folder), config.variant_settings("full").train.steps
     return Checkpoint(variant="full", uri=uri, digest="", step=step, miou=None, history_uri=None, train_seconds=0.0)
 
@@ -80,9 +80,9 @@ def add_row(
             return
     job = job_of(config, "shrunk", shards, chosen).model_copy(update={"start": start})
     trainer = new_trainer(job, options.device)
-    row = {**key, "gflops": round(gflops_of(trainer), 3), "converted": round(trainer.validate(), 4)}
+    row = {**key, "gflops": round(gflops_of(trainer), 3), "converted": round(trainer.validate()["val_miou"], 4)}
     train(trainer)
-    line = json.dumps({**row, "miou": round(trainer.validate(), 4)})
+    line = json.dumps({**row, "miou": round(trainer.validate()["val_miou"], 4)})
     print(line, flush=True)
     with rows.open("a") as file:
         file.write(line + "\n")

@@ -301,7 +301,7 @@ def test_run_training__no_steps_keep_what_the_variant_starts_from(make_job: Make
     state = run_training(job, ALONE, reports, work_folder=tmp_path / "small")
     assert (state.step, state.train_seconds < 60) == (0, True)
     [row] = reports.rows
-    assert row == {"step": 0.0, "val_miou": expected.validate()}
+    assert row == {"step": 0.0, "val_miou": expected.validate()["val_miou"]}
     kept = load_file(tmp_path / "small" / "step-00000000" / "model.safetensors")
     assert kept.keys() == expected.model.state_dict().keys()
     assert all(torch.equal(value, kept[name]) for name, value in expected.model.state_dict().items())
@@ -433,7 +433,7 @@ def test_validate__predicts_as_evaluation_does(make_job: MakeJob) -> None:
     expected = confusion_of_split(trainer.model, loader, ALONE.device, inference=windows.options())
     whole = confusion_of_split(trainer.model, loader, ALONE.device)
     assert not (expected.matrix == whole.matrix).all()
-    assert trainer.validate() == segmentation_metrics(expected.matrix).miou
+    assert trainer.validate()["val_miou"] == segmentation_metrics(expected.matrix).miou
     # Workers get the job as JSON.
     assert TrainJob.model_validate(job.model_dump(mode="json")).inference == windows
 
@@ -443,5 +443,5 @@ def test_validate__on_what_is_held_apart_of_train(make_job: MakeJob) -> None:
     trainer = Trainer(job, ALONE)
     loader = EvalLoader(job.shard_set, "train", held_apart=0.3)
     confusion = confusion_of_split(trainer.model, loader, ALONE.device)
-    assert trainer.validate() == segmentation_metrics(confusion.matrix).miou
-    assert trainer.validate() != Trainer(make_job(), ALONE).validate()
+    assert trainer.validate()["val_miou"] == segmentation_metrics(confusion.matrix).miou
+    assert trainer.validate()["val_miou"] != Trainer(make_job(), ALONE).validate()["val_miou"]
