@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
-
-import torch
-
-Arithmetic = Literal["fp32", "tf32", "bf16"]
+from typing import NamedTuple
 
 
 class Peak(NamedTuple):
@@ -81,10 +77,3 @@ def memory_bytes(device_name: str) -> int | None:
     """The memory that PyTorch finds on a device of this name, rounded down; None where it is not known."""
     peak = device_peak(device_name)
     return None if peak is None else int(peak.memory_gib * 2**30)
-
-
-def computed_arithmetic(precision: str, device: torch.device) -> Arithmetic:
-    """What matrix products are computed in: `precision`, or tf32 for float32 where PyTorch is set to it."""
-    if precision == "bf16":
-        return "bf16"
-    return "tf32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "fp32"

@@ -54,6 +54,8 @@ class Trainer:
         self.job = job
         self.context = context
         self.precision = computed_precision(job.train.precision, context.device)
+        if context.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
         self.state = TrainState()
         self.watch = FiniteWatch(context.device)
         torch.manual_seed(job.train.seed)
@@ -242,7 +244,10 @@ class Trainer:
 
 
 def computed_precision(asked: str, device: torch.device) -> str:
-    """`asked`, but fp32 where the device would have to emulate bf16 (on a CPU six times slower than fp32)."""
+    """`asked`, but fp32 where the device has no tf32, or would have to emulate bf16 (on a CPU six times slower)."""
+    if asked == "tf32":
+        ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "tf32" if ampere else "fp32"
     if asked != "bf16":
         return asked
     if device.type == "cuda":

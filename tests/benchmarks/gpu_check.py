@@ -1,13 +1,13 @@
 """Speed of one GPU on ViT-L at 512 x 512 pixels, 150 classes: training, inference, memory, loader.
 
-    python tests/benchmarks/gpu_check.py [--parts training inference latency loader] [--batch 16] [--json FILE]
+    python tests/benchmarks/gpu_check.py [--parts training inference latency loader decode] [--batch 16] [--json FILE]
     python tests/benchmarks/gpu_check.py --device cpu --tiny
 
 Needs neither Ray nor MLflow. Every part prints a JSON line as soon as it is done, a part that fails prints its error,
 and a Markdown table comes last. Training is forward, loss, backward, clipping and fused AdamW in bf16 on images that
 lie on the device; MFU counts the model's multiply-adds (`segvit.flops.training_gflops`) against the vendor's peak
 (`segvit.devices`). Inference is from uint8 images to label maps, both on the device. The loader reads real JPEG
-shards in processes of its own and feeds the compiled training step.
+shards in processes of its own and feeds the compiled training step. Decoding compares a CPU core with nvJPEG.
 """
 
 from __future__ import annotations
@@ -220,6 +220,27 @@ def loader(check: Check) -> Iterator[tuple[str, Figures]]:
     yield "loader", {"wait_share": waited / seconds, "images_per_s": rate, "processes": float(workers)}
 
 
+def decode(check: Check) -> Iterator[tuple[str, Figures]]:
+    """JPEGs a second that one CPU core decodes, and that nvJPEG decodes in one call to the GPU's memory."""
+    from torchvision.io import decode_jpeg
+
+    from segvit.image_files import decode_image
+
+    with tempfile.TemporaryDirectory() as folder:
+        make_pictures(Path(folder), 2 if check.tiny else 64, check.config.image_size[0])
+        files = [file.read_bytes() for file in sorted(Path(folder).glob("images/training/*.jpg"))]
+    torch.set_num_threads(1)
+    yield (
+        "decode cpu core",
+        {"images_per_s": len(files) / check.seconds(lambda: [decode_image(one) for one in files], 3)},
+    )
+    if check.device.type == "cuda":
+        data = [torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in files]
+        run = partial(decode_jpeg, data, device="cuda")
+        check.seconds(run, 1)
+        yield "decode nvjpeg", {"images_per_s": len(files) / check.seconds(run, 3)}
+
+
 def make_pictures(root: Path, count: int, side: int) -> None:
     """ADE20K's tree of smooth random pictures, four thirds as wide as high, and labels of rectangles."""
     rng = np.random.default_rng(0)
@@ -238,7 +259,7 @@ def make_pictures(root: Path, count: int, side: int) -> None:
             )
 
 
-PARTS = {"training": training, "inference": inference, "latency": latency, "loader": loader}
+PARTS = {"training": training, "inference": inference, "latency": latency, "loader": loader, "decode": decode}
 
 
 def table(rows: dict[str, Figures], *, marks: bool = True) -> str:

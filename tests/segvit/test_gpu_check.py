@@ -29,7 +29,14 @@ def test_gpu_check__in_miniature_on_a_cpu(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     rows = found["rows"]
-    assert {"training eager", "training compiled", "inference eager", "inference compiled", "loader"} <= set(rows)
+    assert {
+        "training eager",
+        "training compiled",
+        "inference eager",
+        "inference compiled",
+        "loader",
+        "decode cpu core",
+    } <= set(rows)
     printed = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     assert {line.pop("row"): line for line in printed} == rows
     assert found["device"] == "CPU"
