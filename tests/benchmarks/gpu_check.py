@@ -1,13 +1,14 @@
 """Speed of one GPU on ViT-L at 512 x 512 pixels, 150 classes: training, inference, memory, loader.
 
-    python tests/benchmarks/gpu_check.py [--parts training inference latency loader decode] [--batch 16] [--json FILE]
+    python tests/benchmarks/gpu_check.py [--parts training inference ...] [--batch 16] [--json FILE]
     python tests/benchmarks/gpu_check.py --device cpu --tiny
 
 Needs neither Ray nor MLflow. Every part prints a JSON line as soon as it is done, a part that fails prints its error,
 and a Markdown table comes last. Training is forward, loss, backward, clipping and fused AdamW in bf16 on images that
 lie on the device; MFU counts the model's multiply-adds (`segvit.flops.training_gflops`) against the vendor's peak
 (`segvit.devices`). Inference is from uint8 images to label maps, both on the device. The loader reads real JPEG
-shards in processes of its own and feeds the compiled training step. Decoding compares a CPU core with nvJPEG.
+shards in processes of its own and feeds the compiled training step. Decoding compares a CPU core with nvJPEG; memory is
+bench_memory.py's, in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -183,6 +186,24 @@ def latency(check: Check) -> Iterator[tuple[str, Figures]]:
             yield f"latency {kind}", {"model_ms": 1e3 * check.seconds(run, check.steps)}
 
 
+def memory(check: Check) -> Iterator[tuple[str, Figures]]:
+    """What bench_memory.py finds in a process of its own: the ways to train in less memory, and that losses agree."""
+    script = Path(__file__).with_name("bench_memory.py")
+    if not script.exists():
+        return
+    command = [sys.executable, str(script), "--device", check.device.type, "--batch", str(min(check.batch, 8))]
+    command += ["--case", "tiny" if check.tiny else "large512"]
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(ended.stderr.strip().splitlines()[-1])
+    for line in ended.stdout.splitlines():
+        if line.startswith("{"):
+            found = json.loads(line)
+            name = next((value for value in found.values() if isinstance(value, str)), "all")
+            yield f"memory {name}", {key: value for key, value in found.items() if isinstance(value, int | float)}
+
+
 def loader(check: Check) -> Iterator[tuple[str, Figures]]:
     """Share of the time that the compiled training step waits for images from JPEG shards."""
     from pipeline.config import AugmentationConfig, DataConfig
@@ -259,7 +280,14 @@ def make_pictures(root: Path, count: int, side: int) -> None:
             )
 
 
-PARTS = {"training": training, "inference": inference, "latency": latency, "loader": loader, "decode": decode}
+PARTS = {
+    "training": training,
+    "inference": inference,
+    "latency": latency,
+    "loader": loader,
+    "decode": decode,
+    "memory": memory,
+}
 
 
 def table(rows: dict[str, Figures], *, marks: bool = True) -> str:
