@@ -9,7 +9,7 @@ from pipeline.config import ExperimentConfig, RuntimeConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.preflight import variant_models
 from pipeline.records import Record
-from segvit.gpus import GPU, detect_gpu, find_gpu
+from segvit.devices import GPU, detect_gpu, find_gpu
 from segvit.training_cost import OPTIMIZER_BYTES, TrainingCost, TrainingSetup
 
 MOST_WORKERS = 64
@@ -93,7 +93,7 @@ def estimate_step(
         update={
             "gpu": gpu.name,
             "gpu_memory": gpu.memory_bytes,
-            "step_seconds": cost.seconds(setup, gpu) if gpu.fp32_tflops else None,
+            "step_seconds": cost.seconds(setup, gpu) if gpu.peak is not None else None,
             "changes": found,
             "needed_then": None if found is None else cost.memory(setup_of(train, runtime, found, gpu)).needed,
         }
@@ -108,7 +108,7 @@ def setup_of(train: TrainConfig, runtime: RuntimeConfig, changes: Changes, gpu: 
     return TrainingSetup(
         num_images=-(-train.batch_size // (accumulation_steps * workers)),
         accumulation_steps=accumulation_steps,
-        precision=precision if gpu is None or _has_bf16(gpu) else "fp32",
+        precision=precision if gpu is None or gpu.has_bf16 or precision == "tf32" else "fp32",
         activation_checkpointing=changes.get("train.activation_checkpointing", train.activation_checkpointing),
         num_workers=workers,
         sharded=changes.get("runtime.sharding", runtime.sharding) == "full",
@@ -139,7 +139,7 @@ def fitting_changes(cost: TrainingCost, train: TrainConfig, runtime: RuntimeConf
 def _growing_changes(train: TrainConfig, runtime: RuntimeConfig, gpu: GPU) -> Iterator[Changes]:
     changes: Changes = {}
     yield changes
-    if train.precision == "fp32" and _has_bf16(gpu):
+    if train.precision in ("fp32", "tf32") and gpu.has_bf16:
         changes = changes | {"train.precision": "bf16"}
         yield changes
     if not train.activation_checkpointing:
@@ -149,7 +149,7 @@ def _growing_changes(train: TrainConfig, runtime: RuntimeConfig, gpu: GPU) -> It
         if train.batch_size % steps == 0:
             changes = changes | {"train.accumulation_steps": steps}
             yield changes
-    if train.precision != "bf16_params" and runtime.sharding == "none" and _has_bf16(gpu):
+    if train.precision != "bf16_params" and runtime.sharding == "none" and gpu.has_bf16:
         yield changes | {"train.precision": "bf16_params"}
     workers = max(runtime.min_workers, 2)
     while workers <= min(MOST_WORKERS, train.batch_size):
@@ -165,8 +165,3 @@ def _is_valid(train: TrainConfig, runtime: RuntimeConfig, changes: Changes) -> b
     steps = changes.get("train.accumulation_steps", train.accumulation_steps)
     in_shares = changes.get("runtime.sharding", runtime.sharding) == "full"
     return bool(train.batch_size >= workers * steps and (in_shares or "runtime.num_workers" not in changes))
-
-
-def _has_bf16(gpu: GPU) -> bool:
-    # Of a card that is not known, it is taken to have it.
-    return bool(gpu.bf16_tflops or not gpu.fp32_tflops)

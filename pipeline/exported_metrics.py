@@ -14,6 +14,9 @@ PREPARE_RATE = Metric("segvit_prepare_samples_per_s", "gauge", "Samples a second
 TRAIN_STEP = Metric("segvit_train_step", "gauge", "The last optimizer step.")
 TRAIN_LOSS = Metric("segvit_train_loss", "gauge", "The total loss, of one step, mean over the workers.")
 TRAIN_RATE = Metric("segvit_train_images_per_s", "gauge", "Images a second, all workers together.")
+TRAIN_MFU = Metric(
+    "segvit_train_mfu", "gauge", "Model FLOPs utilisation: share of the GPUs' peak that the model's operations take."
+)
 TRAIN_VAL_MIOU = Metric("segvit_val_miou", "gauge", "The last validation's mIoU, 0 to 1.", WITH_SPLIT)
 TRAIN_WORKERS = Metric("segvit_train_workers", "gauge", "Training workers that reported last.")
 DATA_WAIT_SHARE = Metric(
@@ -47,6 +50,7 @@ ALL = (
     TRAIN_STEP,
     TRAIN_LOSS,
     TRAIN_RATE,
+    TRAIN_MFU,
     TRAIN_VAL_MIOU,
     TRAIN_WORKERS,
     DATA_WAIT_SHARE,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,6 +66,15 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__(nn.Linear(width, 4 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * width, width))
+
+
+class LayerStack(nn.Module):
+    """A module whose layers run through `run_layer`, which may be compiled."""
+
+    @staticmethod
+    def run_layer(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
+        """The layer's output."""
+        return layer(*inputs, **options)
 
 
 class DecoderLayer(nn.Module):

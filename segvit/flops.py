@@ -111,6 +111,26 @@ def model_gflops(config: ModelConfig, num_classes: int, size: tuple[int, int]) -
     return sum(count_parts(outline_model(config, num_classes).eval().requires_grad_(False), size).values())
 
 
+def training_gflops(config: ModelConfig, num_classes: int, size: tuple[int, int], num_frozen_blocks: int = 0) -> float:
+    """10^9 multiply-adds of the model for one image of (height, width) pixels in a training step, without the loss.
+
+    Forward and backward as they are: a product that learns and passes a gradient on counts three times, one of a
+    frozen block once, the patch embedding, whose images take no gradient, twice. What activation checkpointing
+    computes again is not counted.
+
+    Raises:
+        ValueError: As `build_model` and `SegViT.freeze_blocks` do.
+    """
+    model = outline_model(config, num_classes).train()
+    model.freeze_blocks(num_frozen_blocks)
+    with FlopCounterMode(display=False) as counter:
+        features = model.backbone(torch.empty(1, 3, *size, device="meta"))
+        predictions = model.decoder(features).predictions
+        outputs = [one for prediction in predictions for one in prediction if one is not None]
+        torch.autograd.backward(outputs, [torch.empty_like(one) for one in outputs])
+    return float(counter.get_total_flops()) / 2e9
+
+
 def outline_model(config: ModelConfig, num_classes: int) -> SegViT:
     """The model on the meta device: names and shapes without weights; raises ValueError as `build_model` does."""
     with torch.device("meta"), WithoutInitialization():

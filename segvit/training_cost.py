@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from segvit.config import ModelConfig
+from segvit.devices import GPU
 from segvit.flops import activation_bytes, count_parameters, count_parts, outline_model
-from segvit.gpus import GPU
 from segvit.losses.mask_maps import NUM_BUFFERS
 from segvit.losses.mask_terms import QUEUED_ELEMENTS
 
 OPTIMIZER_BYTES = MappingProxyType({"adamw": 8, "lion": 4, "muon": 4})
 """State of an optimizer, a trained parameter."""
-SHARE_OF_PEAK = MappingProxyType({"fp32": 0.5, "bf16": 0.25, "bf16_params": 0.25})
+FLOAT32_PRECISIONS = ("fp32", "tf32")
+SHARE_OF_PEAK = MappingProxyType({"fp32": 0.5, "tf32": 0.25, "bf16": 0.25, "bf16_params": 0.25})
 """Of a GPU's peak, assumed: what ViT-L at 640 pixels reached in bf16 and not compiled (docs/benchmarks.md), and ViT-S
 in fp32."""
 RESERVED_BYTES = 1_000_000_000
@@ -122,7 +123,7 @@ class TrainingCost:
         optimizer = setup.optimizer_bytes * self.num_trained // shares
         gradients = 4 * self.num_trained // shares
         exchange = self._exchange(setup)
-        kind = "bf16_params" if setup.sharded and setup.precision != "fp32" else setup.precision
+        kind = "bf16_params" if setup.sharded and setup.precision not in FLOAT32_PRECISIONS else setup.precision
         of_image, fixed = self._activations(kind, setup.activation_checkpointing)
         again, copies = 0, 0
         if setup.activation_checkpointing:
@@ -137,7 +138,7 @@ class TrainingCost:
         return TrainingMemory(weights, optimizer, gradients, exchange, activations + again, loss, peak)
 
     def _exchange(self, setup: TrainingSetup) -> int:
-        width = 4 if setup.precision == "fp32" else 2
+        width = 4 if setup.precision in FLOAT32_PRECISIONS else 2
         if setup.sharded:
             rest = self.num_parameters - sum(self._of_blocks)
             return width * (rest + 4 * max(self._of_blocks))
@@ -182,9 +183,10 @@ class TrainingCost:
 
     def seconds(self, setup: TrainingSetup, gpu: GPU) -> float:
         """Seconds of an optimizer step on the GPU, at `SHARE_OF_PEAK`; without loading, validation and exchange."""
-        precision = setup.precision if gpu.bf16_tflops else "fp32"
-        peak = gpu.fp32_tflops if precision == "fp32" else gpu.bf16_tflops
-        return self.flops(setup) / (peak * 1e12 * SHARE_OF_PEAK[precision])
+        precision = setup.precision if gpu.has_bf16 or setup.precision == "tf32" else "fp32"
+        tera = gpu.tera(precision)
+        assert tera is not None, "a card of known arithmetic"
+        return self.flops(setup) / (tera * 1e12 * SHARE_OF_PEAK[precision])
 
 
 class MetaAutocast(TorchFunctionMode):

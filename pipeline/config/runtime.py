@@ -21,6 +21,8 @@ class RuntimeConfig(Section):
         sharding: full: each training process keeps its share of parameters, gradients and optimizer state, and gathers
             a block's parameters while it computes (FSDP2), for models that do not fit a GPU; none: all of them (DDP).
         loader_workers: loader processes beside each training process.
+        compile: compile the backbone's blocks and the decoder's layers, in training and where a split is scored; worth
+            its first minutes on a GPU, or for long runs.
         trials_at_once: concurrent trials of the search.
         trainings_at_once: concurrent training runs of a flow; left out, as many as the cluster has room for when they
             are asked for. Give it for clusters that grow.

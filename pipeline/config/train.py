@@ -92,9 +92,10 @@ class TrainConfig(Section):
     """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step.
 
     `steps`: 0 for a variant that is kept as it starts from another one.
-    `precision`: bf16 is mixed precision, parameters in float32; bf16_params computes in bf16 parameters too, and the
-    optimizer keeps float32 masters, which are what is saved; with runtime.sharding full, bf16 is the same. Both compute
-    in fp32 on a device without bf16 instructions, and the log says so.
+    `precision`: tf32 is fp32 whose matrix products a GPU computes from 10 bits of mantissa, several times as fast;
+    bf16 is mixed precision, parameters in float32; bf16_params computes in bf16 parameters too, and the
+    optimizer keeps float32 masters, which are what is saved; with runtime.sharding full, bf16 is the same. All compute
+    in fp32 on a device without such instructions, and the log says so.
     `activation_checkpointing`: keep of each trained backbone block its input alone, and compute the rest again in the
     backward pass: less memory, a forward pass of these blocks more, the same loss and gradients.
     `layer_decay`: the learning rate of each backbone block over that of the one after it (BEiT).
@@ -114,7 +115,7 @@ class TrainConfig(Section):
     steps: Annotated[int, Field(ge=0)]
     batch_size: Positive
     accumulation_steps: Positive = 1
-    precision: Literal["fp32", "bf16", "bf16_params"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16", "bf16_params"] = "fp32"
     activation_checkpointing: Annotated[bool, NotFingerprinted] = False
     freeze_blocks: Annotated[int, Field(ge=0)] = 0
     learning_rate: PositiveFloat = 2e-5

@@ -19,6 +19,7 @@ from torch import Tensor
 import segvit
 from pipeline import storage
 from pipeline.config import EvaluateConfig, RuntimeConfig
+from pipeline.cpu_threads import set_cpu_threads
 from pipeline.errors import UserError
 from pipeline.evaluation.latency import Latency, machine_lock, time_prediction
 from pipeline.evaluation.per_image import ImageCounts, write_counts
@@ -43,6 +44,7 @@ from pipeline.workflow.lease import Lease
 from pipeline.workflow.progress import StepProgress
 from pipeline.workflow.ray_session import wants_gpu
 from segvit.checkpoint import read_config
+from segvit.compilation import compile_regions
 from segvit.flops import model_cost
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, segmentation_metrics
 
@@ -92,6 +94,8 @@ def evaluate_part(
     `tally`: the actor that is told how far it is.
     """
     model, device = _load_model(checkpoint_uri, runtime)
+    if runtime.compile:
+        compile_regions(model)
     boundary = BoundaryIoU(model.num_classes)
     scores: list[ImageScore] = []
     counts: list[ImageCounts] = []
@@ -144,7 +148,7 @@ def time_checkpoint(
 def _load_model(checkpoint_uri: str, runtime: RuntimeConfig) -> tuple[segvit.SegViT, torch.device]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        torch.set_num_threads(runtime.cpus_per_worker)
+        set_cpu_threads(runtime.cpus_per_worker, print)
     with tempfile.TemporaryDirectory(prefix="segvit-evaluate-") as folder:
         model, _ = segvit.load_checkpoint(storage.fetch_folder(checkpoint_uri, folder), device=str(device))
     return model, device

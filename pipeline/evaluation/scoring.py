@@ -11,6 +11,7 @@ from torch import Tensor
 
 import segvit
 from pipeline.shards.loader import EvalSample
+from segvit.compilation import warm_up
 from segvit.metrics import ConfusionMatrix
 
 WHOLE: Mapping[str, Any] = MappingProxyType({})
@@ -54,6 +55,7 @@ def confusion_of_split(
 ) -> ConfusionMatrix:
     """The confusion matrix of `model` over `samples`; `visit` sees every sample and its prediction."""
     confusion = ConfusionMatrix(model.num_classes)
+    warm_up(model)
     for sample, predicted in predictions(model, samples, device, inference):
         confusion.update(predicted, sample.label.to(device))
         if visit is not None:

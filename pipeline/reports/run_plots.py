@@ -24,6 +24,8 @@ _CURVES = {
     "auxiliary": "loss, auxiliary terms",
     "learning_rate": "learning rate",
     "images_per_s": "images/s",
+    "mfu": "model FLOPs utilisation",
+    "data_wait_share": "share of the time that waits for images",
 }
 _CURVES_FIRST = 2  # of _CURVES; the loss terms that a history holds come after these
 _NO_CURVES = ("step", "seconds")

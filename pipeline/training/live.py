@@ -53,6 +53,7 @@ class TrainingView:
         self.step, self.val_miou, self.best_miou = 0.0, val_miou, best_miou
         self._loss: float | None = None
         self._rate: float | None = None
+        self._mfu: float | None = None
         self._left: float | None = None
         self._workers: list[Mapping[str, Any]] = []
 
@@ -66,6 +67,7 @@ class TrainingView:
         for row in rows:
             self.step = row["step"]
             self._loss, self._rate = row.get("total", self._loss), row.get("images_per_s", self._rate)
+            self._mfu = row.get("mfu", self._mfu)
             if row.get("val_miou", -1.0) >= 0:
                 self.val_miou = row["val_miou"]
                 self.best_miou = max(self.best_miou, self.val_miou)
@@ -85,6 +87,8 @@ class TrainingView:
         words = [note] if note else []
         if self._loss is not None:
             words.append(f"loss {self._loss:.3f}")
+        if self._mfu is not None:
+            words.append(f"MFU {self._mfu:.0%}")
         if self.val_miou >= 0:
             words.append(f"val mIoU {self.val_miou:.4f}, best {self.best_miou:.4f}")
         self.progress.tell(
@@ -105,6 +109,7 @@ class TrainingView:
             exported_metrics.TRAIN_STEP: self.step,
             exported_metrics.TRAIN_LOSS: self._loss,
             exported_metrics.TRAIN_RATE: self._rate,
+            exported_metrics.TRAIN_MFU: self._mfu,
             exported_metrics.TRAIN_WORKERS: float(len(self._workers)),
         }
         for metric, value in found.items():

@@ -16,7 +16,7 @@ from pipeline.training.live import LIVE, worker_figures
 from pipeline.training.train_checkpoint import TrainState
 from pipeline.workflow.progress import LINE_EVERY_S, Pace, eta_text, percent_text
 
-_ROW_FIGURES = ("step", "total", "learning_rate", "images_per_s", "seconds")
+_ROW_FIGURES = ("step", "total", "learning_rate", "images_per_s", "seconds", "data_wait_share", "mfu")
 
 # Takes metrics of rank 0 and, on rank 0, the folder of a checkpoint when there is one.
 Reporter = Callable[[dict[str, Any], Path | None], None]
@@ -31,6 +31,7 @@ class TrainingLog:
         log: prints a line; of training steps one every few seconds, and the last.
         report_every_s: rows wait for the next validation, checkpoint or last step, but no longer than this.
         say_validations: whether validations are printed, too.
+        mfu_per_image: what images a second are multiplied by for the model FLOPs utilisation; None: it is left out.
     """
 
     def __init__(
@@ -42,8 +43,10 @@ class TrainingLog:
         log: Callable[[str], None],
         report_every_s: float,
         say_validations: bool = True,
+        mfu_per_image: float | None = None,
     ) -> None:
         self.job, self.context, self.state = job, context, state
+        self._mfu_per_image = mfu_per_image
         self._report, self._print, self._report_every_s = report, log, report_every_s
         self._say_validations = say_validations
         self._pace = Pace(LINE_EVERY_S)
@@ -76,10 +79,13 @@ class TrainingLog:
         row["learning_rate"] = learning_rate
         row["images_per_s"] = (step - self._log_step) * self.job.train.batch_size / (now - self._log_started)
         row["seconds"] = self.state.train_seconds
+        self._wait_share, self._waited = min(self._waited / (now - self._log_started), 1.0), 0.0
+        row["data_wait_share"] = self._wait_share
+        if self._mfu_per_image is not None:
+            row["mfu"] = self._mfu_per_image * row["images_per_s"]
         self._add(row)
         seconds_a_step = (now - self._started - self._validating) / (step - self._first_step)
         self._seconds_left = seconds_a_step * (steps - step)
-        self._wait_share, self._waited = min(self._waited / (now - self._log_started), 1.0), 0.0
         if self.context.rank == 0 and (self._pace.is_due() or step == steps):
             self._print(_progress_line(self.job.variant, step, steps, row, self._seconds_left))
         self._log_started, self._log_step = time.monotonic(), step
@@ -154,7 +160,8 @@ def _summed_terms(terms: dict[str, float]) -> dict[str, float]:
 def _progress_line(variant: str, step: int, steps: int, row: dict[str, float], seconds_left: float) -> str:
     # All that is no figure of the row itself is a loss term.
     terms = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if name not in _ROW_FIGURES)
+    utilisation = f", MFU {row['mfu']:.0%}" if "mfu" in row else ""
     return (
         f"{variant}  step {step}/{steps} ({percent_text(step / steps)})  loss {row['total']:.3f} ({terms})  "
-        f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.1f} images/s  ETA {eta_text(seconds_left)}"
+        f"lr {row['learning_rate']:.1e}  {row['images_per_s']:.1f} images/s{utilisation}  ETA {eta_text(seconds_left)}"
     )

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 
 from pipeline.config import TrainConfig
+from pipeline.cpu_threads import set_cpu_threads
 from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.log import Reporter, TrainingLog
 from pipeline.training.non_finite import stop_training
+from pipeline.training.prefetch import prefetch
 from pipeline.training.train_checkpoint import TrainState
 from pipeline.training.trainer import Trainer
+from pipeline.training.utilisation import utilisation_per_image
 
 
 def run_training(
@@ -45,7 +48,7 @@ def run_training(
         UserError: the loss or its gradient is not finite; on all ranks at the same step.
     """
     if context.device.type == "cpu":
-        torch.set_num_threads(job.runtime.cpus_per_worker)
+        set_cpu_threads(job.runtime.cpus_per_worker, log if context.rank == 0 else lambda _: None)
     else:
         # Collectives of Python objects take the current device.
         torch.cuda.set_device(context.device)
@@ -58,7 +61,8 @@ def run_training(
         if trainer.fitted is not None:
             before, after = trainer.fitted
             log(f"{job.variant}  fitted to its features: error of what was left out {before:.3f} -> {after:.3f}")
-    training_log = TrainingLog(job, context, state, report, log, report_every_s, say_validations)
+    mfu_per_image = utilisation_per_image(job, context, trainer.precision)
+    training_log = TrainingLog(job, context, state, report, log, report_every_s, say_validations, mfu_per_image)
 
     def finish_step(*, validate: bool, save: bool, last: bool) -> None:
         step, folder = state.step, None
@@ -79,7 +83,7 @@ def run_training(
     if train.steps == 0:
         finish_step(validate=True, save=job.save_checkpoints, last=True)
         return state
-    batches = micro_batches(job, context, state.step)
+    batches = prefetch(micro_batches(job, context, state.step), context.device)
     while state.step < train.steps and not state.finished:
         started = time.monotonic()
         step_batches = [next(batches) for _ in range(train.accumulation_steps)]

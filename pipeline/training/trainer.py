@@ -37,11 +37,14 @@ from pipeline.training.train_checkpoint import (
     save_training,
 )
 from segvit.bf16 import has_bf16
+from segvit.compilation import compile_regions
 from segvit.metrics import segmentation_metrics
 from segvit.optim import clip_gradients, parameter_groups
 from segvit.optimizers import build_optimizer
 from segvit.weights.pretrained import load_backbone_state, read_file, read_grid
 from segvit.weights.start import TakenWeights, take_weights
+
+IN_BF16 = ("bf16", "bf16_params")
 
 
 class Trainer:
@@ -60,6 +63,8 @@ class Trainer:
         self.job = job
         self.context = context
         self.precision = computed_precision(job.train.precision, context.device)
+        if context.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
         self.state = TrainState()
         self.watch = FiniteWatch(context.device)
         torch.manual_seed(job.train.seed)
@@ -71,7 +76,7 @@ class Trainer:
         self.fitted: segvit.FeatureFit | None = None
         self._start_from_other(resumed=resume_from is not None)
         if self.sharded:
-            shard_model(self.model, context.device, None if self.precision == "fp32" else torch.bfloat16)
+            shard_model(self.model, context.device, torch.bfloat16 if self.precision in IN_BF16 else None)
         self.loss = build_loss(job)
         self.optimizer = build_job_optimizer(job, self.model)
         ema_decay, average_best = job.train.ema_decay, job.train.average_best
@@ -124,18 +129,20 @@ class Trainer:
             return segvit.fit_upsampling(self.model, teacher, images, add_up)
 
     def _distributed_forward(self) -> nn.Module:
-        forward: nn.Module = self.model if self.masters is None else self.masters.copy
+        trained = self.model if self.masters is None else self.masters.copy
+        if self.job.runtime.compile:
+            compile_regions(self.model)
+            compile_regions(trained)
+        forward: nn.Module = trained
         if self.context.world_size > 1 and not self.sharded:
             device_ids = [self.context.device] if self.context.device.type == "cuda" else None
             forward = nn.parallel.DistributedDataParallel(forward, device_ids=device_ids)
-        if self.job.runtime.compile:
-            forward = torch.compile(forward)  # type: ignore[assignment]
         return forward
 
     def autocast(self, *, training: bool = False) -> contextlib.AbstractContextManager[None]:
         """bf16 autocast where the job asks for it and the device has it; parameters that train in bf16 need none."""
         has_copies = self.sharded or self.precision == "bf16_params"
-        enabled = self.precision != "fp32" and not (training and has_copies)
+        enabled = self.precision in IN_BF16 and not (training and has_copies)
         return torch.autocast(self.context.device.type, torch.bfloat16, enabled=enabled)
 
     def train_step(self, batches: list[Batch]) -> dict[str, Tensor]:
@@ -181,7 +188,6 @@ class Trainer:
         # Shares and masters add up gradients of their own: a whole one of every parameter would be memory, and bf16.
         if last or self.context.world_size == 1 or self.sharded or self.masters is not None:
             return contextlib.nullcontext()
-        # torch.compile's wrapper passes attributes of the DDP module through.
         return self.forward.no_sync()  # type: ignore[operator,no-any-return]
 
     def _global_normalizer(self, labels: list[Tensor]) -> Any:
@@ -268,7 +274,10 @@ class Trainer:
 
 
 def computed_precision(asked: str, device: torch.device) -> str:
-    """`asked`, but fp32 where the device would have to emulate bf16."""
+    """`asked`, but fp32 where the device has no tf32, or would have to emulate bf16."""
+    if asked == "tf32":
+        ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return "tf32" if ampere else "fp32"
     return asked if has_bf16(device) else "fp32"
 
 

@@ -113,6 +113,7 @@ class PlainBackbone(Backbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(vit, out_layers)
+        self.compiled: Mapping[Callable[..., Tensor], Callable[..., Tensor]] = {}
         self.shrink_at = downsampling.block if downsampling else None
         if problems := block_problems(self.name, vit, self.out_layers, self.shrink_at, drop_path_rate):
             raise ValueError("; ".join(problems))
@@ -169,6 +170,7 @@ class PlainBackbone(Backbone):
         return features
 
     def _run(self, block_function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        block_function = self.compiled.get(block_function, block_function) if self.compiled else block_function
         if self.grad_checkpointing and torch.is_grad_enabled():
             tokens: Tensor = checkpoint(block_function, *inputs, use_reentrant=False)
             return tokens
@@ -290,7 +292,29 @@ def drop_path_problems(blocks: Iterable[nn.Module], rate: float) -> list[str]:
 def set_drop_path(blocks: Sequence[nn.Module], rate: float) -> None:
     """Stochastic depth on the MLP branches only, its rate linear from 0 to `rate` over the blocks."""
     for index, block in enumerate(blocks if rate else ()):
-        block.drop_path2 = DropPath(rate * index / max(len(blocks) - 1, 1))
+        block.drop_path2 = StochasticDepth(rate * index / max(len(blocks) - 1, 1))
+
+
+class StochasticDepth(DropPath):
+    """timm's with the rate in a buffer, so that blocks of different rates can share compiled code.
+
+    Args:
+        rate: Share of the images for which the branch is left out, below 1.
+    """
+
+    kept_share: Tensor
+
+    def __init__(self, rate: float) -> None:
+        super().__init__(rate)
+        self.register_buffer("kept_share", torch.tensor(1.0 - rate), persistent=False)
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """The branch (B, ...) with some images' values zero and the others' made up for it, in training."""
+        if not self.training:
+            return branch
+        shares = self.kept_share.expand(branch.shape[0])
+        factors = (torch.bernoulli(shares) / shares).to(branch.dtype)
+        return branch * factors.view(-1, *[1] * (branch.ndim - 1))
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from segvit.attention import FeedForward, MultiheadAttention, attend
+from segvit.attention import FeedForward, LayerStack, MultiheadAttention, attend
 from segvit.backbones.feature_map import FeatureMap
 from segvit.decoders.decoder import Decoder, DecoderSpec
 from segvit.output import at_least_float32, full_precision
@@ -175,7 +175,7 @@ class ATMLayer(nn.Module):
         return self.norm3(queries + self.drop(self.mlp(queries))), mask
 
 
-class ATMStage(nn.Module):
+class ATMStage(LayerStack):
     """A projection of backbone features and a stack of ATM layers over them.
 
     With `input_width` None the features are taken as they are, without projection or norm (Shrunk).
@@ -195,7 +195,8 @@ class ATMStage(nn.Module):
         tokens = self.input(features.tokens)
         steps = []
         for index, layer in enumerate(self.layers):
-            queries, mask = layer(queries, tokens, with_mask=inner_masks or index == len(self.layers) - 1)
+            with_mask = inner_masks or index == len(self.layers) - 1
+            queries, mask = self.run_layer(layer, queries, tokens, with_mask=with_mask)
             if mask is not None:
                 steps.append((queries, mask.unflatten(2, features.grid)))
         if self.finer is not None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from segvit.attention import DecoderLayer, initialize_linear
+from segvit.attention import DecoderLayer, LayerStack, initialize_linear
 from segvit.backbones.feature_map import FeatureMap, resize_positions
 from segvit.decoders.atm import ATMDecoder, ATMStage, DecoderSizes, InputProjection
 from segvit.decoders.decoder import DecoderOutput, DecoderSpec
@@ -19,7 +19,7 @@ from segvit.decoders.single import SingleATM
 # B batch, Q = h*w grid queries at the backbone's first stride, C decoder channels
 
 
-class QueryUpsampling(nn.Module):
+class QueryUpsampling(LayerStack):
     """Grid queries that read a feature map through standard decoder layers."""
 
     def __init__(self, input_width: int, sizes: DecoderSizes) -> None:
@@ -33,7 +33,7 @@ class QueryUpsampling(nn.Module):
         """Queries (B, Q, C) after reading the features; (B, Q, C)."""
         tokens = self.input(features.tokens)
         for layer in self.layers:
-            queries = layer(queries, tokens)
+            queries = self.run_layer(layer, queries, tokens)
         return queries
 
 

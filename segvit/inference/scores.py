@@ -120,8 +120,9 @@ def resize_rows(rows: Tensor, first: int, height: int, size: tuple[int, int], to
         (bottom - top, width, N) in float32 or more.
     """
     if size[0] != height:
-        above, below, weight = row_neighbours(height, size[0], top, bottom)
-        upper, lower = (at_least_float32(rows[(index - first).to(rows.device)]) for index in (above, below))
+        # On the rows' own device: a GPU would be waited for at every band.
+        above, below, weight = row_neighbours(height, size[0], top, bottom, rows.device)
+        upper, lower = (at_least_float32(rows[index - first]) for index in (above, below))
         rows = torch.lerp(upper, lower, weight.to(upper)[:, None, None])
     else:
         rows = at_least_float32(rows[top - first : bottom - first])
@@ -137,13 +138,15 @@ def source_rows(height: int, resized_height: int, top: int, bottom: int) -> tupl
     """First and end of the source rows from which rows `top` to `bottom` of a resize are made."""
     if height == resized_height:
         return top, bottom
-    above, below, _ = row_neighbours(height, resized_height, top, bottom)
+    above, below, _ = row_neighbours(height, resized_height, top, bottom, torch.device("cpu"))
     return int(above[0]), int(below[-1]) + 1
 
 
-def row_neighbours(height: int, resized_height: int, top: int, bottom: int) -> tuple[Tensor, Tensor, Tensor]:
+def row_neighbours(
+    height: int, resized_height: int, top: int, bottom: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of a bilinear resize: the source rows above and below, and the weight of the lower one."""
-    centre = torch.arange(top, bottom, dtype=torch.float64) + 0.5
+    centre = torch.arange(top, bottom, dtype=torch.float64, device=device) + 0.5
     position = (centre * (height / resized_height) - 0.5).clamp_(min=0)
     above = position.long()
     below = (above + 1).clamp_(max=height - 1)

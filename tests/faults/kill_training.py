@@ -46,7 +46,7 @@ TOLERANCE = 1e-6
 VALIDATE_EVERY, SAVE_EVERY = 8, 5
 # Ray gives itself 30 s to come up, which is little on a busy machine; then a driver starts again.
 NO_RAY, RAY_TRIES = 75, 6
-CLOCKS = ("images_per_s", "seconds")
+CLOCKS = ("images_per_s", "seconds", "data_wait_share")
 PHASES = ("before_step", "after_step", "validate", "save", "upload")
 
 

@@ -6,7 +6,7 @@ from pipeline.config import RuntimeConfig, TrainConfig
 from pipeline.errors import UserError
 from pipeline.estimate import choose_gpu, estimate_step, fitting_changes, setup_of
 from segvit.config import ModelConfig
-from segvit.gpus import GPU, GPUS
+from segvit.devices import GPU, Peak, find_gpu
 from segvit.training_cost import TrainingCost
 
 COST = TrainingCost(ModelConfig(backbone="vit_base_patch16_384", image_size=(512, 512)), 150)
@@ -19,7 +19,8 @@ def training(**settings: object) -> TrainConfig:
 
 
 def card(gigabytes: float, bf16_tflops: float = 100.0) -> GPU:
-    return GPU("card", gigabytes * 1e9 / 2**30, bf16_tflops, 50.0)
+    peak = Peak(50.0, None, bf16_tflops or None, gigabytes)
+    return GPU("card", gigabytes * 1e9 / 2**30, peak)
 
 
 @pytest.mark.parametrize(
@@ -49,17 +50,17 @@ def test_fitting_changes__no_bf16_on_a_card_without() -> None:
 @pytest.mark.parametrize(("gpu", "workers"), [("H100", 2), ("RTX 4090", 8)])
 def test_fitting_changes__a_model_that_no_card_holds_is_shared(gpu: str, workers: int) -> None:
     train = training(precision="bf16")
-    found = fitting_changes(LARGEST, train, RuntimeConfig(), GPUS[gpu])
+    found = fitting_changes(LARGEST, train, RuntimeConfig(), find_gpu(gpu))
     assert found == {
         "train.activation_checkpointing": True,
         "runtime.sharding": "full",
         "runtime.num_workers": workers,
     }
-    estimate = estimate_step("full", LARGEST, train, RuntimeConfig(), GPUS[gpu])
+    estimate = estimate_step("full", LARGEST, train, RuntimeConfig(), find_gpu(gpu))
     assert estimate.fits is False
     assert estimate.changes == found
     assert estimate.needed_then is not None
-    assert estimate.needed_then <= GPUS[gpu].memory_bytes < estimate.needed
+    assert estimate.needed_then <= find_gpu(gpu).memory_bytes < estimate.needed
 
 
 def test_estimate_step__images_of_the_fewest_workers() -> None:
@@ -72,7 +73,7 @@ def test_estimate_step__images_of_the_fewest_workers() -> None:
 
 
 def test_estimate_step__no_time_of_a_card_that_is_not_known() -> None:
-    unknown = GPU("Other", 40.0, 0.0, 0.0)
+    unknown = GPU("Other", 40.0, None)
     estimate = estimate_step("full", COST, training(precision="bf16"), RuntimeConfig(), unknown)
     assert (estimate.fits, estimate.changes, estimate.step_seconds) == (True, {}, None)
     assert setup_of(training(precision="bf16"), RuntimeConfig(), {}, unknown).precision == "bf16"

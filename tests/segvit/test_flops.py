@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from segvit.config import ModelConfig
-from segvit.flops import activation_bytes, model_cost, preset_cost
+from segvit.flops import activation_bytes, model_cost, preset_cost, training_gflops
 from segvit.inference.latency import measure_latency
 from segvit.model import SegViT, build_model
 from segvit.presets import published_names
@@ -141,3 +141,22 @@ def test_measure_latency__is_positive_and_keeps_the_mode(make_model: MakeModel) 
     assert model.training
     with pytest.raises(ValueError, match="repeats must be >= 1, got 0"):
         measure_latency(model, (32, 32), repeats=0)
+
+
+def test_training_gflops__forward_and_backward_of_what_learns() -> None:
+    cost = model_cost(TINY, CLASSES, size=(32, 48))
+    norms = 5 * (2 * (PATCHES + 1) * WIDTH + PATCHES * INNER + 2 * 3 * CLASSES * INNER) / 1e9
+    products = cost.gflops - cost.parts["scores"] - norms
+    embedding = cost.parts["patch_embedding"]
+    # Images take no gradient.
+    assert training_gflops(TINY, CLASSES, (32, 48)) == pytest.approx(3 * products - embedding)
+
+
+def test_training_gflops__frozen_blocks_run_forward_alone() -> None:
+    cost = model_cost(TINY, CLASSES, size=(32, 48))
+    frozen = cost.parts["patch_embedding"] + cost.parts["blocks"] - 2 * 5 * (PATCHES + 1) * WIDTH / 1e9
+    decoder = cost.parts["atm_stage_1"] + cost.parts["heads"]
+    decoder -= 5 * (PATCHES * INNER + 2 * 3 * CLASSES * INNER) / 1e9
+    # Neither does what is frozen; the decoder's first layer is a projection of its features.
+    projection = PATCHES * WIDTH * INNER / 1e9
+    assert training_gflops(TINY, CLASSES, (32, 48), 1) == pytest.approx(frozen + 3 * decoder - projection)

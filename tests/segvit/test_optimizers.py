@@ -92,9 +92,7 @@ def test_muon__takes_linear_layers_and_leaves_queries_and_convolutions(make_mode
     optimizer = build_optimizer("muon", parameter_groups(model, 1e-3, 0.01))
     assert isinstance(optimizer, Muon)
     taken = {id(one) for group in optimizer.param_groups if group["is_linear"] for one in group["params"]}
-    linear = {
-        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)
-    }
+    linear = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     assert taken == linear
     assert id(model.decoder.class_queries[0].weight) not in taken  # type: ignore[index, union-attr]
 

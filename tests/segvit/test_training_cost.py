@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from segvit.config import ModelConfig
+from segvit.devices import find_gpu
 from segvit.flops import activation_bytes
-from segvit.gpus import GPUS
 from segvit.training_cost import MetaAutocast, TrainingCost, TrainingSetup
 
 PLAIN = TrainingSetup(num_images=8, precision="bf16")
@@ -52,12 +52,12 @@ def test_memory__of_a_measured_run_of_camvid() -> None:
 
 def test_seconds__of_the_measured_training_step() -> None:
     cost = cost_of("vit_large_patch16_384", (640, 640))
-    assert cost.seconds(PLAIN, GPUS["H200"]) == pytest.approx(0.1209, rel=0.1)
+    assert cost.seconds(PLAIN, find_gpu("H200")) == pytest.approx(0.1209, rel=0.1)
     # Blocks are three quarters of a checkpointed step's four passes and more, as nearly all of the model is blocks.
-    again = cost.seconds(replace(PLAIN, activation_checkpointing=True), GPUS["H200"])
-    assert 1.3 < again / cost.seconds(PLAIN, GPUS["H200"]) < 4 / 3
+    again = cost.seconds(replace(PLAIN, activation_checkpointing=True), find_gpu("H200"))
+    assert 1.3 < again / cost.seconds(PLAIN, find_gpu("H200")) < 4 / 3
     # Without bf16 instructions it is fp32, at half the peak.
-    assert cost.seconds(PLAIN, GPUS["V100"]) == pytest.approx(cost.flops(PLAIN) / (15.7e12 * 0.5))
+    assert cost.seconds(PLAIN, find_gpu("V100 32GB")) == pytest.approx(cost.flops(PLAIN) / (15.7e12 * 0.5))
 
 
 def test_memory__follows_the_formulas() -> None:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.exported_metrics import ALL, DATA_WAIT_SHARE, GPU_MEMORY, GPU_UTILISATION, TRAIN_LOSS, WORKER_FAILURES
+from pipeline.exported_metrics import (
+    ALL,
+    DATA_WAIT_SHARE,
+    GPU_MEMORY,
+    GPU_UTILISATION,
+    TRAIN_LOSS,
+    TRAIN_MFU,
+    WORKER_FAILURES,
+)
 from pipeline.training import log as training_log
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.live import TrainingView, worker_figures, worker_part
@@ -74,21 +82,24 @@ def test_view__steps_figures_and_workers() -> None:
     rows = [
         {"step": 110, "total": 2.5, "images_per_s": 31.25},
         {"step": 110, "val_miou": 0.5},
-        {"step": 120.0, "total": 2.0, "images_per_s": 30.5, "val_miou": 0.25},
+        {"step": 120.0, "total": 2.0, "images_per_s": 30.5, "mfu": 0.52, "val_miou": 0.25},
     ]
     view.reported(rows, [ON_GPU, {"host": "other", "data_wait_share": 0.0}])
     shown = told.progress[-1]
-    assert shown.line() == ("120/300 steps  40%  30.5 images/s  ETA 1:05  loss 2.000, val mIoU 0.2500, best 0.5000")
+    assert shown.line() == (
+        "120/300 steps  40%  30.5 images/s  ETA 1:05  loss 2.000, MFU 52%, val mIoU 0.2500, best 0.5000"
+    )
     assert [(part.name, part.state) for part in shown.parts] == [("worker 0", "box"), ("worker 1", "other")]
     exported = {(metric, tuple(tags.items())): value for metric, value, tags in told.exported}
     assert exported[TRAIN_LOSS, ()] == 2.0
+    assert exported[TRAIN_MFU, ()] == 0.52
     assert exported[DATA_WAIT_SHARE, (("worker", "1"),)] == 0.0
     assert exported[GPU_MEMORY, (("worker", "0"),)] == 11.25
     assert exported[GPU_UTILISATION, (("worker", "0"),)] == 93.0
     assert {metric for metric, _ in exported} <= set(ALL)
     # A report of a checkpoint alone changes no figure.
     view.reported([{"step": 125, "val_miou": -1.0}], [])
-    assert told.progress[-1].note == "loss 2.000, val mIoU 0.2500, best 0.5000"
+    assert told.progress[-1].note == "loss 2.000, MFU 52%, val mIoU 0.2500, best 0.5000"
 
 
 def test_metrics_to_tracking__shows_the_run_and_logs_none_of_the_workers_figures() -> None:

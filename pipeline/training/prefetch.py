@@ -1,0 +1,30 @@
+"""Batches on their way to a GPU: copied beside the step that runs, from memory that the GPU reads by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from pipeline.shards.loader import Batch
+
+
+def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches, on the device; a CPU's as they are.
+
+    A GPU copies a batch in a stream of its own while it computes what it was given before; the step that takes the
+    batch waits for it on the device, not in this process.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            images, labels = (part.pin_memory().to(device, non_blocking=True) for part in (batch.images, batch.labels))
+        steps = torch.cuda.current_stream(device)
+        steps.wait_stream(copies)
+        for part in (images, labels):
+            # Its memory is not used again before the step is through with it.
+            part.record_stream(steps)
+        yield batch._replace(images=images, labels=labels)
