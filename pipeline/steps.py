@@ -224,17 +224,25 @@ def train(
     settings: VariantSettings,
     start: Checkpoint | None,
     inference: InferenceConfig | None = None,
+    earlier: Checkpoint | None = None,
 ) -> Checkpoint:
     """Train one variant, with what a search found where there was one, from a trained model where one is given.
 
-    `inference` says how images are predicted in validation; None: whole.
+    `inference` says how images are predicted in validation; None: whole. `earlier` is what this step made with fewer
+    steps, whose training this one goes on with.
     """
     from pipeline.training.train import train_variant
 
     if search is not None:
         settings = settings.for_search_of(search.variant, variant_name, search.values)
+    job = _train_job(context, variant_name, shard_set, backbone, settings, start, inference)
+    if earlier is not None:
+        # Outputs and training state of one execution bear the same name.
+        execution = earlier.uri.rstrip("/").rpartition("/")[2]
+        run = storage.join(context.workspace, "ray", f"{context.step}-{execution}")
+        job = job.model_copy(update={"goes_on_from": run})
     return train_variant(
-        _train_job(context, variant_name, shard_set, backbone, settings, start, inference),
+        job,
         run_name=context.run_name,
         storage_uri=storage.join(context.workspace, "ray"),
         target_uri=context.output_uri(),

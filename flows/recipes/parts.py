@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline import steps
-from pipeline.config import ExperimentConfig, InferenceConfig
+from pipeline.config import ExperimentConfig, InferenceConfig, TrainConfig
 from pipeline.config.experiment import MODEL_SCHEME
 from pipeline.datasets import open_dataset
 from pipeline.errors import UserError
@@ -127,17 +127,14 @@ def train_and_evaluate(
     evaluations: dict[str, StepRef[Evaluation]] = {}
     for name in config.training_order():
         settings, start = config.variant_settings(name), start_of(flow, config, name, checkpoints)
-        checkpoints[name] = flow.step(
-            steps.train,
-            name,
-            shards,
-            backbones[name],
-            search,
-            settings,
-            start,
-            validation_inference(config),
-            label=f"train/{name}",
-        )
+        arguments = (name, shards, backbones[name], search)
+        common = (start, validation_inference(config))
+        earlier, first_steps = None, settings.train.continue_after
+        if first_steps is not None:
+            before = settings.model_copy(update={"train": shortened(settings.train, first_steps)})
+            label = f"train/{name}/first-{first_steps}"
+            earlier = flow.step(steps.train, *arguments, before, *common, label=label)
+        checkpoints[name] = flow.step(steps.train, *arguments, settings, *common, earlier, label=f"train/{name}")
         evaluations[name] = flow.step(
             steps.evaluate, checkpoints[name], shards, config.evaluate, label=f"evaluate/{name}"
         )
@@ -146,6 +143,12 @@ def train_and_evaluate(
             label = also_label(name, other)
             flow.step(steps.evaluate, checkpoints[name], shards, settings_of_other, label=label)
     return checkpoints, {name: evaluations[name] for name in config.variants}
+
+
+def shortened(train: TrainConfig, num_steps: int) -> TrainConfig:
+    """The training of so many steps that a longer one goes on from: as an experiment has it that asks for it alone."""
+    given = train.model_dump(exclude_unset=True) | {"steps": num_steps}
+    return TrainConfig.model_validate({name: value for name, value in given.items() if name != "continue_after"})
 
 
 def also_label(variant: str, name: str) -> str:

@@ -92,6 +92,9 @@ class TrainConfig(Section):
     """Optimisation. `batch_size` is global: over all workers and accumulation steps of one optimizer step.
 
     `steps`: 0 for a variant that is kept as it starts from another one.
+    `continue_after`: this training goes on from the last state, optimizer included, of the training that is the same
+    but for being of so many `steps`, which is done first where it has not been; the learning rate is then that of the
+    schedule over all of `steps`. It is another training than one of as many steps in one go, with other results.
     `precision`: tf32 is fp32 whose matrix products a GPU computes from 10 bits of mantissa, several times as fast;
     bf16 is mixed precision, parameters in float32; bf16_params computes in bf16 parameters too, and the
     optimizer keeps float32 masters, which are what is saved; with runtime.sharding full, bf16 is the same. All compute
@@ -113,6 +116,7 @@ class TrainConfig(Section):
     """
 
     steps: Annotated[int, Field(ge=0)]
+    continue_after: Positive | None = None
     batch_size: Positive
     accumulation_steps: Positive = 1
     precision: Literal["fp32", "tf32", "bf16", "bf16_params"] = "fp32"
@@ -144,6 +148,10 @@ class TrainConfig(Section):
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation_steps {self.accumulation_steps}"
+            )
+        if self.continue_after is not None and self.continue_after >= self.steps:
+            raise ValueError(
+                f"continue_after {self.continue_after} must be below steps {self.steps}, those before included"
             )
         if self.warmup_steps >= self.steps > 0:
             raise ValueError(f"warmup_steps {self.warmup_steps} must be below steps {self.steps}; lower it")

@@ -22,6 +22,7 @@ class TrainJob(Record):
         inference: how images are predicted in validation.
         hold_out: share of the train split that is not trained on, and validated on in place of val.
         max_val_samples: validation looks at this many samples at most (None: all).
+        goes_on_from: folder of the training run whose last state this one begins with.
         save_checkpoints: False for search trials, which are thrown away.
     """
 
@@ -31,6 +32,7 @@ class TrainJob(Record):
     backbone: BackboneRecord
     runtime: RuntimeConfig
     start: Checkpoint | None = None
+    goes_on_from: str | None = None
     inference: InferenceConfig = InferenceConfig()
     hold_out: float = 0.0
     max_val_samples: int | None = None

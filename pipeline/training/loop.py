@@ -54,8 +54,12 @@ def run_training(
         torch.cuda.set_device(context.device)
     trainer = Trainer(job, context, resume_from)
     train, state = job.train, trainer.state
+    if state.finished and state.step < train.steps and job.goes_on_from is not None:
+        # Of the shorter training; its best checkpoint is none of this run's.
+        state.finished, state.best_miou = False, -1.0
     if context.rank == 0 and trainer.precision != train.precision:
-        log(f"{job.variant}  in {trainer.precision}: this {context.device.type} has no bf16 instructions")
+        kind = train.precision.removesuffix("_params")
+        log(f"{job.variant}  in {trainer.precision}: this {context.device.type} has no {kind} instructions")
     if context.rank == 0 and trainer.taken is not None and job.start is not None:
         log(f"{job.variant}  starts from {job.start.origin} (step {job.start.step}): {trainer.taken.summary()}")
         if trainer.fitted is not None:

@@ -221,13 +221,28 @@ def _resume_folder(job: TrainJob, run_uri: str, rank: int, work: Path) -> Path |
     if rank == 0:
         # Whether the best one is still there matters only when one is published.
         usable = usable_checkpoints(run_uri, listed_checkpoints(run_uri) or (), "last")
-        uri = usable[-1].uri if usable else None
-        if usable:
-            print(f"{job.variant}  goes on after step {usable[-1].step}", flush=True)
+        last = usable[-1] if usable else _state_to_go_on_from(job)
+        uri = last.uri if last else None
+        if last:
+            print(f"{job.variant}  goes on after step {last.step}", flush=True)
     uri = ray.train.collective.broadcast_from_rank_zero(uri)
     if uri is None:
         return None
     return storage.fetch_folder(uri, work / "resumed")
+
+
+def _state_to_go_on_from(job: TrainJob) -> SavedCheckpoint | None:
+    """The last state of the training that the job continues, None where it continues none; UserError if it is gone."""
+    if job.goes_on_from is None:
+        return None
+    names = listed_checkpoints(job.goes_on_from) or ()
+    found = [one for one in usable_checkpoints(job.goes_on_from, names, "last") if one.finished]
+    if not found:
+        raise UserError(
+            f"{job.variant} cannot go on from step {job.train.continue_after}: {job.goes_on_from} holds no whole state "
+            "of it any more (`segvit clean` removes those of finished trainings); leave train.continue_after out to train in one go"
+        )
+    return found[-1]
 
 
 def train_variant(
@@ -266,6 +281,8 @@ def train_variant(
             return publish_checkpoint(job, saved, target_uri)
         if not fits_left:
             break
+        if not saved:
+            _state_to_go_on_from(job)
         # Here, not in the workers: none of them waits in a collective for another one's check.
         check_shard_set(job.shard_set, ["train", "val"], log=print)
         try:
