@@ -240,7 +240,8 @@ def _state_to_go_on_from(job: TrainJob) -> SavedCheckpoint | None:
     if not found:
         raise UserError(
             f"{job.variant} cannot go on from step {job.train.continue_after}: {job.goes_on_from} holds no whole state "
-            "of it any more (`segvit clean` removes those of finished trainings); leave train.continue_after out to train in one go"
+            "of it any more (`segvit clean` removes those of finished trainings); leave train.continue_after out to "
+            "train in one go"
         )
     return found[-1]
 
