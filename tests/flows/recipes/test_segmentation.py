@@ -33,6 +33,22 @@ def test_run__second_time_reuses_every_step_without_ray(flow_run: FlowRun, capfd
     assert {run["state"] for run in runs} == {"finished"}
 
 
+def test_plan__more_steps_go_on_from_the_training_that_is_there(
+    flow_run: FlowRun, capfd: pytest.CaptureFixture[str]
+) -> None:
+    workspace, config, _ = flow_run
+    done = EXPERIMENT["train"]["steps"]
+    longer = ("--set", f"train.steps={done + 2}", "--set", f"train.continue_after={done}")
+    steps = {step["label"]: step for step in facts(capfd, "plan", config, "--workspace", str(workspace), *longer)}
+    assert steps[f"train/full/first-{done}"]["cached"]
+    assert not steps["train/full"]["cached"]
+    assert f"train/full/first-{done}" in steps["train/full"]["depends_on"]
+    # Another training than one of as many steps in one go.
+    in_one_go = facts(capfd, "plan", config, "--workspace", str(workspace), "--set", f"train.steps={done + 2}")
+    prints = {step["label"]: step["fingerprint"] for step in in_one_go}
+    assert prints["train/full"] != steps["train/full"]["fingerprint"]
+
+
 def test_plan__changed_loss_weight_trains_again_but_does_not_prepare(
     flow_run: FlowRun, capfd: pytest.CaptureFixture[str]
 ) -> None:
