@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 import threading
@@ -47,6 +48,7 @@ from pipeline.workflow.tracking import MetricLog
 
 REPORT_EVERY_S = 5.0
 MAX_WAITING_CHECKPOINTS = 2
+START_TIMEOUT_S = 900.0
 # So often at most, for a run that ends with a damaged checkpoint, or whose leading process dies.
 MAX_FITS = 3
 
@@ -306,6 +308,9 @@ def _view(job: TrainJob, progress: StepProgress, saved: Sequence[SavedCheckpoint
 
 
 def _fit(job: TrainJob, run_name: str, storage_uri: str, lease: Lease, metrics: MetricsToTracking) -> None:
+    if isinstance(job.runtime.num_workers, int):
+        # Another step may have the cores for minutes; Ray's minute would end in a traceback, and then again.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
