@@ -7,7 +7,8 @@ Needs neither Ray nor MLflow. Every part prints a JSON line as soon as it is don
 and a Markdown table comes last. Training is forward, loss, backward, clipping and fused AdamW in bf16 on images that
 lie on the device; MFU counts the model's multiply-adds (`segvit.flops.training_gflops`) against the vendor's peak
 (`segvit.devices`). Inference is from uint8 images to label maps, both on the device. The loader reads real JPEG
-shards in processes of its own and feeds the compiled training step. Decoding compares a CPU core with nvJPEG; memory is
+shards in processes of its own and feeds the compiled training step. CamVid (SEGVIT_DATA, with SEGVIT_WEIGHTS) is
+bench_recipe.py's, the variants of camvid.yaml without Ray. Decoding compares a CPU core with nvJPEG; memory is
 bench_memory.py's, in a process of its own.
 """
 
@@ -30,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 import segvit
+from pipeline.training.master_weights import MasterWeights
 from segvit.compilation import compile_regions, warm_up
 from segvit.devices import peak_flops
 from segvit.flops import training_gflops
@@ -37,7 +39,10 @@ from segvit.flops import training_gflops
 NUM_CLASSES = 150
 PRESENT = 10
 MARKS = {
+    "camvid full seed 0": ("val_miou", 0.76),
+    "camvid full seed 1": ("val_miou", 0.76),
     "training compiled": ("mfu", 0.5),
+    "training bf16_params": ("mfu", 0.5),
     "inference compiled": ("images_per_s", 200.0),
     "loader": ("wait_share", 0.02),
 }
@@ -109,28 +114,42 @@ class Check:
 class Step:
     """A training step as pipeline.training takes it."""
 
-    def __init__(self, check: Check, *, compiled: bool, checkpointing: bool = False) -> None:
+    def __init__(self, check: Check, *, compiled: bool, checkpointing: bool = False, bf16_params: bool = False) -> None:
         self.check, self.model = check, check.model(compiled=compiled).train()
         if checkpointing:
             self.model.set_grad_checkpointing()
+        self.masters = MasterWeights(self.model) if bf16_params else None
+        if compiled and self.masters is not None:
+            compile_regions(self.masters.copy, check.backend)
         self.loss = segvit.SegmentationLoss(NUM_CLASSES)
         self.optimizer = torch.optim.AdamW(segvit.parameter_groups(self.model, 2e-5, 0.01), fused=True)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Forward, loss, backward, clipping, AdamW."""
-        with self.check.autocast():
-            output = self.model(self.model.normalize(images))
+        normalized = self.model.normalize(images)
+        if self.masters is None:
+            with self.check.autocast():
+                output = self.model(normalized)
+        else:
+            output = self.masters.copy(normalized)
         self.loss(output, labels)["total"].backward()
+        if self.masters is not None:
+            self.masters.take_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 35.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.masters is not None:
+            self.masters.update_copy()
 
 
 def training(check: Check) -> Iterator[tuple[str, Figures]]:
-    """Images a second, MFU, memory: eager, compiled, and with activations computed again where the model can."""
-    kinds = {"eager": {"compiled": False}, "compiled": {"compiled": True}}
-    if hasattr(segvit.SegViT, "set_grad_checkpointing"):
-        kinds["checkpointed"] = {"compiled": True, "checkpointing": True}
+    """Images a second, MFU, memory: eager, compiled, in bf16 parameters, and with activations computed again."""
+    kinds = {
+        "eager": {"compiled": False},
+        "compiled": {"compiled": True},
+        "bf16_params": {"compiled": True, "bf16_params": True},
+        "checkpointed": {"compiled": True, "checkpointing": True},
+    }
     images, labels = check.images(check.batch), check.labels(check.batch)
     giga = 2 * training_gflops(check.config, NUM_CLASSES, check.config.image_size)
     peak = peak_flops(torch.cuda.get_device_name(), "bf16") if check.device.type == "cuda" else None
@@ -202,6 +221,29 @@ def memory(check: Check) -> Iterator[tuple[str, Figures]]:
             found = json.loads(line)
             name = next((value for value in found.values() if isinstance(value, str)), "all")
             yield f"memory {name}", {key: value for key, value in found.items() if isinstance(value, int | float)}
+
+
+def camvid(check: Check) -> Iterator[tuple[str, Figures]]:
+    """val mIoU of camvid.yaml's variants, two seeds beside each other, and how long their steps wait for images."""
+    script, config = Path(__file__).with_name("bench_recipe.py"), "flows/configs/camvid.yaml"
+    command = [sys.executable, str(script), "--device", check.device.type, "--variants", "full", "shrunk"]
+    if check.tiny:
+        config = "flows/configs/quickstart.yaml"
+        small = ("data.digits.num_train=8", "data.digits.num_val=2", "train.batch_size=2", "model.weights=random")
+        small += ("variants.shrunk.distill.images=2",)
+        command += ["--steps", "2", "--seeds", "0", *(word for one in small for word in ("--set", one))]
+    else:
+        command += ["--processes", "2", "--loader-workers", str(max(len(os.sched_getaffinity(0)) // 2 - 1, 1))]
+    root = script.parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    ended = subprocess.run([*command, config], env=environment, cwd=root, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(ended.stderr.strip().splitlines()[-1])
+    for line in ended.stdout.splitlines():
+        if line.startswith("{"):
+            found = json.loads(line)
+            name = f"camvid {found['variant']} seed {found['seed']}"
+            yield name, {key: found[key] for key in ("val_miou", "seconds", "data_wait_share")}
 
 
 def loader(check: Check) -> Iterator[tuple[str, Figures]]:
@@ -287,6 +329,7 @@ PARTS = {
     "loader": loader,
     "decode": decode,
     "memory": memory,
+    "camvid": camvid,
 }
 
 

@@ -36,9 +36,12 @@ def test_gpu_check__in_miniature_on_a_cpu(tmp_path: Path) -> None:
         "inference compiled",
         "loader",
         "decode cpu core",
+        "camvid full seed 0",
+        "camvid shrunk seed 0",
     } <= set(rows)
     printed = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     assert {line.pop("row"): line for line in printed} == rows
+    assert 0 <= rows["camvid full seed 0"]["val_miou"] <= 1
     assert found["device"] == "CPU"
     assert "mfu" not in rows["training compiled"]
     assert 0 <= rows["loader"]["wait_share"] <= 1
