@@ -4,7 +4,7 @@
         [--steps 300] [--variants full] [--set KEY=VALUE ...] [--device cuda] [--processes 1] [--json FILE]
 
 Every row is the experiment with the settings below; `--set` changes them all, and `--steps` their length, with a
-twentieth of warm-up and one validation at the end. Needs neither Ray nor MLflow. A JSON line a training as soon as it is
+twentieth of warm-up and one validation at the end. Needs neither Ray nor MLflow. A JSON line a training once it is
 done, then a Markdown table, whose differences are those of the same seeds. `--processes` trainings share the device.
 """
 
