@@ -94,6 +94,8 @@ def plan(
         console.print(present.plan_tree(experiment.config.name, planned.steps, planned.complete))
         # A label of training is train/VARIANT.
         to_train = {step.label.partition("/")[2] for step in planned.steps if step.step == "train" and not step.cached}
+        # They take seconds a model, and say nothing to a machine without a GPU.
+        to_train = to_train if card is not None else set()
         estimates = {one.variant: one for one in estimate_training(experiment.config, to_train, card)}
         if estimates:
             console.print(present_estimates.estimates_view(list(estimates.values())))

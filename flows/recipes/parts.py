@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline import steps
-from pipeline.config import ExperimentConfig, InferenceConfig, TrainConfig
+from pipeline.config import ExperimentConfig, InferenceConfig, TrainConfig, VariantSettings
 from pipeline.config.experiment import MODEL_SCHEME
 from pipeline.datasets import open_dataset
 from pipeline.errors import UserError
@@ -65,7 +65,7 @@ def tune(
         return None
     name = config.tune.variant
     start = start_of(flow, config, name, {})
-    settings, inference = config.variant_settings(name), validation_inference(config)
+    settings, inference = before_more_steps(config.variant_settings(name)), validation_inference(config)
     return flow.step(steps.tune, shards, backbones[name], settings, config.tune, start, inference)
 
 
@@ -129,11 +129,10 @@ def train_and_evaluate(
         settings, start = config.variant_settings(name), start_of(flow, config, name, checkpoints)
         arguments = (name, shards, backbones[name], search)
         common = (start, validation_inference(config))
-        earlier, first_steps = None, settings.train.continue_after
-        if first_steps is not None:
-            before = settings.model_copy(update={"train": shortened(settings.train, first_steps)})
-            label = f"train/{name}/first-{first_steps}"
-            earlier = flow.step(steps.train, *arguments, before, *common, label=label)
+        earlier = None
+        if settings.train.continue_after is not None:
+            label = f"train/{name}/first-{settings.train.continue_after}"
+            earlier = flow.step(steps.train, *arguments, before_more_steps(settings), *common, label=label)
         checkpoints[name] = flow.step(steps.train, *arguments, settings, *common, earlier, label=f"train/{name}")
         evaluations[name] = flow.step(
             steps.evaluate, checkpoints[name], shards, config.evaluate, label=f"evaluate/{name}"
@@ -145,10 +144,13 @@ def train_and_evaluate(
     return checkpoints, {name: evaluations[name] for name in config.variants}
 
 
-def shortened(train: TrainConfig, num_steps: int) -> TrainConfig:
-    """The training of so many steps that a longer one goes on from: as an experiment has it that asks for it alone."""
-    given = train.model_dump(exclude_unset=True) | {"steps": num_steps}
-    return TrainConfig.model_validate({name: value for name, value in given.items() if name != "continue_after"})
+def before_more_steps(settings: VariantSettings) -> VariantSettings:
+    """The settings of the training that this one goes on from, as an experiment has them that asks for it alone."""
+    if settings.train.continue_after is None:
+        return settings
+    given = settings.train.model_dump(exclude_unset=True) | {"steps": settings.train.continue_after}
+    train = TrainConfig.model_validate({name: value for name, value in given.items() if name != "continue_after"})
+    return settings.model_copy(update={"train": train})
 
 
 def also_label(variant: str, name: str) -> str:

@@ -80,5 +80,5 @@ def test_estimate_step__no_time_of_a_card_that_is_not_known() -> None:
 
 
 def test_choose_gpu__unknown_name() -> None:
-    with pytest.raises(UserError, match=r"^--gpu: unknown GPU 'cray'; choose from T4, V100, "):
+    with pytest.raises(UserError, match=r"^--gpu: unknown GPU 'cray'; choose from T4, V100 16GB, "):
         choose_gpu("cray")

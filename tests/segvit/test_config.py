@@ -54,7 +54,7 @@ def test_config__survives_json() -> None:
 def test_from_dict__earlier_checkpoints(changes: dict[str, Any], own: dict[str, Any]) -> None:
     values = EARLIER | changes
     config = ModelConfig.from_dict(values)
-    since = {"shrink_keys": False}
+    since = {"shrink_keys": False, "mask_upsampling": 1}
     assert config.to_dict() == {name: (values | since)[name] for name in config.to_dict()}
     assert {name: getattr(config, name) for name in own} == own
     assert ModelConfig.from_dict(config.to_dict()) == config

@@ -207,7 +207,7 @@ def test_loss__labels_of_another_size_are_refused() -> None:
             {"dcie": 1.0, "focal": -1.0, "class": 0},
             None,
             [
-                "unknown loss term 'dcie'; choose from dice, class, focal, cross_entropy",
+                "unknown loss term 'dcie'; choose from dice, class, focal, focal_balanced, focal_hard, dice_hard, ",
                 "weight of loss term focal must be a number >= 0, got -1.0; 0 leaves it out",
             ],
         ),
