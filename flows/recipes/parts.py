@@ -130,7 +130,7 @@ def train_and_evaluate(
         arguments = (name, shards, backbones[name], search)
         common = (start, validation_inference(config))
         earlier = None
-        if settings.train.continue_after is not None:
+        if settings.train.continue_after is not None and settings.train.steps:
             label = f"train/{name}/first-{settings.train.continue_after}"
             earlier = flow.step(steps.train, *arguments, before_more_steps(settings), *common, label=label)
         checkpoints[name] = flow.step(steps.train, *arguments, settings, *common, earlier, label=f"train/{name}")
@@ -146,7 +146,7 @@ def train_and_evaluate(
 
 def before_more_steps(settings: VariantSettings) -> VariantSettings:
     """The settings of the training that this one goes on from, as an experiment has them that asks for it alone."""
-    if settings.train.continue_after is None:
+    if settings.train.continue_after is None or not settings.train.steps:
         return settings
     given = settings.train.model_dump(exclude_unset=True) | {"steps": settings.train.continue_after}
     train = TrainConfig.model_validate({name: value for name, value in given.items() if name != "continue_after"})

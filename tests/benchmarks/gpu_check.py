@@ -229,7 +229,12 @@ def camvid(check: Check) -> Iterator[tuple[str, Figures]]:
     command = [sys.executable, str(script), "--device", check.device.type, "--variants", "full", "shrunk"]
     if check.tiny:
         config = "flows/configs/quickstart.yaml"
-        small = ("data.digits.num_train=8", "data.digits.num_val=2", "train.batch_size=2", "model.weights=random")
+        small: tuple[str, ...] = (
+            "data.digits.num_train=8",
+            "data.digits.num_val=2",
+            "train.batch_size=2",
+            "model.weights=random",
+        )
         small += ("variants.shrunk.distill.images=2",)
         command += ["--steps", "2", "--seeds", "0", *(word for one in small for word in ("--set", one))]
     else:
