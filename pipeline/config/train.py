@@ -94,7 +94,8 @@ class TrainConfig(Section):
     `steps`: 0 for a variant that is kept as it starts from another one.
     `continue_after`: this training goes on from the last state, optimizer included, of the training that is the same
     but for being of so many `steps`, which is done first where it has not been; the learning rate is then that of the
-    schedule over all of `steps`; where these are 0 it says nothing. It is another training than one of as many steps in one go, with other results.
+    schedule over all of `steps`. It is another training than one of as many steps in one go, with other results. Of
+    no steps it says nothing.
     `precision`: tf32 is fp32 whose matrix products a GPU computes from 10 bits of mantissa, several times as fast;
     bf16 is mixed precision, parameters in float32; bf16_params computes in bf16 parameters too, and the
     optimizer keeps float32 masters, which are what is saved; with runtime.sharding full, bf16 is the same. All compute
