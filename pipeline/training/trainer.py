@@ -132,7 +132,8 @@ class Trainer:
         trained = self.model if self.masters is None else self.masters.copy
         if self.job.runtime.compile:
             compile_regions(self.model)
-            compile_regions(trained)
+            if self.masters is not None:
+                compile_regions(self.masters.copy)
         forward: nn.Module = trained
         if self.context.world_size > 1 and not self.sharded:
             device_ids = [self.context.device] if self.context.device.type == "cuda" else None
