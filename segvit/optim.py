@@ -113,7 +113,7 @@ def orthogonalized(matrices: Tensor, steps: int) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor whose parts lie on several devices; a collective call then."""
+    """All of a tensor of which this rank may hold a share; a collective call where it does."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

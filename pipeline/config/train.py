@@ -46,46 +46,40 @@ class AugmentationConfig(Section):
         return self
 
 
-class ScheduleConfig(BaseModel):
-    """The learning rate over the steps after the warm-up: `poly`, `cosine`, `constant`, or one that was registered.
-
-    A name alone stands for the schedule with its own defaults; other keys are its options (`power` of poly).
-    """
+class _Named(BaseModel):
+    """Something that is looked up by name, and its options: a name alone stands for it with its own defaults."""
 
     model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
+
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is given beside the name."""
+        return dict(self.model_extra or {})
+
+
+class ScheduleConfig(_Named):
+    """The learning rate over the steps after the warm-up: `poly`, `cosine`, `constant`, or one that was registered.
+
+    Other keys than the name are its options (`power` of poly).
+    """
 
     name: str = "poly"
 
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, given: Any) -> Any:
-        return {"name": given} if isinstance(given, str) else given
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """What is given beside the name."""
-        return dict(self.model_extra or {})
-
-
-class OptimizerConfig(BaseModel):
+class OptimizerConfig(_Named):
     """What takes a step: `adamw`, `lion`, `muon`, or one that was registered.
 
-    A name alone stands for the optimizer with its own defaults; other keys are its options (`betas`).
+    Other keys than the name are its options (`betas`).
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow", protected_namespaces=())
-
     name: str = "adamw"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_alone(cls, given: Any) -> Any:
-        return {"name": given} if isinstance(given, str) else given
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What is given beside the name."""
-        return dict(self.model_extra or {})
 
 
 class TrainConfig(Section):

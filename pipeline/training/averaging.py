@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.sharding import placed_like, whole
+from pipeline.training.sharding import placed_like
+from segvit.optim import whole
 
 Weights = dict[str, Tensor]
 

@@ -23,6 +23,7 @@ from segvit.backbones.timm_blocks import compute_query_block
 from segvit.flops import outline_model
 from segvit.inference.predict import evaluating
 from segvit.model import SegViT
+from segvit.optim import whole
 
 
 def shard_model(model: SegViT, device: torch.device, param_dtype: torch.dtype | None = None) -> None:
@@ -63,11 +64,6 @@ def ensure_process_group(device: torch.device) -> None:
 def is_sharded(model: nn.Module) -> bool:
     """Whether `shard_model` was called with the model."""
     return isinstance(model, FSDPModule)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this rank may hold a share; a collective call where it does."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(tensor: Tensor, other: Tensor) -> Tensor:

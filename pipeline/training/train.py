@@ -279,7 +279,8 @@ def train_variant(
     for fits_left in reversed(range(MAX_FITS + 1)):
         saved = repair_run(run_uri, job.train.keep, lease)
         logged_step = _fill_metrics(log, saved[-1]) if saved else -1
-        if saved and saved[-1].finished:
+        # Of states that earlier releases wrote, the step alone tells.
+        if saved and (saved[-1].finished or saved[-1].step == job.train.steps):
             lease.check()
             return publish_checkpoint(job, saved, target_uri)
         if not fits_left:

@@ -23,7 +23,8 @@ import segvit
 from pipeline import storage
 from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
 from pipeline.training.averaging import BestWeights, MovingAverage, put, swapped, trainable
-from pipeline.training.sharding import load_weights, placed_like, whole
+from pipeline.training.sharding import load_weights, placed_like
+from segvit.optim import whole
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 RNG_FILE = "rng.safetensors"
@@ -155,7 +156,8 @@ def _load_averages(folder: Path, averages: Averages, model: segvit.SegViT) -> No
     if averages.best is not None and (folder / BEST_FILE).exists():
         sets = load_file(folder / BEST_FILE)
         scores = sets.pop("miou").tolist()
-        for index, miou in enumerate(scores):
+        # The best last, so that of equals those that were ahead are so again.
+        for index, miou in reversed(list(enumerate(scores))):
             prefix = f"{index}:"
             own = {name.removeprefix(prefix): one for name, one in sets.items() if name.startswith(prefix)}
             averages.best.offer(miou, own)

@@ -27,7 +27,7 @@ from pipeline.training.batches import micro_batches
 from pipeline.training.job import DistributedContext, TrainJob, job_schedule
 from pipeline.training.master_weights import MasterWeights
 from pipeline.training.non_finite import FiniteWatch
-from pipeline.training.sharding import shard_model, uneven_forwards, whole, whole_model, whole_weights
+from pipeline.training.sharding import shard_model, uneven_forwards, whole_model, whole_weights
 from pipeline.training.train_checkpoint import (
     Averages,
     TrainState,
@@ -39,7 +39,7 @@ from pipeline.training.train_checkpoint import (
 from segvit.bf16 import has_bf16
 from segvit.compilation import compile_regions
 from segvit.metrics import segmentation_metrics
-from segvit.optim import clip_gradients, parameter_groups
+from segvit.optim import clip_gradients, parameter_groups, whole
 from segvit.optimizers import build_optimizer
 from segvit.weights.pretrained import load_backbone_state, read_file, read_grid
 from segvit.weights.start import TakenWeights, take_weights

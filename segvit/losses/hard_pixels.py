@@ -17,7 +17,8 @@ HARD_SHARE = 0.125
 def hard_focal_loss(logits: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
     """The focal loss, its mean over the hardest eighth of a mask's pixels; see `LossTerm`."""
     pixels = focal_pixels(logits, target)
-    return _mean_over_hardest(pixels, pixels, counted)
+    chosen = hardest(pixels, counted, HARD_SHARE)
+    return (pixels * chosen).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)
 
 
 def hard_dice_loss(logits: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
@@ -43,11 +44,6 @@ def hardest(losses: Tensor, counted: Tensor | None, share: float) -> Tensor:
     chosen = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, places, True)
     chosen = chosen if counted is None else chosen & counted.flatten(1)
     return chosen.view_as(losses)
-
-
-def _mean_over_hardest(pixels: Tensor, losses: Tensor, counted: Tensor | None) -> Tensor:
-    chosen = hardest(losses, counted, HARD_SHARE)
-    return (pixels * chosen).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)
 
 
 HARD_FOCAL = LossTerm(

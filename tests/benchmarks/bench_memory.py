@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import segvit
 from pipeline.training.master_weights import MasterWeights
-from pipeline.training.sharding import ensure_process_group, shard_model, whole
+from pipeline.training.sharding import ensure_process_group, shard_model
+from segvit.optim import whole
 from segvit.training_cost import TrainingCost, TrainingSetup
 from tests.benchmarks.bench_model import CASES as LARGE_CASES
 

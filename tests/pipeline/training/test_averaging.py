@@ -114,6 +114,17 @@ def test_checkpoint__mean_of_the_best_validations_at_the_end(
     assert_same_weights(reports.folders[2], resumed.folders[-1], tolerance=0.0)
 
 
+def test_checkpoint__of_equal_validations_the_same_ones_are_kept_after_a_resume(
+    make_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(average_best=2, steps=3, validate_every_steps=1, checkpoint_every_steps=1)
+    scored(monkeypatch, [0.5, 0.5, 0.5, 0.6])
+    whole = train(job, tmp_path / "whole")
+    scored(monkeypatch, [0.5, 0.6])
+    resumed = train(job, tmp_path / "resumed", resume=whole.folders[1])
+    assert_same_weights(whole.folders[2], resumed.folders[-1], tolerance=0.0)
+
+
 @pytest.mark.parametrize(
     ("stop_after", "scores", "stops"),
     [(None, [0.5, 0.1, 0.1, 0.1], False), (2, [0.5, 0.4, 0.3], True), (2, [0.5, 0.4, 0.6], False), (1, [0.5], False)],
