@@ -1,4 +1,4 @@
-"""Multi-head attention on the fused kernel, and the post-norm decoder layer around a cross-attention."""
+"""Multi-head attention, and the post-norm decoder layer around a cross-attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_, xavier_uniform_, zeros_
 
-# B batch, Q queries, L key tokens, C channels
+# B batch, Q queries, L key tokens, C channels, D head width
+
+# Of the similarity that attention in steps holds: 128 MB in bf16.
+MAX_SIMILARITY_ELEMENTS = 64_000_000
+
+
+def attention_of_heads(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """Attention (B, heads, Q, D) of queries (B, heads, Q, D) over keys and values (B, heads, L, D).
+
+    On PyTorch's fused kernel, but in steps where those are faster, see `faster_in_steps`.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: Added to the similarity, any shape that broadcasts to (B, heads, Q, L).
+        dropout: Of the attention's weights.
+        scale: Factor of the similarity; None: head width ** -0.5.
+    """
+    if not faster_in_steps(q, k.shape[2]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
+    similarity = (q * (q.shape[3] ** -0.5 if scale is None else scale)) @ k.transpose(2, 3)
+    weights = (similarity if mask is None else similarity + mask).softmax(3)
+    return (F.dropout(weights, dropout) if dropout else weights) @ v
+
+
+def faster_in_steps(q: Tensor, num_keys: int) -> bool:
+    """Whether products and softmax one by one beat the fused kernel, as in bf16 on a CPU; compiled code is not asked.
+
+    A ViT-S block's attention takes two thirds of the fused kernel's time there (docs/benchmarks.md). The similarity is
+    held for it: where that is too large, it is not done.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False
+    return q.shape[0] * q.shape[1] * q.shape[2] * num_keys <= MAX_SIMILARITY_ELEMENTS
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
@@ -25,7 +61,7 @@ def attend(
     `scale` is the factor of the similarity; None: head width ** -0.5.
     """
     q, k, v = (split_heads(tokens, num_heads) for tokens in (queries, keys, values))
-    attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    attended = attention_of_heads(q, k, v, dropout=dropout, scale=scale)
     return attended.transpose(1, 2).flatten(2)
 
 

@@ -35,6 +35,31 @@ def test_table__ratio_is_the_median_of_rounds() -> None:
     assert lines[6] == "ours: torch 2.14.1; had 2.0 cores"
 
 
+def test_derived_of__shares_the_training_and_predicts_by_itself() -> None:
+    derived = {"train_seconds": 2700.0, "image_seconds": [0.5], "crop_seconds": [0.25]}
+    result = measured(1.0, derived=derived)
+    ours = Side(rounds=[result], trained={**result, "steps": 1600, "train_seconds": 2640.0}, miou=0.7)
+    shrunk = results.derived_of(ours)
+    assert shrunk.miou is None
+    shrunk.miou = 0.69
+    lines = results.table({"ours": ours, "shrunk": shrunk, "lightly": Side(rounds=[measured(4.0)])}, minutes=45)
+    assert lines[3] == "| ours, Shrunk | 1.000 s | 0.500 s | 0.250 s | 2.00 GB | 0.690 (1600 steps, 45.0 min) |"
+    both = "1.000 s (ours 1.00; ours, Shrunk 0.{} of it)"
+    assert f"| 4.000 s (ours 0.25 of it) | {both.format('50')} | {both.format('25')} |" in lines[4]
+    assert [line.split(":")[0] for line in lines[6:]] == ["ours", "LightlyTrain's EoMT"]
+
+
+def test_with_shrunk__stands_after_ours_and_is_scored(tmp_path: Path) -> None:
+    for folder, pixels in (("valannot", [[0, 1]]), (common.DERIVED_LABEL_MAPS, [[0, 0]])):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.array(pixels, dtype=np.uint8)).save(tmp_path / folder / "a.png")
+    trained = measured(1.0, derived={"train_seconds": 5.0}, train_seconds=4.0)
+    sides = against_peers.with_shrunk({"lightly": Side(), "ours": Side(trained=trained)}, tmp_path, tmp_path)
+    assert list(sides) == ["ours", "shrunk", "lightly"]
+    assert sides["shrunk"].miou == pytest.approx(0.25)
+    assert (sides["ours"].miou, sides["shrunk"].trained["train_seconds"]) == (None, 5.0)  # type: ignore[index]
+
+
 def test_table__score_with_what_it_took() -> None:
     side = Side(rounds=[measured(1.0)], trained={"steps": 1600, "train_seconds": 2640.0}, miou=0.7041)
     lines = results.table({"ours": side}, minutes=45)

@@ -16,6 +16,8 @@ from timm.models.eva import EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from segvit.attention import attention_of_heads
+
 # B batch, Q queries and L tokens with prefix tokens first, C channels, D head width
 
 KNOWN_BLOCKS = (
@@ -52,7 +54,7 @@ def block_problem(block: nn.Module) -> str | None:
 def run_block(block: nn.Module, tokens: Tensor, positions: AttentionPositions, num_prefix_tokens: int) -> Tensor:
     """A timm block of any kind on tokens (B, L, C)."""
     output: Tensor
-    if isinstance(block, BeitBlock) or positions.bias is not None:
+    if isinstance(block, BeitBlock) or positions.bias is not None or runs_in_steps(block, tokens):
         # timm's forward of BEiT knows only the bias of the one grid it was built for; others know of none.
         return query_block(block, tokens, tokens, positions, num_prefix_tokens)
     if isinstance(block, EvaBlock | EvaBlockPostNorm):
@@ -60,6 +62,14 @@ def run_block(block: nn.Module, tokens: Tensor, positions: AttentionPositions, n
     else:
         output = block(tokens)
     return output
+
+
+def runs_in_steps(block: nn.Module, tokens: Tensor) -> bool:
+    """Whether the block's attention may be `faster_in_steps`, which timm's forward knows nothing of."""
+    if tokens.device.type != "cpu" or torch.compiler.is_compiling() or block_problem(block) is not None:
+        return False
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else tokens.dtype
+    return autocast == torch.bfloat16
 
 
 def query_block(
@@ -119,12 +129,12 @@ def query_attention(
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    attended = F.scaled_dot_product_attention(
+    attended = attention_of_heads(
         q,
         k,
         v,
-        attn_mask=None if positions.bias is None else positions.bias.to(q.dtype),
-        dropout_p=attention.attn_drop.p if attention.training else 0.0,
+        mask=None if positions.bias is None else positions.bias.to(q.dtype),
+        dropout=attention.attn_drop.p if attention.training else 0.0,
         scale=attention.scale,
     )
     attended = attended.transpose(1, 2).flatten(2)

@@ -6,8 +6,8 @@ Same images (CamVid of SEGVIT_DATA, trained on train, scored on val), backbone w
 ViT-S/14), square crop (EoMT takes no other), batch, precision, threads and loader processes. Short runs come first, of
 one side after the other, in rounds: seconds a training step with its loading, seconds a prediction, peak memory. Then
 each side trains once for as many of its steps as fit into --minutes (0: not at all), and one scorer reads the label
-maps that it leaves. A peer is installed into an environment of its own, below --peers-env where that is to be kept;
-whose backbone does not give the weights' own features is refused.
+maps that it leaves. Shrunk is made of our trained model by the same process. A peer is installed into an environment of
+its own, below --peers-env where that is to be kept; whose backbone does not give the weights' own features is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,17 @@ from pipeline.errors import UserError
 from pipeline.shards.prepare import prepare_shards
 from pipeline.training.trainer import computed_precision
 from tests.benchmarks.peers import results
-from tests.benchmarks.peers.common import MEAN, STD, WARMUP_STEPS, Task, read_image, square_crop, val_images
+from tests.benchmarks.peers.common import (
+    DERIVED_LABEL_MAPS,
+    LABEL_MAPS,
+    MEAN,
+    STD,
+    WARMUP_STEPS,
+    Task,
+    read_image,
+    square_crop,
+    val_images,
+)
 from tests.benchmarks.peers.environment import ROOT, python_of
 from tests.benchmarks.peers.ours import VARIANT
 from tests.benchmarks.peers.results import Side
@@ -63,7 +73,7 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=results.TITLES, default=list(results.TITLES))
+    parser.add_argument("--only", nargs="+", choices=results.SIDES, default=list(results.SIDES))
     parser.add_argument("--config", default="flows/configs/camvid_cpu.yaml", help="whose settings ours trains with")
     parser.add_argument("--crop", type=int, default=294, help="side in pixels, a multiple of 14")
     parser.add_argument("--batch", type=int, default=8)
@@ -93,7 +103,23 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Side]:
     for name, side in sides.items() if options.minutes else ():
         if side.refused is None:
             train_and_score(side, name, pythons[name], task, options.minutes, scratch / f"{name}-trained")
-    return sides
+    return with_shrunk(sides, Path(task.data), scratch / "ours-trained") if "ours" in sides else sides
+
+
+def with_shrunk(sides: dict[str, Side], data: Path, folder: Path) -> dict[str, Side]:
+    """The sides with Shrunk after ours, whose process left its label maps in the folder."""
+    shrunk = results.derived_of(sides["ours"])
+    if shrunk.trained is not None:
+        score(shrunk, folder / DERIVED_LABEL_MAPS, data)
+    return {"ours": sides["ours"], results.SHRUNK: shrunk, **sides}
+
+
+def score(side: Side, label_maps: Path, data: Path) -> None:
+    """Give a side the mIoU of its label maps, or refuse it."""
+    try:
+        side.miou = results.score(label_maps, data / "valannot")
+    except UserError as error:
+        side.refused = str(error)
 
 
 def train_and_score(side: Side, name: str, python: str, task: Task, minutes: float, folder: Path) -> None:
@@ -101,12 +127,8 @@ def train_and_score(side: Side, name: str, python: str, task: Task, minutes: flo
     steps = results.steps_within(minutes, side.seconds("step_seconds"))
     task = dataclasses.replace(task, steps=max(steps, WARMUP_STEPS + 1), predict=True)
     side.trained = attempt(side, name, python, task, folder)
-    if side.trained is None:
-        return
-    try:
-        side.miou = results.score(folder / "label_maps", Path(task.data) / "valannot")
-    except UserError as error:
-        side.refused = str(error)
+    if side.trained is not None:
+        score(side, folder / LABEL_MAPS, Path(task.data))
 
 
 def attempt(side: Side, name: str, python: str, task: Task, folder: Path) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ WARMUP_STEPS = 3
 WARMUP_IMAGES = 2
 # Two ways to resize the position embedding differ in the third decimal; other weights give about 0.
 MIN_SIMILARITY = 0.98
+LABEL_MAPS, DERIVED_LABEL_MAPS = "label_maps", "derived_label_maps"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -48,7 +49,7 @@ class Task:
         crop: side of the square crops in pixels.
         steps: optimizer steps.
         num_timed: val images whose prediction is timed.
-        predict: whether to leave a label map of each val image.
+        predict: whether to leave a label map of each val image, by the trained model and by what was made of it.
     """
 
     folder: str
@@ -72,12 +73,24 @@ class Task:
         file.write_text(json.dumps(asdict(self)))
 
 
-class Trained(NamedTuple):
-    """A trained model: `predict` gives the label map (H, W) of an image (H, W, 3) uint8."""
+Predict = Callable[[NDArray[np.uint8]], NDArray[np.integer[Any]]]
+"""The label map (H, W) of an image (H, W, 3) uint8."""
 
-    predict: Callable[[NDArray[np.uint8]], NDArray[np.integer[Any]]]
+
+class Derived(NamedTuple):
+    """A model that was made of the trained one in so many seconds."""
+
+    predict: Predict
+    seconds: float
+
+
+class Trained(NamedTuple):
+    """A trained model, and what was made of it."""
+
+    predict: Predict
     similarity: float
     packages: tuple[str, ...]
+    derived: Derived | None = None
 
 
 class Features(NamedTuple):
@@ -180,13 +193,13 @@ def autocast(task: Task) -> torch.autocast:
     return torch.autocast(task.device, torch.bfloat16, enabled=task.precision == "bf16")
 
 
-def prediction_seconds(trained: Trained, images: Sequence[NDArray[np.uint8]], task: Task) -> list[float]:
+def prediction_seconds(predict: Predict, images: Sequence[NDArray[np.uint8]], task: Task) -> list[float]:
     """Of each image, one at a time, after a warm-up."""
     seconds = []
     for image in [*[images[0]] * WARMUP_IMAGES, *images]:
         begin = time.perf_counter()
         with autocast(task), torch.no_grad():
-            trained.predict(image)
+            predict(image)
         wait_for(task.device)
         seconds.append(time.perf_counter() - begin)
     return seconds[WARMUP_IMAGES:]
@@ -211,18 +224,26 @@ def run(fit: Callable[[Task], Trained]) -> None:
         "cores": clock.cores(),
         "train_seconds": clock.train_seconds(),
         "peak_bytes": clock.peak_bytes,
-        "image_seconds": prediction_seconds(trained, images, task),
-        "crop_seconds": prediction_seconds(trained, crops, task),
+        "image_seconds": prediction_seconds(trained.predict, images, task),
+        "crop_seconds": prediction_seconds(trained.predict, crops, task),
     }
+    if trained.derived is not None:
+        result["derived"] = {
+            "train_seconds": clock.train_seconds() + trained.derived.seconds,
+            "image_seconds": prediction_seconds(trained.derived.predict, images, task),
+            "crop_seconds": prediction_seconds(trained.derived.predict, crops, task),
+        }
     if task.predict:
-        write_label_maps(trained, files, folder / "label_maps", task)
+        write_label_maps(trained.predict, files, folder / LABEL_MAPS, task)
+    if task.predict and trained.derived is not None:
+        write_label_maps(trained.derived.predict, files, folder / DERIVED_LABEL_MAPS, task)
     (folder / "result.json").write_text(json.dumps(result))
 
 
-def write_label_maps(trained: Trained, files: Sequence[Path], folder: Path, task: Task) -> None:
+def write_label_maps(predict: Predict, files: Sequence[Path], folder: Path, task: Task) -> None:
     """A PNG of class ids for each image."""
     folder.mkdir()
     for file in files:
         with autocast(task), torch.no_grad():
-            labels = trained.predict(read_image(file))
+            labels = predict(read_image(file))
         Image.fromarray(labels.astype(np.uint8)).save(folder / file.name)

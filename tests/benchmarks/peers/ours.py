@@ -1,7 +1,8 @@
-"""Our side of the comparison: the trainer on an experiment's settings, without Ray."""
+"""Our side of the comparison: the trainer on an experiment's settings, without Ray; then Shrunk, made of the result."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +16,62 @@ from torch import Tensor
 import segvit
 from pipeline.config import ExperimentConfig
 from pipeline.config.file import load_config
-from pipeline.records import BackboneRecord, ShardSet
+from pipeline.records import BackboneRecord, Checkpoint, ShardSet
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import run_training
 from pipeline.training.trainer import build_job_model
-from tests.benchmarks.peers.common import Task, Trained, read_features, run
+from tests.benchmarks.peers.common import Derived, Predict, Task, Trained, read_features, run
 
-VARIANT = "full"
+VARIANT, SHRUNK = "full", "shrunk"
+# That short runs convert Shrunk with; times do not depend on it.
+NUM_SHORT = 8
 
 
 def fit(task: Task) -> Trained:
-    """Train the variant `full`, and predict as validation does."""
+    """Train the variant `full`, convert it to `shrunk`, and predict as validation does."""
     config = load_config(task.config, overrides(task))
-    job = job_of(task, config)
+    job = job_of(task, config, VARIANT)
     features = read_features(task)
     similarity = features.similarity(tokens_of(job, task.weights))
+    full = train(job, task)
+    return Trained(predictor(job, task, full), similarity, ("timm",), shrunk_of(full, task, config))
+
+
+def shrunk_of(full: Path, task: Task, config: ExperimentConfig) -> Derived:
+    """The variant `shrunk`, made of the trained `full`."""
+    start = Checkpoint(
+        variant=VARIANT, uri=str(full), digest="", step=task.steps, miou=None, history_uri=None, train_seconds=0.0
+    )
+    job = job_of(task, config, SHRUNK).model_copy(update={"start": start})
+    began = time.perf_counter()
+    shrunk = train(job, task)
+    return Derived(predictor(job, task, shrunk), time.perf_counter() - began)
+
+
+def train(job: TrainJob, task: Task) -> Path:
+    """The folder of the trained model."""
     checkpoints: list[Path] = []
 
     def report(_metrics: dict[str, Any], folder: Path | None) -> None:
         if folder is not None:
             checkpoints.append(folder)
 
-    device = torch.device(task.device)
-    run_training(job, DistributedContext(0, 1, device), report, work_folder=Path(task.folder))
-    model, _metadata = segvit.load_checkpoint(checkpoints[-1])
-    model.to(device)
+    work = Path(task.folder) / job.variant
+    work.mkdir()
+    run_training(job, DistributedContext(0, 1, torch.device(task.device)), report, work_folder=work)
+    return checkpoints[-1]
+
+
+def predictor(job: TrainJob, task: Task, folder: Path) -> Predict:
+    """How the model in a folder predicts."""
+    model, _metadata = segvit.load_checkpoint(folder)
+    model.to(task.device)
     options = job.inference.options()
 
     def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:
         return segvit.predict(model, image, **options).cpu().numpy()
 
-    return Trained(predict, similarity, ("timm",))
+    return predict
 
 
 def overrides(task: Task) -> list[str]:
@@ -62,15 +88,16 @@ def overrides(task: Task) -> list[str]:
         f"train.precision={task.precision}",
         f"runtime.cpus_per_worker={task.threads}",
         f"runtime.loader_workers={task.loader_workers}",
+        *([] if task.predict else [f"variants.{SHRUNK}.distill.images={NUM_SHORT}"]),
     ]
 
 
-def job_of(task: Task, config: ExperimentConfig) -> TrainJob:
-    """The variant's job; where no label maps are wanted, one val image is validated on."""
-    settings = config.variant_settings(VARIANT)
+def job_of(task: Task, config: ExperimentConfig, variant: str) -> TrainJob:
+    """A variant's job; where no label maps are wanted, one val image is validated on."""
+    settings = config.variant_settings(variant)
     name = str(settings.model["backbone"])
     return TrainJob(
-        variant=VARIANT,
+        variant=variant,
         settings=settings,
         shard_set=ShardSet.model_validate_json(Path(task.shard_set).read_text()),
         backbone=BackboneRecord(backbone=name, uri=task.weights, digest="", source="file", message=""),

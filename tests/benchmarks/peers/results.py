@@ -15,9 +15,13 @@ from pipeline.errors import UserError
 from segvit.metrics import ConfusionMatrix
 from tests.benchmarks.peers.common import MIN_SIMILARITY, NUM_CLASSES, UNLABELLED
 
-TITLES = {"ours": "ours", "lightly": "LightlyTrain's EoMT", "huggingface": "transformers' EoMT"}
+SIDES = {"ours": "ours", "lightly": "LightlyTrain's EoMT", "huggingface": "transformers' EoMT"}
+# Made of the trained model of ours, in its process.
+SHRUNK = "shrunk"
+TITLES = {**SIDES, SHRUNK: "ours, Shrunk"}
 # What rounds are compared by; the keys of results.
 TIMES = {"step_seconds": "training step", "image_seconds": "an image at its own size", "crop_seconds": "a crop"}
+PREDICTION_TIMES = ("image_seconds", "crop_seconds")
 IGNORED = 255
 
 
@@ -89,26 +93,35 @@ def score(predicted: Path, labels: Path) -> float:
     return confusion.metrics().miou
 
 
+def derived_of(side: Side) -> Side:
+    """What was made of a side's trained model: it shares the training, its predictions are its own."""
+    rounds: list[Mapping[str, Any]] = [{**result, **result["derived"]} for result in side.rounds]
+    trained = None if side.trained is None else {**side.trained, **side.trained["derived"]}
+    return Side(rounds=rounds, trained=trained, refused=side.refused)
+
+
 def table(sides: Mapping[str, Side], minutes: float) -> list[str]:
-    """Markdown: a row for each side, times with our share of them in brackets."""
+    """Markdown: a row for each side, the peers' times with our share of them in brackets."""
     trained = f"val mIoU after {minutes:g} min" if minutes else "val mIoU after the same time"
     lines = [f"| | {' | '.join(TIMES.values())} | peak memory | {trained} |", "|---|" + "---|" * (len(TIMES) + 2)]
-    ours = sides.get("ours")
+    own = {name: side for name in ("ours", SHRUNK) if (side := sides.get(name)) and side.refused is None}
     for name, side in sides.items():
         if side.refused is not None:
             lines.append(f"| {TITLES[name]} | refused: {side.refused} |" + " |" * (len(TIMES) + 1))
             continue
-        cells = [time_cell(side, None if side is ours else ours, key) for key in TIMES]
+        cells = [time_cell(side, {} if name in own else own, key) for key in TIMES]
         lines.append(f"| {TITLES[name]} | {' | '.join([*cells, f'{side.peak_bytes / 1e9:.2f} GB', miou_cell(side)])} |")
     return [*lines, "", *packages_lines(sides)]
 
 
-def time_cell(side: Side, ours: Side | None, key: str) -> str:
-    """A time, and what ours takes of it where ours was measured and not refused."""
+def time_cell(side: Side, own: Mapping[str, Side], key: str) -> str:
+    """A time, and what each of our own sides takes of it; Shrunk has no training steps of its own."""
+    compared = {name: one for name, one in own.items() if name != SHRUNK or key in PREDICTION_TIMES}
     cell = f"{side.seconds(key):.3f} s"
-    if ours is None or ours.refused is not None:
+    if not compared:
         return cell
-    return f"{cell} (ours {ours_over(ours, side, key):.2f} of it)"
+    shares = [f"{TITLES[name]} {ours_over(one, side, key):.2f}" for name, one in compared.items()]
+    return f"{cell} ({'; '.join(shares)} of it)"
 
 
 def miou_cell(side: Side) -> str:
@@ -122,7 +135,7 @@ def packages_lines(sides: Mapping[str, Side]) -> Sequence[str]:
     """Versions of what each side computed with, and the cores that it had."""
     lines = []
     for name, side in sides.items():
-        if side.rounds:
+        if side.rounds and name in SIDES:
             packages = ", ".join(f"{package} {number}" for package, number in side.rounds[0]["packages"].items())
             cores = statistics.median(result["cores"] for result in side.rounds)
             lines.append(f"{TITLES[name]}: {packages}; had {cores:.1f} cores")

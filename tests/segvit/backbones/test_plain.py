@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from segvit import attention
+from segvit.backbones import timm_blocks
 from segvit.backbones.downsampling import Downsampling, PatchChoice
 from segvit.backbones.families import create_vit
 from segvit.backbones.feature_map import FeatureMap
 from segvit.backbones.plain import PlainBackbone, pad_to_multiple
 from segvit.backbones.positions import bias_table, geometric_distances, token_positions
+from segvit.backbones.timm_blocks import block_problem, runs_in_steps
 from segvit.config import ModelConfig
 from segvit.model import build_backbone, build_model
 
@@ -76,6 +79,38 @@ def test_features__equal_timm_without_the_final_norm(name: str) -> None:
     for feature, expected in zip(features, intermediate_tokens(twin, images, [0, 2]), strict=True):
         torch.testing.assert_close(feature.tokens, expected, rtol=1e-5, atol=1e-5)
         assert (feature.grid, feature.stride, feature.patch_grid) == ((4, 6), side, (4, 6))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_features__are_the_same_where_attention_is_faster_in_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, side = PlainBackbone(small_vit(name), (0, 2)).eval(), patch_size(name)
+    images = torch.randn(2, 3, 5 * side, 3 * side)
+    expected = backbone(images)
+    taken: list[Tensor] = []
+
+    def in_steps(q: Tensor, _num_keys: int) -> bool:
+        taken.append(q)
+        return True
+
+    monkeypatch.setattr(timm_blocks, "runs_in_steps", lambda block, _tokens: block_problem(block) is None)
+    monkeypatch.setattr(attention, "faster_in_steps", in_steps)
+    for feature, other in zip(backbone(images), expected, strict=True):
+        torch.testing.assert_close(feature.tokens, other.tokens, rtol=1e-5, atol=1e-5)
+    # Blocks that are not known stay on the fused kernel.
+    assert len(taken) == sum(block_problem(block) is None for block in backbone.blocks)
+
+
+@torch.no_grad()
+def test_features__of_one_block_take_steps_in_bf16_alone() -> None:
+    backbone = PlainBackbone(small_vit("vit_tiny_patch16_224"), (2,)).eval()
+    [block] = backbone.blocks[:1]
+    tokens = torch.randn(1, 4, 48)
+    assert not runs_in_steps(block, tokens)
+    assert runs_in_steps(block, tokens.bfloat16())
+    assert not runs_in_steps(block, tokens.to("meta", torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert runs_in_steps(block, tokens)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
