@@ -28,6 +28,10 @@ def predict(
     batch_size: Annotated[
         int, typer.Option(min=1, metavar="N", help="Images of one size, or windows of one image, predicted at once.")
     ] = 1,
+    precision: Annotated[
+        Literal["bf16", "model"] | None,
+        typer.Option(help="Compute in bf16 where the machine has it, or as the model is; default: as registered."),
+    ] = None,
     coco: Annotated[
         str | None, typer.Option(metavar="FILE.json", help="Write all label maps as COCO annotations there, too.")
     ] = None,
@@ -65,7 +69,7 @@ def predict(
         folder = checkpoint_folder(tracking, model, cache)
         images = list_images(sources)
         plan = plan_predictions(images, out, overlays=not no_overlays, overwrite=overwrite, skip_existing=skip_existing)
-        segmenter = Segmenter(folder)
+        segmenter = Segmenter(folder, precision)
         log = PredictionLog(console, plan)
         for one in predict_images(segmenter, plan.remaining, batch_size=batch_size):
             log.add(one)

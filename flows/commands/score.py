@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -38,6 +38,10 @@ def evaluate(
         str | None, typer.Option(metavar="HxW", help="Slide a window of so many pixels; 'whole': no window.")
     ] = None,
     stride: Annotated[str | None, typer.Option(metavar="HxW", help="Steps of the window; default: 2/3 of it.")] = None,
+    precision: Annotated[
+        Literal["bf16", "model"] | None,
+        typer.Option(help="Compute in bf16 where the machine has it, or as the model is."),
+    ] = None,
     variant: Annotated[
         str | None, typer.Option(help="Of the experiment: the one that describes a .pth file; default: the only one.")
     ] = None,
@@ -69,6 +73,7 @@ def evaluate(
     scored_before = data if scoring.is_registered(data) else model
     base = experiment.config.evaluate if experiment is not None else scoring.own_settings(tracking, scored_before)
     asked = {"split": split, "resize": resize, "scales": scales, "flip": flip, "window": window, "stride": stride}
+    asked["precision"] = precision
     settings = evaluate_settings(base.model_dump(mode="json"), asked)
     with Plan(workspace, tracking) as planned:
         # What does not fit is told before a run is on record.
@@ -167,6 +172,8 @@ def evaluate_settings(base: dict[str, Any], asked: dict[str, Any]) -> Any:
             ) from None
     if asked["flip"] is not None:
         inference["flip"] = asked["flip"]
+    if asked["precision"]:
+        inference["precision"] = None if asked["precision"] == "model" else asked["precision"]
     if asked["window"] == "whole":
         inference |= {"mode": "whole", "crop": None, "stride": None}
     elif asked["window"]:

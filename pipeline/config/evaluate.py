@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from pipeline.config.section import Positive, Section
-from pipeline.workflow.step import NotFingerprinted
+from pipeline.workflow.step import CountedWhenSet, NotFingerprinted
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
@@ -17,7 +17,8 @@ class InferenceConfig(Section):
 
     `mode` slide goes window by window, of `crop` (height, width) pixels in steps of `stride`, by default the
     training crop and two thirds of it. `resize` (long, short) brings the image to a longer and a shorter side of at
-    most those before that. Scores are averaged over `scales` and, with `flip`, mirror images. See segvit.predict.
+    most those before that. Scores are averaged over `scales` and, with `flip`, mirror images. `precision` bf16 computes
+    in bf16 where the machine has it. See segvit.predict.
     """
 
     mode: Literal["whole", "slide"] = "whole"
@@ -26,6 +27,7 @@ class InferenceConfig(Section):
     resize: tuple[Positive, Positive] | None = None
     scales: Annotated[tuple[Annotated[float, Field(gt=0.0, le=8.0)], ...], Field(min_length=1)] = (1.0,)
     flip: bool = False
+    precision: Annotated[Literal["bf16"] | None, CountedWhenSet] = None
 
     @model_validator(mode="after")
     def _windows_cover(self) -> Self:

@@ -10,7 +10,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from pipeline.evaluation.image_sources import SourceImage
 from pipeline.records import Record
 from segvit.grey_range import GreyRange
 from segvit.image_files import DecodeError, decode_image
+from segvit.inference.predict import shares_batches
 from segvit.visualize import draw_legend, overlay, palette_image
 
 LABELS_SUFFIX, OVERLAY_SUFFIX = ".labels.png", ".overlay.png"
@@ -82,9 +83,17 @@ class PredictionPlan(NamedTuple):
 
 
 class Segmenter:
-    """A checkpoint's model, on a GPU where there is one, with what its classes mean and how it predicts."""
+    """A checkpoint's model, on a GPU where there is one, with what its classes mean and how it predicts.
 
-    def __init__(self, checkpoint_folder: Path) -> None:
+    Args:
+        checkpoint_folder: holds model.safetensors and config.json.
+        precision: ``bf16`` or ``model``, in place of what the model was registered with; None: that.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or has more classes than a label map holds.
+    """
+
+    def __init__(self, checkpoint_folder: Path, precision: Literal["bf16", "model"] | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.model, metadata = segvit.load_checkpoint(checkpoint_folder, device)
@@ -95,16 +104,18 @@ class Segmenter:
             raise UserError(f"the model has {num_classes} classes, a label map's 8 bits hold {MAX_CLASSES}")
         self.class_names: list[str] = metadata.get("class_names", [f"class {index}" for index in range(num_classes)])
         self.palette: list[list[int]] = metadata.get("palette", [[index] * 3 for index in range(num_classes)])
-        self.inference: dict[str, Any] = metadata.get("inference", {})
+        self.inference: dict[str, Any] = dict(metadata.get("inference", {}))
+        if precision is not None:
+            self.inference["precision"] = None if precision == "model" else precision
         self.grey_range: GreyRange | None = metadata.get("grey_range")
 
     def label_maps(self, images: Sequence[Pixels], batch_size: int) -> list[NDArray[np.uint8]]:
         """Label maps (H, W) of images of one size, predicted as the model was registered to."""
-        if self.inference:
+        if not shares_batches(self.inference):
             maps = [segvit.predict(self.model, image, **self.inference, batch_size=batch_size) for image in images]
         else:
             batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-            maps = list(segvit.predict_batch(self.model, batch))
+            maps = list(segvit.predict_batch(self.model, batch, **self.inference))
         return [one.to(torch.uint8).cpu().numpy() for one in maps]
 
 
@@ -149,7 +160,7 @@ def predict_images(
     nothing can be written any more.
     """
     # With windows, scales or flips it is the views of one image that are batched.
-    group_size = 1 if segmenter.inference else batch_size
+    group_size = batch_size if shares_batches(segmenter.inference) else 1
     for group in _groups(tasks, group_size, segmenter.grey_range):
         if isinstance(group, FailedImage):
             yield group

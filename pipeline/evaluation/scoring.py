@@ -12,6 +12,7 @@ from torch import Tensor
 import segvit
 from pipeline.shards.loader import EvalSample
 from segvit.compilation import warm_up
+from segvit.inference.predict import in_precision, shares_batches
 from segvit.metrics import ConfusionMatrix
 
 WHOLE: Mapping[str, Any] = MappingProxyType({})
@@ -26,9 +27,10 @@ def predictions(
 ) -> Iterator[tuple[EvalSample, Tensor]]:
     """Each sample with its predicted label map (H, W) int64 on `device`.
 
-    `inference` holds keyword arguments of segvit.predict; without any, consecutive equal sizes share a batch.
+    `inference` holds keyword arguments of segvit.predict; with the image taken whole, consecutive equal sizes share a
+    batch.
     """
-    if inference:
+    if not shares_batches(inference):
         yield from ((sample, segvit.predict(model, sample.image, **inference)) for sample in samples)
         return
     group: list[EvalSample] = []
@@ -36,7 +38,7 @@ def predictions(
     def flush() -> Iterator[tuple[EvalSample, Tensor]]:
         if group:
             images = torch.stack([sample.image for sample in group]).to(device, non_blocking=True)
-            yield from zip(group, segvit.predict_batch(model, images), strict=True)
+            yield from zip(group, segvit.predict_batch(model, images, **inference), strict=True)
             group.clear()
 
     for sample in samples:
@@ -55,7 +57,8 @@ def confusion_of_split(
 ) -> ConfusionMatrix:
     """The confusion matrix of `model` over `samples`; `visit` sees every sample and its prediction."""
     confusion = ConfusionMatrix(model.num_classes)
-    warm_up(model)
+    with in_precision(model, inference.get("precision")):
+        warm_up(model)
     for sample, predicted in predictions(model, samples, device, inference):
         confusion.update(predicted, sample.label.to(device))
         if visit is not None:

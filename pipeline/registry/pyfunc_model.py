@@ -89,20 +89,20 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
     def _maps(self, images: Sequence[NDArray[np.uint8]], bounds: _Bounds) -> NDArray[Any]:
         import torch
 
-        from segvit.inference.predict import predict, predict_batch
+        from segvit.inference.predict import predict, predict_batch, shares_batches
 
         if any(image.shape != images[0].shape for image in images):
             maps = np.empty(len(images), dtype=object)
             maps[:] = [predict(self.model, bounds.in_time(image), **self.inference).cpu().numpy() for image in images]
             return maps
-        if self.inference:
+        if not shares_batches(self.inference):
             labels = torch.stack([predict(self.model, bounds.in_time(image), **self.inference) for image in images])
         else:
             size = max(1, _BATCH_PIXELS // (images[0].shape[0] * images[0].shape[1]))
             parts = []
             for start in range(0, len(images), size):
                 part = torch.from_numpy(np.stack(bounds.in_time(images[start : start + size])))
-                parts.append(predict_batch(self.model, part.permute(0, 3, 1, 2)))
+                parts.append(predict_batch(self.model, part.permute(0, 3, 1, 2), **self.inference))
             labels = torch.cat(parts)
         batch: NDArray[np.int64] = labels.cpu().numpy()
         return batch

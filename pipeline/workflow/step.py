@@ -40,6 +40,10 @@ class NotFingerprinted:
     """Marks a field of a pydantic model, `Annotated[int, NotFingerprinted]`, that changes no result of any step."""
 
 
+class CountedWhenSet:
+    """Marks a field of a pydantic model that was added later: None is as if the model did not have it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepContext:
     """Where a step runs. None of it is part of the fingerprint, so none of it may change the step's result.
@@ -279,8 +283,9 @@ def canonical(value: Any) -> Any:
 def _counting_fields(model: BaseModel) -> Iterator[tuple[str, Any]]:
     """The fields that a fingerprint holds, and what a model that allows extra keys was given beside them."""
     for name, field in type(model).model_fields.items():
-        if NotFingerprinted not in field.metadata:
-            yield name, getattr(model, name)
+        value = getattr(model, name)
+        if NotFingerprinted not in field.metadata and not (value is None and CountedWhenSet in field.metadata):
+            yield name, value
     yield from sorted((model.model_extra or {}).items())
 
 

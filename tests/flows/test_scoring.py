@@ -247,6 +247,7 @@ def test_evaluate_settings__what_is_asked_replaces_what_the_experiment_says() ->
         {"split": "test", "inference": {"mode": "slide", "crop": [64, 64], "flip": True}}
     )
     asked = {"split": None, "resize": "128x96", "scales": "0.5,1", "flip": False, "window": None, "stride": "32"}
+    asked["precision"] = "bf16"
     found = evaluate_settings(base.model_dump(mode="json"), asked)
     assert found.split == "test"
     assert found.inference.options() == {
@@ -255,7 +256,9 @@ def test_evaluate_settings__what_is_asked_replaces_what_the_experiment_says() ->
         "stride": [32, 32],
         "resize": [128, 96],
         "scales": [0.5, 1.0],
+        "precision": "bf16",
     }
-    whole = evaluate_settings(found.model_dump(mode="json"), {**asked, "stride": None, "window": "whole"})
+    changed = {**asked, "stride": None, "window": "whole", "precision": "model"}
+    whole = evaluate_settings(found.model_dump(mode="json"), changed)
     assert whole.inference.options() == {"resize": [128, 96], "scales": [0.5, 1.0]}
     assert pixels("--window", "512") == [512, 512]

@@ -122,6 +122,32 @@ def test_predict_images__batches_of_one_size_give_what_single_images_give(
     assert sizes == [(2, 50, 70), (1, 48, 64), (1, 50, 70), (1, 48, 64), (1, 32, 32)]
 
 
+def test_segmenter__precision_in_place_of_the_registered_one(checkpoint: Path, tmp_path: Path) -> None:
+    model, metadata = segvit.load_checkpoint(checkpoint)
+    registered = {**metadata, "inference": {"flip": True, "precision": "bf16"}}
+    segvit.save_checkpoint(tmp_path / "bf16", model, registered)
+    assert Segmenter(tmp_path / "bf16").inference == {"flip": True, "precision": "bf16"}
+    assert Segmenter(tmp_path / "bf16", "model").inference == {"flip": True, "precision": None}
+    assert Segmenter(checkpoint, "bf16").inference == {"precision": "bf16"}
+
+
+def test_predict_images__in_bf16_images_share_batches(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        save_noise(tmp_path / "photos" / f"{index}.png", seed=index)
+    given: list[Any] = []
+    original = segvit.predict_batch
+
+    def noted(model: segvit.SegViT, images: torch.Tensor, **options: Any) -> torch.Tensor:
+        given.append((len(images), options))
+        return original(model, images, **options)
+
+    monkeypatch.setattr(segvit, "predict_batch", noted)
+    predicted(Segmenter(checkpoint, "bf16"), [tmp_path / "photos"], tmp_path / "out", batch_size=2, overlays=False)
+    assert given == [(2, {"precision": "bf16"}), (1, {"precision": "bf16"})]
+
+
 def test_predict_images__windows_are_those_of_the_registered_model(
     checkpoint: Path, photo: Path, tmp_path: Path
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.records import ModelVersion
 from pipeline.registry import models
-from pipeline.registry.artifact_check import reproduces
+from pipeline.registry.artifact_check import least_agreement, reproduces
 from pipeline.registry.models import ModelReference
 from pipeline.workflow.tracking import Tracking
 
@@ -36,6 +36,11 @@ def test_reproduces__code_that_does_not_load_is_told(tracking: Tracking, trained
     assert not check.passed
     assert check.detail.startswith("the registered artifact does not load: ")
     assert "broken code" in check.detail
+
+
+def test_least_agreement__an_evaluation_in_bf16_may_meet_a_machine_without_it(trained: Any) -> None:
+    in_bf16 = trained.evaluation.model_copy(update={"inference": {"precision": "bf16"}})
+    assert (least_agreement(trained.evaluation), least_agreement(in_bf16)) == (0.995, 0.98)
 
 
 def test_reproduces__predictions_that_are_gone_cannot_be_compared(

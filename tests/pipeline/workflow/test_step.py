@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.config import DataConfig, EvaluateConfig, LossConfig, TrainConfig, TuneConfig
+from pipeline.config import DataConfig, EvaluateConfig, InferenceConfig, LossConfig, TrainConfig, TuneConfig
 from pipeline.records import Report, SearchResult
 from pipeline.workflow.lease import Lease, Rank
-from pipeline.workflow.step import NotFingerprinted, Step, StepContext, canonical, missing_outputs, step
+from pipeline.workflow.step import CountedWhenSet, NotFingerprinted, Step, StepContext, canonical, missing_outputs, step
 from pipeline.workflow.tracking import Tracking
 
 ROOT = Path(__file__).parents[3]
@@ -239,6 +239,19 @@ def test_fingerprint__leaves_out_what_changes_no_result() -> None:
     assert fingerprint([{"a": Budget()}]) == fingerprint([{"a": Budget(retries=5)}])
     # What a model that allows extra keys was given counts.
     assert fingerprint(Budget()) != fingerprint(Budget.model_validate({"power": 2.0}))
+
+
+def test_fingerprint__a_field_that_came_later_counts_when_set() -> None:
+    class Earlier(BaseModel):
+        steps: int = 10
+
+    class Later(Earlier):
+        precision: Annotated[str | None, CountedWhenSet] = None
+        limit: int | None = None
+
+    assert canonical(Later()) == {"Later": {"steps": 10, "limit": None}}
+    assert canonical(Later(precision="bf16")) == {"Later": {"steps": 10, "precision": "bf16", "limit": None}}
+    assert fingerprint(InferenceConfig()) != fingerprint(InferenceConfig(precision="bf16"))
 
 
 @pytest.mark.parametrize(
