@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvit.backbones.feature_map import KeptPatches
-from segvit.output import at_least_float32
+from segvit.output import at_least_float32, full_precision
 
 ShrinkQueries = Literal["nearest", "average", "convolution"]
 SHRINK_QUERIES: tuple[ShrinkQueries, ...] = get_args(ShrinkQueries)
@@ -195,7 +195,9 @@ class Likeness:
 
         The sum of the exponentials over M tells how well a patch is stood for by all of them.
         """
-        alike = torch.unflatten(rows_at(self.scaled, places) @ self.scaled.transpose(1, 2), 2, self.grid)
+        # Of patches alike, rounding to bf16 would choose.
+        with full_precision(self.scaled):
+            alike = torch.unflatten(rows_at(self.scaled, places) @ self.scaled.transpose(1, 2), 2, self.grid)
         apart = self.row_distance[places].unsqueeze(3), self.column_distance[places].unsqueeze(2)
         return (alike - apart[0] - apart[1]).flatten(2)
 

@@ -409,3 +409,12 @@ def test_positions__plain_vit_has_none() -> None:
     positions = token_positions(vit, (2, 2), 1)
     assert positions == TokenPositions(vit, 1, None, None, None)
     assert downsampled_positions(positions.of_block(0), (2, 2), 1, GridDownsampling("average", 48)) == NOWHERE
+
+
+def test_patch_choice__is_the_same_under_autocast() -> None:
+    patches = torch.randn(2, 35, 16, generator=torch.Generator().manual_seed(0))
+    expected = PatchChoice(3, 0.1, 0.3).keep(patches, (5, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = PatchChoice(3, 0.1, 0.3).keep(patches, (5, 7))
+    assert torch.equal(found.places, expected.places)
+    assert torch.equal(found.stand_ins, expected.stand_ins)
