@@ -58,6 +58,16 @@ def flow_run(tmp_path_factory: pytest.TempPathFactory) -> FlowRun:
     return FlowRun(folder / "reference", str(folder / "kills.yaml"), done.stdout.splitlines()[-1])
 
 
+@pytest.fixture(scope="module")
+def one_ray() -> Iterator[None]:
+    """Ray stays up from one command of this process to the next."""
+    from pipeline.workflow import ray_session
+
+    ray_session.start(ray_session.default_options)
+    yield
+    ray_session.stop()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is remembered of checked shards stays in the tests' own folder."""

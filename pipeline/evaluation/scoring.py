@@ -57,10 +57,11 @@ def confusion_of_split(
 ) -> ConfusionMatrix:
     """The confusion matrix of `model` over `samples`; `visit` sees every sample and its prediction."""
     confusion = ConfusionMatrix(model.num_classes)
+    # Around all images, so that autocast lowers the weights once.
     with in_precision(model, inference.get("precision")):
         warm_up(model)
-    for sample, predicted in predictions(model, samples, device, inference):
-        confusion.update(predicted, sample.label.to(device))
-        if visit is not None:
-            visit(sample, predicted)
+        for sample, predicted in predictions(model, samples, device, inference):
+            confusion.update(predicted, sample.label.to(device))
+            if visit is not None:
+                visit(sample, predicted)
     return confusion

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flows.cli import main
-from pipeline.workflow import ray_session
 from tests.flows.facts import facts
 
 _BLOCKS = re.findall(
@@ -152,14 +151,7 @@ def split_folders(root: Path) -> None:
     (root / "classes.txt").write_text("\n".join(NAMES))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_ray() -> Iterator[None]:
-    """Ray stays up from run to run."""
-    ray_session.start(ray_session.default_options)
-    yield
-    ray_session.stop()
-
-
+@pytest.mark.usefixtures("one_ray")
 @pytest.mark.parametrize("export", [cvat, roboflow, coco, labelme, voc, split_folders])
 def test_export__to_predictions_in_the_pages_four_commands(
     export: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

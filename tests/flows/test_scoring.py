@@ -41,6 +41,7 @@ def records_of(run: FlowRun, capfd: pytest.CaptureFixture[str]) -> dict[str, Any
     return {step["label"]: step["record"] for step in tree["steps"]}
 
 
+@pytest.mark.usefixtures("one_ray")
 def test_evaluate__a_champion_has_the_figures_of_its_flow(flow_run: FlowRun, capfd: pytest.CaptureFixture[str]) -> None:
     workspace = str(flow_run.workspace)
     own = records_of(flow_run, capfd)["evaluate/full"]
@@ -52,6 +53,7 @@ def test_evaluate__a_champion_has_the_figures_of_its_flow(flow_run: FlowRun, cap
     assert [image["key"] for image in found["images"]] == [image["key"] for image in scores]
 
 
+@pytest.mark.usefixtures("one_ray")
 def test_evaluate__a_champion_like_another_version_is_kept_for_the_gate(
     flow_run: FlowRun, few_scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +73,7 @@ def test_evaluate__a_champion_like_another_version_is_kept_for_the_gate(
     assert decision["champion_scores"]["run_id"] == found["run_id"]
 
 
+@pytest.mark.usefixtures("one_ray")
 def test_evaluate__windows_scales_and_flip_are_those_of_predict_and_register(
     flow_run: FlowRun, few_scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +161,7 @@ def published_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     return folder / "shrunk.pth", folder / "published.yaml", own
 
 
+@pytest.mark.usefixtures("one_ray")
 def test_evaluate__a_file_of_the_published_format_is_scored_registered_promoted_and_served(
     published_file: tuple[Path, Path, segvit.SegViT],
     few_scenes: Path,
