@@ -46,6 +46,7 @@ from pipeline.workflow.ray_session import wants_gpu
 from segvit.checkpoint import read_config
 from segvit.compilation import compile_regions
 from segvit.flops import model_cost
+from segvit.inference.precision import keep_for_precision
 from segvit.metrics import BoundaryIoU, ConfusionMatrix, segmentation_metrics
 
 NUM_PROBE_IMAGES = 2
@@ -93,7 +94,7 @@ def evaluate_part(
 
     `tally`: the actor that is told how far it is.
     """
-    model, device = _load_model(checkpoint_uri, runtime)
+    model, device = _load_model(checkpoint_uri, config, runtime)
     if runtime.compile:
         compile_regions(model)
     boundary = BoundaryIoU(model.num_classes)
@@ -141,16 +142,19 @@ def time_checkpoint(
     checkpoint_uri: str, config: EvaluateConfig, cost_size: tuple[int, int], runtime: RuntimeConfig
 ) -> Latency:
     """Time the prediction of one image of `cost_size` as the configuration says."""
-    model, _ = _load_model(checkpoint_uri, runtime)
+    model, _ = _load_model(checkpoint_uri, config, runtime)
     return time_prediction(model, cost_size, config.latency_repeats, config.inference.options())
 
 
-def _load_model(checkpoint_uri: str, runtime: RuntimeConfig) -> tuple[segvit.SegViT, torch.device]:
+def _load_model(
+    checkpoint_uri: str, config: EvaluateConfig, runtime: RuntimeConfig
+) -> tuple[segvit.SegViT, torch.device]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         set_cpu_threads(runtime.cpus_per_worker, print)
     with tempfile.TemporaryDirectory(prefix="segvit-evaluate-") as folder:
         model, _ = segvit.load_checkpoint(storage.fetch_folder(checkpoint_uri, folder), device=str(device))
+    keep_for_precision(model, config.inference.precision)
     return model, device
 
 

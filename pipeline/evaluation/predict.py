@@ -25,6 +25,7 @@ from pipeline.evaluation.image_sources import SourceImage
 from pipeline.records import Record
 from segvit.grey_range import GreyRange
 from segvit.image_files import DecodeError, decode_image
+from segvit.inference.precision import keep_for_precision
 from segvit.inference.predict import shares_batches
 from segvit.visualize import draw_legend, overlay, palette_image
 
@@ -107,6 +108,7 @@ class Segmenter:
         self.inference: dict[str, Any] = dict(metadata.get("inference", {}))
         if precision is not None:
             self.inference["precision"] = None if precision == "model" else precision
+        keep_for_precision(self.model, self.inference.get("precision"))
         self.grey_range: GreyRange | None = metadata.get("grey_range")
 
     def label_maps(self, images: Sequence[Pixels], batch_size: int) -> list[NDArray[np.uint8]]:

@@ -12,7 +12,8 @@ from torch import Tensor
 import segvit
 from pipeline.shards.loader import EvalSample
 from segvit.compilation import warm_up
-from segvit.inference.predict import in_precision, shares_batches
+from segvit.inference.precision import in_precision
+from segvit.inference.predict import shares_batches
 from segvit.metrics import ConfusionMatrix
 
 WHOLE: Mapping[str, Any] = MappingProxyType({})

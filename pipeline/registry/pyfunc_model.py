@@ -58,10 +58,12 @@ class SegmentationModel(PythonModel):  # type: ignore[misc, unused-ignore]
         import torch
 
         from segvit.checkpoint import load_checkpoint
+        from segvit.inference.precision import keep_for_precision
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, metadata = load_checkpoint(context.artifacts["checkpoint"], device=device)
         self.inference = metadata.get("inference", {})
+        keep_for_precision(self.model, self.inference.get("precision"))
         self.grey_range: list[float] | None = metadata.get("grey_range")
         grey = [[value] * 3 for value in range(256)]
         self.palette: list[list[int]] = metadata.get("palette", grey)

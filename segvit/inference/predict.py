@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from segvit.bf16 import has_bf16
+from segvit.inference.precision import Precision, in_precision
 from segvit.inference.scores import class_probabilities, semantic_labels, semantic_scores
 from segvit.inference.sliding import label_views, scan_image
 from segvit.model import SegViT
@@ -22,7 +22,6 @@ __all__ = [
     "class_probabilities",
     "evaluating",
     "image_tensor",
-    "in_precision",
     "predict",
     "predict_batch",
     "semantic_labels",
@@ -30,7 +29,6 @@ __all__ = [
     "shares_batches",
 ]
 
-Precision = Literal["bf16"] | None
 PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """Scales of the published multi-scale results, which add the flip of each."""
 
@@ -107,18 +105,6 @@ def predict(
 def shares_batches(options: Mapping[str, Any]) -> bool:
     """Whether images of one size can share a `predict_batch`, given these keyword arguments of `predict`."""
     return not options.keys() - {"precision"}
-
-
-def in_precision(model: SegViT, precision: Precision) -> torch.autocast:
-    """A context in which the model runs in a precision of `predict`; raises ValueError for an unknown one."""
-    if precision not in (None, "bf16"):
-        raise ValueError(f"unknown precision {precision!r} of a prediction; use 'bf16', or None for the model's own")
-    device = model.mean.device
-    # Within an autocast of the caller's, None leaves that as it is.
-    lowered = precision == "bf16" and has_bf16(device)
-    enabled = lowered or torch.is_autocast_enabled(device.type)
-    dtype = torch.bfloat16 if lowered else torch.get_autocast_dtype(device.type)
-    return torch.autocast(device.type, dtype, enabled=enabled)
 
 
 def resize_factor(size: tuple[int, int], resize: tuple[int, int]) -> float:

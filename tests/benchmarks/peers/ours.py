@@ -20,6 +20,7 @@ from pipeline.records import BackboneRecord, Checkpoint, ShardSet
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import run_training
 from pipeline.training.trainer import build_job_model
+from segvit.inference.precision import keep_for_precision
 from tests.benchmarks.peers.common import Derived, Predict, Task, Trained, read_features, run
 
 VARIANT, SHRUNK = "full", "shrunk"
@@ -66,6 +67,7 @@ def predictor(job: TrainJob, task: Task, folder: Path) -> Predict:
     """How the model in a folder predicts."""
     model, _metadata = segvit.load_checkpoint(folder)
     model.to(task.device)
+    keep_for_precision(model, "bf16" if task.precision == "bf16" else None)
     options = job.inference.options()
 
     def predict(image: NDArray[np.uint8]) -> NDArray[np.int64]:

@@ -67,38 +67,6 @@ def test_predict_batch__under_autocast_close_to_full_precision(make_model: MakeM
     assert (full.amax(1) - chosen).max().item() < 0.05
 
 
-@pytest.mark.parametrize("arguments", [{}, {"mode": "slide", "crop": 48}, {"scales": (0.5, 1.0), "flip": True}])
-def test_predict__in_bf16_is_under_autocast_where_the_device_has_it(
-    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]
-) -> None:
-    model = make_model("cascade")
-    image = torch.randint(0, 256, (3, 64, 80), dtype=torch.uint8)
-    types: list[torch.dtype] = []
-    mlp = cast("torch.nn.Module", model.backbone.blocks[0].mlp)
-    mlp.register_forward_hook(lambda _module, _inputs, output: types.append(output.dtype))
-
-    def in_bf16(has_bf16: bool) -> torch.Tensor:
-        types.clear()
-        monkeypatch.setattr("segvit.inference.predict.has_bf16", lambda _device: has_bf16)
-        return predict(model, image, precision="bf16", **arguments)
-
-    own = predict(model, image, **arguments)
-    assert torch.equal(in_bf16(False), own)
-    assert set(types) == {torch.float32}
-    assert (in_bf16(True) == own).float().mean().item() > 0.9
-    assert set(types) == {torch.bfloat16}
-    types.clear()
-    with torch.autocast("cpu", torch.bfloat16):
-        predict(model, image, **arguments)
-    assert set(types) == {torch.bfloat16}  # without a precision the caller's autocast stays
-
-
-def test_predict__unknown_precision_is_refused(make_model: MakeModel) -> None:
-    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="unknown precision 'fp8' of a prediction; use 'bf16', or None"):
-        predict(make_model("cascade"), image, precision="fp8")  # type: ignore[arg-type]
-
-
 def test_shares_batches__where_the_image_is_taken_whole() -> None:
     assert shares_batches({})
     assert shares_batches({"precision": "bf16"})
