@@ -34,7 +34,7 @@ FROZEN_OPTIONS = {
     "search": {"run_id", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
     "evaluate": {
         *("model", "data", "--split", "--resize", "--scales", "--flip", "--window", "--stride", "--variant", "--set"),
-        *("--workspace", "--tracking-uri", "--json"),
+        *("--precision", "--workspace", "--tracking-uri", "--json"),
     },
     "register": {"model", "--name", "--evaluation", "--workspace", "--tracking-uri", "--json"},
     "models": {"name", "--workspace", "--tracking-uri", "--json"},
@@ -43,7 +43,7 @@ FROZEN_OPTIONS = {
     "compare": {"name", "first", "second", "--out", "--overwrite", "--workspace", "--tracking-uri", "--json"},
     "predict": {
         *("model", "sources", "--out", "--no-overlays", "--batch-size", "--coco", "--areas", "--overwrite"),
-        *("--skip-existing", "--workspace", "--tracking-uri", "--json"),
+        *("--skip-existing", "--precision", "--workspace", "--tracking-uri", "--json"),
     },
     "export": {
         *("model", "--format", "--out", "--image-size", "--overwrite", "--workspace", "--tracking-uri", "--json"),
