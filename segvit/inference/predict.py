@@ -76,8 +76,8 @@ def predict(
         scales: Factors of that size. The image is resized bilinearly, without antialiasing, to uint8.
         flip: Add every scale's mirror image.
         batch_size: Windows (in whole mode: views of one scale) that go through the model at once.
-        precision: ``bf16``: the model runs under autocast to bf16 where its device has instructions for that, several
-            times as fast on a GPU; the scores are computed in float32 all the same. None: as the model and the
+        precision: ``bf16``: the model runs under autocast to bf16 where its device has instructions for that, else as
+            it is; the scores are computed in float32 all the same. None: as the model and the
             context are.
 
     Raises:
