@@ -18,6 +18,8 @@ from segvit.attention import LayerStack
 from segvit.backbones.plain import PlainBackbone
 from segvit.backbones.timm_blocks import query_block, run_block
 from segvit.inference.predict import evaluating
+from segvit.losses.mask_terms import compare_masks
+from segvit.losses.segmentation_loss import SegmentationLoss
 from segvit.model import SegViT
 
 # Patches of the images that inference is compiled with.
@@ -60,6 +62,24 @@ def compile_regions(model: SegViT, backend: str | Callable[..., Any] = "inductor
     for module in model.decoder.modules():
         if isinstance(module, LayerStack):
             module.run_layer = Region(LayerStack.run_layer, backend)  # type: ignore[method-assign]
+
+
+def compile_loss(loss: SegmentationLoss, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Let the comparison of masks be compiled when it first runs, for images of one size that show any classes."""
+    compiled = torch.compile(compare_masks, backend=backend)
+
+    def compare(
+        logits: Tensor, labels: Tensor, image: Tensor, class_index: Tensor, resizing: Any, *others: Any
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        # One mask would be a kind of its own.
+        if len(logits) == 1:
+            return compare_masks(logits, labels, image, class_index, resizing, *others)
+        for by_mask in (logits, image, class_index):
+            torch._dynamo.maybe_mark_dynamic(by_mask, 0)
+        return compiled(logits, labels, image, class_index, resizing, *others)
+
+    if all(term.fused is not None for term in loss.terms.values() if term.compares == "masks"):
+        loss.compare_masks = compare
 
 
 def is_compiled(model: SegViT) -> bool:

@@ -10,7 +10,7 @@ import itertools
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from pipeline.shards.shards import ShardSetError, evenly_spaced
 from pipeline.shards.transforms import MEAN_PIXEL, AugmentedPair, training_view
 from segvit.image_files import DecodeError, decode_image, decode_label
 
+if TYPE_CHECKING:
+    from segvit.losses.segmentation_loss import LossTargets
+
 T = TypeVar("T")
 
 # Separates augmentation from the other random streams that share a seed (pipeline.shards.sample_stream).
@@ -45,6 +48,8 @@ class Batch(NamedTuple):
     images: Tensor  # (B, 3, H, W) uint8
     labels: Tensor  # (B, H, W) uint8: an eighth of the bytes to hand over and to send to a GPU
     keys: tuple[str, ...]
+    targets: LossTargets | None = None
+    """Of the labels, where they are known ahead of the step."""
 
 
 class EvalSample(NamedTuple):

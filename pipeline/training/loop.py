@@ -87,7 +87,7 @@ def run_training(
     if train.steps == 0:
         finish_step(validate=True, save=job.save_checkpoints, last=True)
         return state
-    batches = prefetch(micro_batches(job, context, state.step), context.device)
+    batches = prefetch(micro_batches(job, context, state.step), context.device, trainer.loss.targets)
     while state.step < train.steps and not state.finished:
         started = time.monotonic()
         step_batches = [next(batches) for _ in range(train.accumulation_steps)]

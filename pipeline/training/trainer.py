@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,7 +36,8 @@ from pipeline.training.train_checkpoint import (
     save_training,
 )
 from segvit.bf16 import has_bf16
-from segvit.compilation import compile_regions
+from segvit.compilation import compile_loss, compile_regions
+from segvit.losses.segmentation_loss import LossNormalizer, LossTargets
 from segvit.metrics import segmentation_metrics
 from segvit.optim import clip_gradients, parameter_groups, whole
 from segvit.optimizers import build_optimizer
@@ -132,6 +132,7 @@ class Trainer:
         trained = self.model if self.masters is None else self.masters.copy
         if self.job.runtime.compile:
             compile_regions(self.model)
+            compile_loss(self.loss)
             if self.masters is not None:
                 compile_regions(self.masters.copy)
         forward: nn.Module = trained
@@ -152,15 +153,15 @@ class Trainer:
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         self.model.train()
-        labels = [batch.labels.to(self.context.device, non_blocking=True).long() for batch in batches]
-        normalizer = self._global_normalizer(labels)
+        targets = [batch.targets or self.loss.targets(batch.labels.to(self.context.device)) for batch in batches]
+        normalizer = self._global_normalizer(targets)
         terms: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             images = self.model.normalize(batch.images.to(self.context.device, non_blocking=True))
             with self._no_sync_unless(index == len(batches) - 1):
                 with self.autocast(training=True):
                     output = self.forward(images)
-                losses = self.loss(output, labels[index], normalizer=normalizer)
+                losses = self.loss(output, targets[index], normalizer=normalizer)
                 losses["total"].backward()
             if self.masters is not None:
                 self.masters.take_gradients()
@@ -191,13 +192,13 @@ class Trainer:
             return contextlib.nullcontext()
         return self.forward.no_sync()  # type: ignore[operator,no-any-return]
 
-    def _global_normalizer(self, labels: list[Tensor]) -> Any:
-        parts = [self.loss.normalizer(label) for label in labels]
+    def _global_normalizer(self, targets: list[LossTargets]) -> LossNormalizer:
+        parts = [self.loss.normalizer(one) for one in targets]
         total = torch.stack([torch.stack(list(part)) for part in parts]).sum(0)
         if self.context.world_size > 1:
             dist.all_reduce(total)
         total = total / self.context.world_size
-        return type(parts[0])(*total)
+        return LossNormalizer(*total)
 
     @property
     def max_learning_rate(self) -> float:

@@ -201,9 +201,9 @@ class PlainBackbone(Backbone):
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Prefix and patch tokens (B, L, C) with learned positions, and the grid (h, w), of whole-patch images."""
         vit = self.vit
-        cells = vit.patch_embed.proj(images)  # (B, C, h, w)
-        grid = (cells.shape[2], cells.shape[3])
-        tokens = vit.patch_embed.norm(cells.flatten(2).transpose(1, 2))
+        grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        project = project_patches if images.is_cuda else convolve_patches
+        tokens = vit.patch_embed.norm(project(vit.patch_embed.proj, images))
         prefix = [vit.cls_token, getattr(vit, "reg_token", None)][self.num_unused_tokens :]
         prefix = [token.expand(len(tokens), -1, -1) for token in prefix if token is not None]
         positions = self.position_embedding(grid)
@@ -260,6 +260,18 @@ class PlainBackbone(Backbone):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute blocks again in the backward pass; see `SegViT.set_grad_checkpointing`."""
         self.grad_checkpointing = enable
+
+
+def convolve_patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
+    """The patch embedding (B, h*w, C) of whole-patch images."""
+    cells: Tensor = convolution(images)
+    return cells.flatten(2).transpose(1, 2)
+
+
+def project_patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
+    """`convolve_patches` as one matrix product, for cuDNN's gradient of such a convolution takes ten times as long."""
+    pixels = F.pixel_unshuffle(images, convolution.kernel_size[0]).flatten(2).transpose(1, 2)
+    return F.linear(pixels, convolution.weight.flatten(1), convolution.bias)
 
 
 def block_problems(

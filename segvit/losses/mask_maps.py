@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,8 +29,9 @@ class MaskMaps:
     def __init__(
         self, logits: Tensor, target: Tensor, ignored: Tensor | None, buffers: Sequence[Tensor] | None = None
     ) -> None:
-        wrong, wrong_squared, *scratch = buffers or logits.new_empty(NUM_BUFFERS, *logits.shape).unbind()
-        self._wrong_squared: Tensor = wrong_squared
+        wrong, wrong_squared, *scratch = buffers or [torch.empty_like(logits) for _ in range(NUM_BUFFERS)]
+        self._wrong_squared, self._is_squared = wrong_squared, False
+        self._entropy: Tensor | None = None
         self.area = target.sum((1, 2))
         """(P,): pixels where the mask should be."""
         self.count = torch.full_like(self.area, logits[0].numel())
@@ -47,15 +47,21 @@ class MaskMaps:
         self.scratch = scratch
         """Two maps (P, H, W) for a term's own use, after it has asked for the others; a gradient may lie in one."""
 
-    @cached_property
+    @property
     def entropy(self) -> Tensor:
         """softplus(s x) (P, H, W), also of ignored pixels."""
-        return softplus(self._signed, self.scratch[0])
+        # Of the logits, which it overwrites; functools.cached_property cannot be compiled.
+        if self._entropy is None:
+            self._entropy = softplus(self._signed, self.scratch[0])
+        return self._entropy
 
-    @cached_property
+    @property
     def wrong_squared(self) -> Tensor:
         """e^2 (P, H, W)."""
-        return torch.square(self.wrong, out=self._wrong_squared)
+        if not self._is_squared:
+            self._is_squared = True
+            torch.square(self.wrong, out=self._wrong_squared)
+        return self._wrong_squared
 
 
 def softplus(values: Tensor, small: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ one exponential and one logarithm a pixel, and nothing of full resolution waits 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ CACHED_ELEMENTS = 1 << 18  # of one full-resolution map on a CPU: 1 MB in float3
 QUEUED_ELEMENTS = 1 << 24  # of one map on a GPU, where few large kernels beat many small ones
 
 
+CompareMasks = Callable[..., list[tuple[Tensor, Tensor | None]]]
+
+
 class MaskTerms(torch.autograd.Function):
     """Each of some terms' loss of each mask."""
 
@@ -35,6 +39,7 @@ class MaskTerms(torch.autograd.Function):
         padded_size: tuple[int, int],
         ignore_index: int | None,
         terms: tuple[LossTerm, ...],
+        compare: CompareMasks,
     ) -> tuple[Tensor, ...]:
         """The loss (P,) of every term, in their order.
 
@@ -47,9 +52,10 @@ class MaskTerms(torch.autograd.Function):
             padded_size: (height, width) in pixels that the mask grid covers.
             ignore_index: Label of pixels that are left out; None: none are.
             terms: Those that compare masks.
+            compare: `compare_masks`, or its compiled form.
         """
         num_masks, *grid = logits.shape
-        rows, columns = (
+        resizing = tuple(
             bilinear_matrix(cells, covered, kept, logits)
             for cells, covered, kept in zip(grid, padded_size, labels.shape[1:], strict=True)
         )
@@ -58,26 +64,26 @@ class MaskTerms(torch.autograd.Function):
         gradients = logits.new_empty(len(terms) if with_gradient else 0, *logits.shape)
         limit = CACHED_ELEMENTS if logits.device.type == "cpu" else QUEUED_ELEMENTS
         step = max(1, limit // labels[0].numel())
-        # Fused terms share what the masks are overwritten with, so the others come first.
-        order = sorted(range(len(terms)), key=lambda index: terms[index].fused is not None)
-        buffers = logits.new_empty(2 + NUM_BUFFERS, min(step, num_masks), *labels.shape[1:])
+        buffers = None
+        if compare is compare_masks:
+            buffers = logits.new_empty(2 + NUM_BUFFERS, min(step, num_masks), *labels.shape[1:])
         for start in range(0, num_masks, step):
             some = slice(start, start + step)
-            pixels = labels[image[some]]
-            masks, target, *others = buffers[:, : len(pixels)]
-            torch.matmul(rows @ logits[some], columns.T, out=masks)
-            torch.eq(pixels, class_index[some, None, None], out=target)
-            ignored = None if ignore_index is None else pixels == ignore_index
-            maps: MaskMaps | None = None
-            for index in order:
-                term = terms[index]
-                if term.fused is None:
-                    losses[index][some], gradient = differentiate(term, masks, target, ignored, with_gradient)
-                else:
-                    maps = MaskMaps(masks, target, ignored, others) if maps is None else maps
-                    losses[index][some], gradient = term.fused(maps, with_gradient)
-                if gradient is not None and with_gradient:
-                    gradients[index, some] = rows.T @ gradient @ columns
+            found = compare(
+                logits[some].detach(),
+                labels,
+                image[some],
+                class_index[some],
+                resizing,
+                ignore_index,
+                terms,
+                with_gradient,
+                buffers,
+            )
+            for index, (loss, gradient) in enumerate(found):
+                losses[index][some] = loss
+                if gradient is not None:
+                    gradients[index, some] = gradient
         ctx.save_for_backward(gradients)
         return tuple(losses)
 
@@ -87,7 +93,54 @@ class MaskTerms(torch.autograd.Function):
         """The gradient with respect to the logits."""
         (gradients,) = ctx.saved_tensors
         parts = [gradient * loss_grad[:, None, None] for gradient, loss_grad in zip(gradients, loss_grads, strict=True)]
-        return sum(parts[1:], parts[0]), None, None, None, None, None, None
+        return sum(parts[1:], parts[0]), None, None, None, None, None, None, None
+
+
+def compare_masks(
+    logits: Tensor,
+    labels: Tensor,
+    image: Tensor,
+    class_index: Tensor,
+    resizing: tuple[Tensor, ...],
+    ignore_index: int | None,
+    terms: tuple[LossTerm, ...],
+    with_gradient: bool,
+    buffers: Tensor | None = None,
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Of every term, the loss (P,) of some masks (P, h, w) and, if asked for, its gradient (P, h, w).
+
+    Args:
+        logits: As in `MaskTerms.forward`, like all that follow.
+        labels: Likewise.
+        image: Likewise.
+        class_index: Likewise.
+        resizing: The `bilinear_matrix` of rows and of columns.
+        ignore_index: Likewise.
+        terms: Likewise.
+        with_gradient: Whether gradients are wanted.
+        buffers: (2 + NUM_BUFFERS, P or more, H, W) of any content, to work in; None: made.
+    """
+    rows, columns = resizing
+    pixels = labels[image]
+    ignored = None if ignore_index is None else pixels == ignore_index
+    if buffers is None:
+        masks, target, others = rows @ logits @ columns.T, (pixels == class_index[:, None, None]).to(logits.dtype), None
+    else:
+        masks, target, *others = buffers[:, : len(pixels)]
+        torch.matmul(rows @ logits, columns.T, out=masks)
+        torch.eq(pixels, class_index[:, None, None], out=target)
+    maps: MaskMaps | None = None
+    found: dict[int, tuple[Tensor, Tensor | None]] = {}
+    # Fused terms share what the masks are overwritten with, so the others come first.
+    for index in sorted(range(len(terms)), key=lambda index: terms[index].fused is not None):
+        term = terms[index]
+        if term.fused is None:
+            loss, gradient = differentiate(term, masks, target, ignored, with_gradient)
+        else:
+            maps = MaskMaps(masks, target, ignored, others) if maps is None else maps
+            loss, gradient = term.fused(maps, with_gradient)
+        found[index] = loss, None if gradient is None or not with_gradient else rows.T @ gradient @ columns
+    return [found[index] for index in range(len(terms))]
 
 
 def differentiate(

@@ -13,7 +13,7 @@ from segvit.decoders import DECODERS
 from segvit.inference.scores import semantic_scores
 from segvit.labels import check_ignore_index, check_labels
 from segvit.losses import LOSS_TERMS
-from segvit.losses.mask_terms import MaskTerms
+from segvit.losses.mask_terms import CompareMasks, MaskTerms, compare_masks
 from segvit.losses.term import LossTerm
 from segvit.output import SegmentationOutput, at_least_float32, full_precision, resize_to_image
 
@@ -37,6 +37,19 @@ class LossNormalizer(NamedTuple):
     """Number of present (image, class) pairs."""
     num_pixels: Tensor
     """Number of labelled pixels."""
+
+
+class LossTargets(NamedTuple):
+    """What labels ask of every prediction of an image."""
+
+    labels: Tensor
+    """(B, H, W), int64."""
+    present: Tensor
+    """(B, N) booleans: which classes the images show."""
+    image: Tensor
+    """(P,), of each present (image, class) pair."""
+    class_index: Tensor
+    """(P,), likewise."""
 
 
 class SegmentationLoss(nn.Module):
@@ -82,9 +95,13 @@ class SegmentationLoss(nn.Module):
         self.num_classes = num_classes
         self.ignore_index = ignore_index
         self.count_ignored_as_background = count_ignored_as_background
+        self.compare_masks: CompareMasks = compare_masks
 
     def forward(
-        self, output: SegmentationOutput, labels: Tensor, normalizer: LossNormalizer | None = None
+        self,
+        output: SegmentationOutput,
+        labels: Tensor | LossTargets,
+        normalizer: LossNormalizer | None = None,
     ) -> dict[str, Tensor]:
         """The weighted terms and their sum.
 
@@ -93,7 +110,8 @@ class SegmentationLoss(nn.Module):
 
         Args:
             output: The model's output for B images.
-            labels: (B, H, W) class indices or the ignore index, of the images' size.
+            labels: (B, H, W) class indices or the ignore index, of the images' size; or their `targets`, with which
+                nothing waits for a GPU.
             normalizer: What to divide by; this batch's own by default.
 
         Returns:
@@ -104,26 +122,44 @@ class SegmentationLoss(nn.Module):
             ValueError: Labels of another size than the images, or that are no class; or an output without masks,
                 of a linear head, for terms that compare masks or classes.
         """
-        if tuple(labels.shape[-2:]) != tuple(output.image_size):
-            raise ValueError(f"labels are {tuple(labels.shape[-2:])} pixels, the images {output.image_size}")
-        labels = labels.long()
-        present = self.present_classes(labels)
-        normalizer = self._normalizer(labels, present) if normalizer is None else normalizer
+        targets = self.targets(labels)
+        if tuple(targets.labels.shape[-2:]) != tuple(output.image_size):
+            raise ValueError(
+                f"labels are {tuple(targets.labels.shape[-2:])} pixels, the images {tuple(output.image_size)}"
+            )
+        normalizer = self.normalizer(targets) if normalizer is None else normalizer
         terms: dict[str, Tensor] = {}
         with full_precision(output.mask_logits):
             for prefix, prediction in named_predictions(output):
-                values = self._terms(prediction, labels, present, normalizer)
+                values = self._terms(prediction, targets, normalizer)
                 terms |= {prefix + name: self.weights[name] * values[name] for name in self.weights}
         return terms | {"total": torch.stack(list(terms.values())).sum()}
 
-    def normalizer(self, labels: Tensor) -> LossNormalizer:
-        """The normalizer of labels (B, H, W), without any prediction.
+    def targets(self, labels: Tensor | LossTargets) -> LossTargets:
+        """What labels (B, H, W) ask of predictions; waits for what the current stream of their device has to do.
 
         Raises:
             ValueError: A label that is neither a class nor the ignore index.
         """
+        if isinstance(labels, LossTargets):
+            return labels
         labels = labels.long()
-        return self._normalizer(labels, self.present_classes(labels))
+        present = self.present_classes(labels)
+        return LossTargets(labels, present, *present.nonzero(as_tuple=True))
+
+    def normalizer(self, labels: Tensor | LossTargets) -> LossNormalizer:
+        """The normalizer of labels (B, H, W) or of their targets, without any prediction.
+
+        Raises:
+            ValueError: A label that is neither a class nor the ignore index.
+        """
+        targets = self.targets(labels)
+        # Float64, so that sums over shares of a batch in any order are the whole batch's sum.
+        return LossNormalizer(
+            query_weights(targets.present, torch.float64).sum(),
+            targets.present.sum(dtype=torch.float64),
+            (targets.labels != self.ignore_index).sum(dtype=torch.float64),
+        )
 
     def present_classes(self, labels: Tensor) -> Tensor:
         """(B, N) booleans: which classes the labels (B, H, W) show; ValueError for a label that is none."""
@@ -135,16 +171,8 @@ class SegmentationLoss(nn.Module):
         index = torch.where(flat == self.ignore_index, self.num_classes, flat)
         return seen.scatter_(1, index, True)[:, : self.num_classes]
 
-    def _normalizer(self, labels: Tensor, present: Tensor) -> LossNormalizer:
-        # Float64, so that sums over shares of a batch in any order are the whole batch's sum.
-        return LossNormalizer(
-            query_weights(present, torch.float64).sum(),
-            present.sum(dtype=torch.float64),
-            (labels != self.ignore_index).sum(dtype=torch.float64),
-        )
-
     def _terms(
-        self, prediction: SegmentationOutput, labels: Tensor, present: Tensor, normalizer: LossNormalizer
+        self, prediction: SegmentationOutput, targets: LossTargets, normalizer: LossNormalizer
     ) -> dict[str, Tensor]:
         groups = {"classes": self._class_sums, "masks": self._mask_sums, "pixels": self._pixel_sums}
         divisors = dict(zip(groups, normalizer, strict=True))
@@ -159,37 +187,39 @@ class SegmentationLoss(nn.Module):
             divisor = torch.where(divisors[compares] > 0, divisors[compares], 1)
             values |= {
                 name: total / divisor.to(total.dtype)
-                for name, total in zip(terms, sums(tuple(terms.values()), prediction, labels, present), strict=True)
+                for name, total in zip(terms, sums(tuple(terms.values()), prediction, targets), strict=True)
             }
         return values
 
     def _class_sums(
-        self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, labels: Tensor, present: Tensor
+        self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, targets: LossTargets
     ) -> list[Tensor]:
         assert prediction.class_logits is not None
-        class_logits = at_least_float32(prediction.class_logits)
-        targets = torch.where(present, torch.arange(self.num_classes, device=present.device), self.num_classes)
+        class_logits, present = at_least_float32(prediction.class_logits), targets.present
+        classes = torch.where(present, torch.arange(self.num_classes, device=present.device), self.num_classes)
         weights = query_weights(present, class_logits.dtype)
-        return [(term.function(class_logits, targets, **self._smoothing(term)) * weights).sum() for term in terms]
+        return [(term.function(class_logits, classes, **self._smoothing(term)) * weights).sum() for term in terms]
 
     def _mask_sums(
-        self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, labels: Tensor, present: Tensor
+        self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, targets: LossTargets
     ) -> list[Tensor]:
-        image, class_index = present.nonzero(as_tuple=True)
+        labels, _, image, class_index = targets
         mask_logits = at_least_float32(prediction.mask_logits)
         if not len(image):
             return [mask_logits.sum() * 0] * len(terms)
         ignore_index = None if self.count_ignored_as_background else self.ignore_index
         masks = mask_logits[image, class_index]
-        losses = MaskTerms.apply(masks, labels, image, class_index, prediction.padded_size, ignore_index, terms)
+        losses = MaskTerms.apply(
+            masks, labels, image, class_index, prediction.padded_size, ignore_index, terms, self.compare_masks
+        )
         return [loss.sum() for loss in losses]
 
     def _pixel_sums(
-        self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, labels: Tensor, present: Tensor
+        self, terms: tuple[LossTerm, ...], prediction: SegmentationOutput, targets: LossTargets
     ) -> list[Tensor]:
         logits = pixel_logits(prediction)
-        ignored = labels == self.ignore_index
-        known = labels.masked_fill(ignored, 0)
+        ignored = targets.labels == self.ignore_index
+        known = targets.labels.masked_fill(ignored, 0)
         losses = []
         for term in terms:
             counted = {"counted": ~ignored} if term.counts_pixels else {}

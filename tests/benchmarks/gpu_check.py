@@ -32,9 +32,10 @@ from torch import Tensor
 
 import segvit
 from pipeline.training.master_weights import MasterWeights
-from segvit.compilation import compile_regions, warm_up
+from segvit.compilation import compile_loss, compile_regions, warm_up
 from segvit.devices import peak_flops
 from segvit.flops import training_gflops
+from segvit.losses.segmentation_loss import LossTargets
 
 NUM_CLASSES = 150
 PRESENT = 10
@@ -122,9 +123,11 @@ class Step:
         if compiled and self.masters is not None:
             compile_regions(self.masters.copy, check.backend)
         self.loss = segvit.SegmentationLoss(NUM_CLASSES)
+        if compiled:
+            compile_loss(self.loss, check.backend)
         self.optimizer = torch.optim.AdamW(segvit.parameter_groups(self.model, 2e-5, 0.01), fused=True)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
+    def __call__(self, images: Tensor, targets: LossTargets) -> None:
         """Forward, loss, backward, clipping, AdamW."""
         normalized = self.model.normalize(images)
         if self.masters is None:
@@ -132,7 +135,7 @@ class Step:
                 output = self.model(normalized)
         else:
             output = self.masters.copy(normalized)
-        self.loss(output, labels)["total"].backward()
+        self.loss(output, targets)["total"].backward()
         if self.masters is not None:
             self.masters.take_gradients()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 35.0)
@@ -151,12 +154,13 @@ def training(check: Check) -> Iterator[tuple[str, Figures]]:
         "checkpointed": {"compiled": True, "checkpointing": True},
     }
     images, labels = check.images(check.batch), check.labels(check.batch)
+    targets = segvit.SegmentationLoss(NUM_CLASSES).targets(labels)
     giga = 2 * training_gflops(check.config, NUM_CLASSES, check.config.image_size)
     peak = peak_flops(torch.cuda.get_device_name(), "bf16") if check.device.type == "cuda" else None
     for kind, settings in kinds.items():
         check.memory()
         step = Step(check, **settings)
-        run = partial(step, images, labels)
+        run = partial(step, images, targets)
         first = check.seconds(run, 1)
         check.seconds(run, 2)
         seconds = check.seconds(run, check.steps)
@@ -241,14 +245,16 @@ def camvid(check: Check) -> Iterator[tuple[str, Figures]]:
         command += ["--processes", "2", "--loader-workers", str(max(len(os.sched_getaffinity(0)) // 2 - 1, 1))]
     root = script.parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    ended = subprocess.run([*command, config], env=environment, cwd=root, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(ended.stderr.strip().splitlines()[-1])
-    for line in ended.stdout.splitlines():
-        if line.startswith("{"):
-            found = json.loads(line)
-            name = f"camvid {found['variant']} seed {found['seed']}"
-            yield name, {key: found[key] for key in ("val_miou", "seconds", "data_wait_share")}
+    # Each training's row is shown as soon as it is there, should the rest not end in time.
+    with subprocess.Popen([*command, config], env=environment, cwd=root, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                found = json.loads(line)
+                name = f"camvid {found['variant']} seed {found['seed']}"
+                yield name, {key: found[key] for key in ("val_miou", "seconds", "data_wait_share")}
+    if process.returncode:
+        raise RuntimeError(f"bench_recipe.py ended with code {process.returncode}")
 
 
 def loader(check: Check) -> Iterator[tuple[str, Figures]]:
@@ -274,15 +280,15 @@ def loader(check: Check) -> Iterator[tuple[str, Figures]]:
             global_batch_size=2 if check.tiny else check.batch,
             num_workers=workers,
         )
-        feed = prefetch(iter(batches), check.device)
         step, waited, runs = Step(check, compiled=True), 0.0, 2 * check.steps
+        feed = prefetch(iter(batches), check.device, step.loss.targets)
         for index in range(runs + 3):
             if index == 3:
                 begin, waited = check.wait(), 0.0
             started = time.perf_counter()
             batch = next(feed)
             waited += time.perf_counter() - started
-            step(batch.images, batch.labels.long())
+            step(batch.images, batch.targets or step.loss.targets(batch.labels))
         seconds = check.wait() - begin
     rate = runs * len(batch.keys) / seconds
     yield "loader", {"wait_share": waited / seconds, "images_per_s": rate, "processes": float(workers)}

@@ -9,9 +9,10 @@ import torch
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from segvit.compilation import Region, compile_regions, warm_up
+from segvit.compilation import Region, compile_loss, compile_regions, warm_up
 from segvit.losses.segmentation_loss import SegmentationLoss
 from segvit.model import SegViT
+from segvit.output import SegmentationOutput
 from tests.segvit.conftest import MakeModel
 
 # (images, height, width)
@@ -93,6 +94,36 @@ def test_compile_regions__gradients_equal_eagers(make_model: MakeModel) -> None:
         if expected.grad is not None:
             assert found.grad is not None, name
             assert (found.grad - expected.grad).abs().max() <= 1e-4 * expected.grad.abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize("ignored_is_background", [True, False])
+def test_compile_loss__any_number_of_masks_in_one_graph(ignored_is_background: bool) -> None:
+    eager, compiled = (SegmentationLoss(9, count_ignored_as_background=ignored_is_background) for _ in range(2))
+    compile_loss(compiled, "aot_eager")
+    for num_masks in (18, 1, 2, 5, 0, 9):
+        labels = torch.full((2, 32, 32), 255)
+        for index in range(num_masks):
+            labels[index // 9, 3 * (index % 9) + 2 : 3 * (index % 9) + 5, index:] = index % 9
+        classes, masks = torch.randn(2, 9, 10), torch.randn(2, 9, 4, 4, requires_grad=True)
+        assert len(eager.targets(labels).image) == num_masks
+        totals = [
+            loss(SegmentationOutput(classes, masks, (), (32, 32), (32, 32)), labels)["total"]
+            for loss in (eager, compiled)
+        ]
+        gradients = [torch.autograd.grad(total, masks)[0] for total in totals]
+        torch.testing.assert_close(totals[1], totals[0])
+        torch.testing.assert_close(gradients[1], gradients[0])
+    assert num_graphs() == 1
+    assert not counters["graph_break"]
+
+
+def test_compile_loss__leaves_terms_without_a_fused_function_alone() -> None:
+    loss = SegmentationLoss(4, {"class": 1.0, "focal_hard": 3.0, "dice": 5.0})
+    compile_loss(loss, "aot_eager")
+    masks = torch.randn(2, 4, 4, 4, requires_grad=True)
+    output = SegmentationOutput(torch.randn(2, 4, 5), masks, (), (32, 32), (32, 32))
+    loss(output, torch.randint(0, 4, (2, 32, 32)))["total"].backward()
+    assert num_graphs() == 0
 
 
 def test_compile_regions__a_copy_runs_compiled_with_weights_of_its_own(make_model: MakeModel) -> None:

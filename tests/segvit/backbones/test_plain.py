@@ -15,7 +15,7 @@ from segvit.backbones import timm_blocks
 from segvit.backbones.downsampling import Downsampling, PatchChoice
 from segvit.backbones.families import create_vit
 from segvit.backbones.feature_map import FeatureMap
-from segvit.backbones.plain import PlainBackbone, pad_to_multiple
+from segvit.backbones.plain import PlainBackbone, convolve_patches, pad_to_multiple, project_patches
 from segvit.backbones.positions import bias_table, geometric_distances, token_positions
 from segvit.backbones.timm_blocks import block_problem, runs_in_steps
 from segvit.config import ModelConfig
@@ -67,6 +67,12 @@ def timm_twin(name: str, vit: Any, **settings: Any) -> Any:
 def intermediate_tokens(twin: Any, images: Tensor, indices: list[int]) -> list[Tensor]:
     maps = twin.forward_intermediates(images, indices=indices, intermediates_only=True, norm=False)
     return [one.flatten(2).transpose(1, 2) for one in maps]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_project_patches__equals_the_convolution(bias: bool) -> None:
+    convolution, images = nn.Conv2d(3, 12, kernel_size=5, stride=5, bias=bias), torch.rand(2, 3, 15, 20)
+    torch.testing.assert_close(project_patches(convolution, images), convolve_patches(convolution, images))
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -16,7 +16,7 @@ from segvit.losses import mask_terms
 from segvit.losses.dice import DICE, fused_dice_loss
 from segvit.losses.focal import FOCAL, fused_focal_loss
 from segvit.losses.mask_maps import MaskMaps, softplus
-from segvit.losses.mask_terms import MaskTerms, bilinear_matrix
+from segvit.losses.mask_terms import MaskTerms, bilinear_matrix, compare_masks
 from segvit.losses.term import LossTerm
 
 
@@ -43,14 +43,14 @@ def test_mask_terms__gradient_check(
     """One mask at a time, and all at once."""
     monkeypatch.setattr(mask_terms, "CACHED_ELEMENTS", cached_elements)
     logits, others = some_case(5, 7, ignore_index=ignore_index)
-    assert torch.autograd.gradcheck(lambda x: MaskTerms.apply(x, *others, terms), (logits,))
+    assert torch.autograd.gradcheck(lambda x: MaskTerms.apply(x, *others, terms, compare_masks), (logits,))
 
 
 @pytest.mark.parametrize("ignore_index", [None, 255])
 @pytest.mark.parametrize("terms", [FUSED, PLAIN])
 def test_mask_terms__equals_the_formulas(ignore_index: int | None, terms: tuple[LossTerm, ...]) -> None:
     logits, (labels, image, class_index, covered, _) = some_case(6, 8)
-    focal, dice = MaskTerms.apply(logits, labels, image, class_index, covered, ignore_index, terms)
+    focal, dice = MaskTerms.apply(logits, labels, image, class_index, covered, ignore_index, terms, compare_masks)
     for index in range(3):
         full = F.interpolate(logits[None, index : index + 1], size=covered, mode="bilinear", align_corners=False)
         x, pixels = full[0, 0, :6, :8], labels[image[index]]
@@ -75,7 +75,9 @@ def test_mask_terms__keeps_nothing_of_full_resolution(terms: tuple[LossTerm, ...
 
     index = torch.tensor([0])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = MaskTerms.apply(logits, torch.zeros(1, 64, 64).long(), index, index, (64, 64), None, terms)
+        losses = MaskTerms.apply(
+            logits, torch.zeros(1, 64, 64).long(), index, index, (64, 64), None, terms, compare_masks
+        )
     gc.collect()
     kept = [tensor.numel() for one in saved if (tensor := one()) is not None]
     assert kept == [2 * logits.numel()]
