@@ -81,6 +81,7 @@ class TrainLoader:
         held_apart: share of the split that is left out (pipeline.shards.hold_out).
         stream_buffer: samples a shard stream reads with one request; None: no shard streams.
         num_workers: loader processes; 0 decodes in the calling process.
+        for_gpu: whether a thread lays batches into memory that a GPU reads by itself; needs loader processes.
 
     Raises:
         UserError: an empty split, or fewer samples a step than ranks.
@@ -105,6 +106,7 @@ class TrainLoader:
         repeat_factor_threshold: float | None = None,
         stream_buffer: int | None = None,
         held_apart: float = 0.0,
+        for_gpu: bool = False,
     ) -> None:
         _check_rank(rank, world_size)
         if global_batch_size < world_size:
@@ -122,6 +124,7 @@ class TrainLoader:
             index, factors = index.take(remaining), None if factors is None else factors[remaining]
         self.num_samples = len(index)
         self.num_workers = num_workers
+        self._pin_memory = for_gpu and num_workers > 0
         stream = SampleStream(
             self.num_samples,
             seed,
@@ -138,13 +141,14 @@ class TrainLoader:
         return self._streamed_batches() if streamed else self._random_access_batches()
 
     def _random_access_batches(self) -> Iterator[Batch]:
-        return _iterate(self._views, self.num_workers, batch_sampler=self._plan)
+        return _iterate(self._views, self.num_workers, batch_sampler=self._plan, pin_memory=self._pin_memory)
 
     def _streamed_batches(self) -> Iterator[Batch]:
         shard_streams = range(self._plan.share.start, self._plan.share.stop)
         # A process that owns no shard stream would have nothing to hand over.
         num_workers = min(self.num_workers, len(shard_streams))
-        parts = _iterate(_StreamedViews(self._views, self._plan), num_workers, batch_size=None)
+        views = _StreamedViews(self._views, self._plan)
+        parts = _iterate(views, num_workers, batch_size=None, pin_memory=self._pin_memory and num_workers == 1)
         # Processes take turns, so that the parts of a batch come one after the other.
         return (_join(list(itertools.islice(parts, max(1, num_workers)))) for _ in itertools.count())
 
@@ -268,11 +272,11 @@ class _WholeImages(Dataset["EvalSample | _Failure"]):
         return EvalSample(pixels, torch.from_numpy(label.astype(np.uint8)), sample.key)
 
 
-def _iterate(dataset: Dataset[T | _Failure], num_workers: int, **order: Any) -> Iterator[T]:
+def _iterate(dataset: Dataset[T | _Failure], num_workers: int, **options: Any) -> Iterator[T]:
     """What the loader processes hand over, their errors raised here."""
     # Without a generator of its own it would draw from the model's random stream.
     generator = torch.Generator()
-    items = DataLoader(dataset, num_workers=num_workers, collate_fn=_as_it_is, generator=generator, **order)
+    items = DataLoader(dataset, num_workers=num_workers, collate_fn=_as_it_is, generator=generator, **options)
     try:
         for item in items:
             if isinstance(item, _Failure):

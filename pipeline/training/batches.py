@@ -26,5 +26,6 @@ def micro_batches(
         repeat_factor_threshold=job.train.repeat_factor_threshold,
         stream_buffer=job.train.stream_buffer,
         held_apart=job.hold_out,
+        for_gpu=context.device.type == "cuda",
     )
     return iter(loader)

@@ -23,10 +23,14 @@ def prefetch(
     if device.type != "cuda":
         yield from batches
         return
-    copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    # Before the step's own kernels, for this process waits for the number of masks.
+    copies = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
     for batch in batches:
         with torch.cuda.stream(copies):
-            images, labels = (part.pin_memory().to(device, non_blocking=True) for part in (batch.images, batch.labels))
+            images, labels = (
+                (part if part.is_pinned() else part.pin_memory()).to(device, non_blocking=True)
+                for part in (batch.images, batch.labels)
+            )
             targets = None if targets_of is None else targets_of(labels)
         steps = torch.cuda.current_stream(device)
         steps.wait_stream(copies)

@@ -269,7 +269,7 @@ def convolve_patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 def project_patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
-    """`convolve_patches` as one matrix product, for cuDNN's gradient of such a convolution takes ten times as long."""
+    """`convolve_patches` as one matrix product, for cuDNN's gradient of such a convolution is slow."""
     pixels = F.pixel_unshuffle(images, convolution.kernel_size[0]).flatten(2).transpose(1, 2)
     return F.linear(pixels, convolution.weight.flatten(1), convolution.bias)
 

@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int)
     parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--loader-workers", type=int, default=0)
     parser.add_argument("--json", type=Path)

@@ -230,7 +230,8 @@ def memory(check: Check) -> Iterator[tuple[str, Figures]]:
 def camvid(check: Check) -> Iterator[tuple[str, Figures]]:
     """val mIoU of camvid.yaml's variants, two seeds beside each other, and how long their steps wait for images."""
     script, config = Path(__file__).with_name("bench_recipe.py"), "flows/configs/camvid.yaml"
-    command = [sys.executable, str(script), "--device", check.device.type, "--variants", "full", "shrunk"]
+    command = [sys.executable, str(script), "--device", str(torch.empty(0, device=check.device).device)]
+    command += ["--variants", "full", "shrunk"]
     if check.tiny:
         config = "flows/configs/quickstart.yaml"
         small: tuple[str, ...] = (
@@ -279,6 +280,7 @@ def loader(check: Check) -> Iterator[tuple[str, Figures]]:
             seed=0,
             global_batch_size=2 if check.tiny else check.batch,
             num_workers=workers,
+            for_gpu=check.device.type == "cuda",
         )
         step, waited, runs = Step(check, compiled=True), 0.0, 2 * check.steps
         feed = prefetch(iter(batches), check.device, step.loss.targets)
