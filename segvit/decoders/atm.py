@@ -220,20 +220,20 @@ class FinerMasks(nn.Module):
         self.query = nn.Linear(sizes.width, widths[-1])
 
     def upsample(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The features (B, h*w, C) of a grid as (B, C / factor, factor * h, factor * w)."""
-        cells = torch.unflatten(tokens.transpose(1, 2), 2, grid)
+        """The features (B, h*w, C) of a grid as (B, factor * h, factor * w, C / factor)."""
+        cells = torch.unflatten(tokens, 1, grid)
         for doubling in self.doublings:
             cells = doubling(cells)
         return cells
 
     def forward(self, queries: Tensor, mask: Tensor, cells: Tensor) -> Tensor:
         """The finer masks of queries (B, N, C) with masks (B, N, h, w), float32 or more."""
-        size = (cells.shape[2], cells.shape[3])
+        size = (cells.shape[1], cells.shape[2])
         enlarged = F.interpolate(mask, size=size, mode="bilinear", align_corners=False)
         query: Tensor = self.query(queries)
         with full_precision(query):
-            query, flat = at_least_float32(query), at_least_float32(cells).flatten(2)
-            added = torch.matmul(query * query.shape[2] ** -0.5, flat)
+            query, flat = at_least_float32(query), at_least_float32(cells).flatten(1, 2)
+            added = torch.matmul(query * query.shape[2] ** -0.5, flat.transpose(1, 2))
         return enlarged + torch.unflatten(added, 2, size)
 
 
@@ -255,9 +255,16 @@ class Doubling(nn.Module):
         self.norm = LayerNorm2d(new_width)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, new C, 2h, 2w)."""
-        output: Tensor = self.norm(self.mix(F.gelu(self.enlarge(cells))))
-        return output
+        """(B, h, w, C) to (B, 2h, 2w, new C): channels last, so that nothing is moved between the operations."""
+        mixed = self.mix(F.gelu(self.enlarged(cells)).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return F.layer_norm(mixed, self.norm.normalized_shape, self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def enlarged(self, cells: Tensor) -> Tensor:
+        """The transposed convolution, each of whose cells becomes four of its own: one matrix product."""
+        matrix = self.enlarge.weight.permute(2, 3, 1, 0).flatten(0, 2)  # (2 * 2 * new C, C)
+        bias = None if self.enlarge.bias is None else self.enlarge.bias.repeat(4)
+        fours = torch.unflatten(F.linear(cells, matrix, bias), 3, (2, 2, -1))
+        return fours.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class InputProjection(nn.Sequential):

@@ -115,7 +115,7 @@ def test_score_map__keeps_only_its_own_image_alive() -> None:
     kept = ScoreMap.of(some_output(dtype=torch.bfloat16), 1)
     assert kept.mask_logits.untyped_storage().nbytes() == 5 * 3 * 4 * 2
     assert kept.classes is not None
-    assert kept.classes.untyped_storage().nbytes() == 5 * 5 * 4
+    assert kept.classes.untyped_storage().nbytes() == 5 * 16 * 4
 
 
 def test_bands__cover_all_rows_once() -> None:
