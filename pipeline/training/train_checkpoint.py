@@ -7,7 +7,6 @@ average, the weights that training goes on with lie beside them. W ranks when it
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,22 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import segvit
-from pipeline import storage
-from pipeline.storage.names import CONFIG_FILE, HISTORY_FILE, WEIGHTS_FILE
+from pipeline.storage.names import HISTORY_FILE
 from pipeline.training.averaging import BestWeights, MovingAverage, put, swapped, trainable
+from pipeline.training.checkpoint_files import (
+    AVERAGE_FILE,
+    BEST_FILE,
+    OPTIMIZER_FILE,
+    RNG_FILE,
+    STATE_FILE,
+    TRAINED_FILE,
+    write_sums,
+)
 from pipeline.training.sharding import load_weights, placed_like
 from segvit.optim import whole
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-RNG_FILE = "rng.safetensors"
-STATE_FILE = "state.json"
-SUMS_FILE = "sums.json"
-# Of averaged weights, where there are any.
-TRAINED_FILE = "trained.safetensors"
-AVERAGE_FILE = "average.safetensors"
-BEST_FILE = "best.safetensors"
-OPTIONAL_FILES = (TRAINED_FILE, AVERAGE_FILE, BEST_FILE)
-FILES = (WEIGHTS_FILE, CONFIG_FILE, OPTIMIZER_FILE, RNG_FILE, STATE_FILE, HISTORY_FILE)
 
 
 @dataclass
@@ -98,8 +94,7 @@ def save_training(
     save_file(dict(rng), folder / RNG_FILE)
     (folder / HISTORY_FILE).write_text("".join(json.dumps(row) + "\n" for row in state.history))
     (folder / STATE_FILE).write_text(json.dumps({name: getattr(state, name) for name in _SCALARS}))
-    written = [name for name in (*FILES, *OPTIONAL_FILES) if (folder / name).exists()]
-    (folder / SUMS_FILE).write_text(json.dumps({name: _sha256(folder / name) for name in written}))
+    write_sums(folder)
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -187,28 +182,3 @@ def _restore_rng(states: Mapping[str, Tensor], rank: int, device: torch.device) 
     torch.set_rng_state(states["cpu"][rank].clone())
     if "cuda" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"][rank].clone(), device)
-
-
-def damage_of(uri: str) -> str | None:
-    """Why the checkpoint folder at `uri` is not what training wrote, or None; reads all of it."""
-    try:
-        sums = storage.read_json(storage.join(uri, SUMS_FILE))
-    except FileNotFoundError:
-        return f"{SUMS_FILE} is missing"
-    except ValueError:
-        return f"{SUMS_FILE} is damaged"
-    if not isinstance(sums, dict) or not set(FILES) <= set(sums) <= {*FILES, *OPTIONAL_FILES}:
-        return f"{SUMS_FILE} is damaged"
-    for name in sums:
-        try:
-            found = storage.file_digest(storage.join(uri, name))
-        except FileNotFoundError:
-            return f"{name} is missing"
-        if found != sums[name]:
-            return f"{name} has another sha256 than when it was written"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ import fsspec
 import ray
 
 from pipeline import storage
-from pipeline.training.train_checkpoint import STATE_FILE, damage_of
+from pipeline.training.checkpoint_files import STATE_FILE, damage_of
 from pipeline.workflow.lease import Lease
 
 # Ray Train's names.

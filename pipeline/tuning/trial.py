@@ -21,9 +21,9 @@ from pipeline.causes import one_line
 from pipeline.config import RuntimeConfig, TuneConfig
 from pipeline.errors import UserError
 from pipeline.storage.names import HISTORY_FILE
+from pipeline.training.checkpoint_files import damage_of
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.train import REPORT_EVERY_S, StopOnUserError, scaling, train_worker
-from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.train_run import repair_run
 from pipeline.tuning.proposals import METRIC, STEP
 from pipeline.tuning.record import TrialUris, remove_folder, trial_name

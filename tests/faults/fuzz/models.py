@@ -21,7 +21,7 @@ from PIL import Image
 
 import segvit
 from pipeline.registry.scoring_app import ScoringApp
-from pipeline.training.train_checkpoint import damage_of
+from pipeline.training.checkpoint_files import damage_of
 from segvit.weights.pretrained import read_file, read_grid, read_shapes
 from segvit.weights.published import published_state_dict
 from tests.faults.fuzz.case import Case

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from pipeline.config import TrainConfig
 from pipeline.training.averaging import BestWeights, MovingAverage, swapped
+from pipeline.training.checkpoint_files import damage_of
 from pipeline.training.job import TrainJob
 from pipeline.training.loop import run_training, stops_early
-from pipeline.training.train_checkpoint import TrainState, damage_of
+from pipeline.training.train_checkpoint import TrainState
 from pipeline.training.trainer import Trainer
 from tests.pipeline.training.test_loop import ALONE, Reports, assert_same_weights, train
 

@@ -24,9 +24,9 @@ from pipeline.evaluation.scoring import confusion_of_split
 from pipeline.records import Checkpoint
 from pipeline.shards.loader import EvalLoader
 from pipeline.training.batches import micro_batches
+from pipeline.training.checkpoint_files import damage_of
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import run_training
-from pipeline.training.train_checkpoint import damage_of
 from pipeline.training.trainer import Trainer
 from segvit.checkpoint import load_checkpoint
 from segvit.compilation import compile_regions

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray.train
 
-from pipeline.training.train_checkpoint import FILES, SUMS_FILE, _sha256, damage_of
+from pipeline.training.checkpoint_files import FILES, SUMS_FILE, damage_of, sha256_of
 from pipeline.training.train_run import RAY_LIST, RAY_PREFIX, chosen_checkpoint, listed_checkpoints, repair_run
 from pipeline.workflow.lease import Lease, LeaseLost, take_lease
 
@@ -24,7 +24,7 @@ def write_checkpoint(run: Path, step: int, miou: float) -> Path:
     state = {"step": step, "val_miou": miou, "best_miou": best, "train_seconds": float(step)}
     for name in FILES:
         (folder / name).write_text(json.dumps(state) if name == "state.json" else f"{name} {step}" * 50)
-    (folder / SUMS_FILE).write_text(json.dumps({name: _sha256(folder / name) for name in FILES}))
+    (folder / SUMS_FILE).write_text(json.dumps({name: sha256_of(folder / name) for name in FILES}))
     return folder
 
 
