@@ -239,8 +239,11 @@ def camvid(check: Check) -> Iterator[tuple[str, Figures]]:
             "data.digits.num_val=2",
             "train.batch_size=2",
             "model.weights=random",
+            "model.backbone=vit_tiny_patch16_224",
+            "model.image_size=[64,64]",
+            "model.decoder_width=192",
+            "variants.shrunk.distill.images=2",
         )
-        small += ("variants.shrunk.distill.images=2",)
         command += ["--steps", "2", "--seeds", "0", *(word for one in small for word in ("--set", one))]
     else:
         command += ["--processes", "2", "--loader-workers", str(max(len(os.sched_getaffinity(0)) // 2 - 1, 1))]
