@@ -42,8 +42,8 @@ class MasterWeights:
     @torch.no_grad()
     def update_copy(self) -> None:
         """Round the masters into the copy, after the optimizer's step."""
-        masters, halves = zip(*self._pairs, strict=True)
-        torch._foreach_copy_(halves, masters)
+        for master, half in self._pairs:
+            half.copy_(master)
 
 
 def _in_bf16(_module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
