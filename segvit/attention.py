@@ -32,9 +32,13 @@ def attention_of_heads(
     """
     if not faster_in_steps(q, k.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
-    similarity = (q * (q.shape[3] ** -0.5 if scale is None else scale)) @ k.transpose(2, 3)
+    flat_q, flat_k, flat_v = (heads.flatten(0, 1) for heads in (q, k.contiguous(), v))
+    factor = q.shape[3] ** -0.5 if scale is None else scale
+    similarity = torch.baddbmm(q.new_empty(1, 1, 1), flat_q, flat_k.transpose(1, 2), beta=0, alpha=factor)
+    similarity = torch.unflatten(similarity, 0, q.shape[:2])
     weights = (similarity if mask is None else similarity + mask).softmax(3)
-    return (F.dropout(weights, dropout) if dropout else weights) @ v
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return torch.unflatten(torch.bmm(weights.flatten(0, 1), flat_v), 0, q.shape[:2])
 
 
 def faster_in_steps(q: Tensor, num_keys: int) -> bool:
