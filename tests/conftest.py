@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,9 +33,27 @@ ON_RAY = (
 )
 
 
+def pytest_configure() -> None:
+    """Let the processes that tests start load their libraries quicker; see tests/startup."""
+    paths = [str(REPOSITORY / "tests" / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no test file of which the two halves of `make test` want nothing."""
+    unwanted = {"on_ray": False, "not on_ray": True}.get(config.option.markexpr)
+    if unwanted is None or collection_path.is_dir():
+        return None
+    return True if starts_ray(collection_path) == unwanted else None
+
+
+def starts_ray(path: Path) -> bool:
+    return path.relative_to(REPOSITORY / "tests").as_posix().startswith(ON_RAY)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark the tests on Ray."""
-    if item.path.relative_to(REPOSITORY / "tests").as_posix().startswith(ON_RAY):
+    if starts_ray(item.path):
         item.add_marker("on_ray")
 
 

@@ -20,8 +20,8 @@ from pipeline.workflow import liveness
 from pipeline.workflow.execution import Outcome, StepRequest, execute_step
 from pipeline.workflow.step import StepContext, step
 from pipeline.workflow.tracking import RunState, Tag, Tracking
+from tests.faults.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DISK_MIB = 24
 FULL = "the disk is full"
 

@@ -28,8 +28,8 @@ from types import FrameType
 
 from tests.faults.fuzz.case import require_one_line
 from tests.faults.fuzz.readers import READERS
+from tests.faults.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 20
 MAX_ADDRESS_SPACE = 8 << 30
 MAX_GROWTH_MIB = 1024

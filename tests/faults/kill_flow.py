@@ -38,9 +38,8 @@ from pipeline.registry.models import list_models
 from pipeline.shards.shard_check import check_shard_set
 from pipeline.storage import PARTIAL
 from pipeline.workflow.tracking import RunState, Tag, Tracking
-from tests.faults.processes import MARK, command_line, marked_processes, require_loopback, wait_until_gone
+from tests.faults.processes import MARK, REPOSITORY, command_line, marked_processes, require_loopback, wait_until_gone
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "kills"
 EXPERIMENT: dict[str, Any] = {
     "name": NAME,

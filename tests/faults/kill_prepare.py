@@ -23,9 +23,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.faults.processes import MARK, wait_until_gone
+from tests.faults.processes import MARK, PYTHONPATH, wait_until_gone
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_TRAIN, NUM_VAL = 48, 16
 NUM_REJECTED, NUM_DUPLICATES = 1, 2
 RAY_EVERY = 5
@@ -76,7 +75,7 @@ class Prepare:
         self.mark = uuid.uuid4().hex
         self.temporary = Path(tempfile.mkdtemp(prefix="kp", dir="/tmp"))
         self.on_ray = on_ray
-        environment = os.environ | {MARK: self.mark, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {MARK: self.mark, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
         # Ray's own folder is apart: what it leaves there is not ours.
         ray_folder = str(self.temporary / "r") if on_ray else ""
         (self.temporary / "t").mkdir()

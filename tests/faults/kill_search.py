@@ -31,9 +31,8 @@ import psutil
 from pipeline.tuning.record import SearchRecord, trial_name
 from pipeline.tuning.trial import LATEST_FILE
 from pipeline.workflow.tracking import Tracking
-from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
+from tests.faults.processes import MARK, PYTHONPATH, REPOSITORY, command_line, marked_processes, wait_until_gone
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_STEPS = 4
 KINDS = ("driver", "trial", "step", "raylet", "cluster")
 LIMIT_S = 900
@@ -94,7 +93,7 @@ class Search:
         self.process = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(workspace), str(num_trials)],
             cwd=REPOSITORY,
-            env=os.environ | {MARK: self.mark, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {MARK: self.mark, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -38,10 +38,9 @@ from pipeline.training.job import TrainJob
 from pipeline.workflow import ray_session
 from pipeline.workflow.lease import take_lease
 from pipeline.workflow.tracking import MetricLog, Tracking
-from tests.faults.processes import MARK, command_line, marked_processes, wait_until_gone
+from tests.faults.processes import MARK, PYTHONPATH, REPOSITORY, command_line, marked_processes, wait_until_gone
 from tests.jobs import tiny_job, with_settings
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-6
 VALIDATE_EVERY, SAVE_EVERY = 8, 5
 # Ray gives itself 30 s to come up, which is little on a busy machine; then a driver starts again.
@@ -216,7 +215,7 @@ class Driver:
         self.log = (folder / "log.txt").open("a")
         environment = {
             MARK: self.mark,
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": PYTHONPATH,
             "OMP_NUM_THREADS": "1",
             "RAY_DEDUP_LOGS": "0",
             "RAY_USAGE_STATS_ENABLED": "0",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import time
 from ipaddress import IPv6Address, ip_address
+from pathlib import Path
 
 import psutil
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+# Ray's workers import from `tests`, too.
+PYTHONPATH = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 MARK = "SEGVIT_FAULT_RUN"
 ORPHAN_LIMIT_S = 30
 

@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.workflow.tracking import Tag, Tracking
+from tests.faults.processes import PYTHONPATH, REPOSITORY
 from tests.faults.toy_flow import EXECUTED, OUTPUTS, PROMOTE, STEPS
 from tests.faults.tracking_server import TrackingServer
 from tests.tiny_model import make_tiny_model
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LONGEST_HEAD_START_S = 2.0
 STEP_SECONDS = (0.0, 0.05, 0.3)
 PROMOTE_EVERY = 5
@@ -42,7 +42,7 @@ class Driver:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.faults.toy_flow", str(folder), uri, self._ray_folder.name],
                 cwd=REPOSITORY,
-                env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment,
+                env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -88,7 +88,7 @@ def cluster(shared: bool) -> Iterator[dict[str, str]]:
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory(prefix="rc", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        os.environ["PYTHONPATH"] = str(REPOSITORY)
+        os.environ["PYTHONPATH"] = PYTHONPATH
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
         try:
             yield {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}

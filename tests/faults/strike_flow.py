@@ -27,9 +27,8 @@ from pipeline.records import Report
 from pipeline.workflow import runs
 from pipeline.workflow.step import StepContext, step
 from pipeline.workflow.tracking import RunState, Tag, Tracking
-from tests.faults.processes import MARK, command_line, marked_processes
+from tests.faults.processes import MARK, PYTHONPATH, REPOSITORY, command_line, marked_processes
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 END_LIMIT_S = 10.0
 GONE_LIMIT_S = 5.0
 WHOLE_LIMIT_S = 300.0
@@ -68,7 +67,7 @@ class Command:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.strike_flow", "--child", str(folder / "space"), name],
             cwd=REPOSITORY,
-            env=os.environ | {MARK: self.mark, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)},
+            env=os.environ | {MARK: self.mark, "PYTHONUNBUFFERED": "1", "PYTHONPATH": PYTHONPATH},
             stdout=self.output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

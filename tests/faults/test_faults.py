@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import FlowRun
 from tests.faults.fuzz.readers import READERS
+from tests.faults.processes import REPOSITORY
 
 pytestmark = pytest.mark.timeout(1200)
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def run(module: str, *options: str) -> str:

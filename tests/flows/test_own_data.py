@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flows.cli import main
+from pipeline.config.file import load_config
+from pipeline.shards.prepare import prepare_shards
 from tests.flows.facts import facts
 
 _BLOCKS = re.findall(
@@ -151,19 +153,9 @@ def split_folders(root: Path) -> None:
     (root / "classes.txt").write_text("\n".join(NAMES))
 
 
-@pytest.mark.usefixtures("one_ray")
-@pytest.mark.parametrize("export", [cvat, roboflow, coco, labelme, voc, split_folders])
-def test_export__to_predictions_in_the_pages_four_commands(
-    export: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    export(tmp_path / "my data")
-    (check, init, run, predict), others = PAGE
-    assert facts(capfd, *check)["problems"] == []
-    main([*init, "--backbone", "vit_tiny_patch16_224"])
-    tiny = [argument for name, value in TINY.items() for argument in ("--set", f"{name}={value}")]
-    summary = facts(capfd, *run, *tiny)
-    shards = facts(capfd, "data", summary["records"]["prepare"]["uri"])
+def require_drawn_pixels(capfd: pytest.CaptureFixture[str], uri: str) -> None:
+    """Raise AssertionError unless the shards hold the pixels that were drawn."""
+    shards = facts(capfd, "data", uri)
     assert [one["name"] for one in shards["splits"]] == ["train", "val"]
     wanted = np.bincount(np.concatenate([scene(number).label.ravel() for number in range(NUM_TRAIN + NUM_VAL)]))
     pixels = {
@@ -173,6 +165,37 @@ def test_export__to_predictions_in_the_pages_four_commands(
     assert pixels == dict(zip(NAMES, wanted.tolist(), strict=True))
     assert sum(split["num_images"] for split in shards["splits"]) == NUM_TRAIN + NUM_VAL
     assert sum(split["ignored_share"] for split in shards["splits"]) == 0
+
+
+def check_and_init(export: Callable[[Path], None], capfd: pytest.CaptureFixture[str]) -> None:
+    export(Path("my data"))
+    (check, init, *_), _ = PAGE
+    assert facts(capfd, *check)["problems"] == []
+    main([*init, "--backbone", "vit_tiny_patch16_224"])
+
+
+# What follows the shards is the same for all.
+@pytest.mark.parametrize("export", [cvat, roboflow, labelme, voc])
+def test_export__to_shards(
+    export: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_and_init(export, capfd)
+    prepare_shards(load_config("experiment.yaml").data, "shards")
+    require_drawn_pixels(capfd, "shards")
+
+
+@pytest.mark.usefixtures("one_ray")
+@pytest.mark.parametrize("export", [coco, split_folders])
+def test_export__to_predictions_in_the_pages_four_commands(
+    export: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_and_init(export, capfd)
+    (_, _, run, predict), others = PAGE
+    tiny = [argument for name, value in TINY.items() for argument in ("--set", f"{name}={value}")]
+    summary = facts(capfd, *run, *tiny)
+    require_drawn_pixels(capfd, summary["records"]["prepare"]["uri"])
     scene(99).image.save("new.png")
     main(predict)
     labels = np.asarray(Image.open("predicted/new.labels.png"))

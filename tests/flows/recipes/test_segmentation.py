@@ -155,7 +155,7 @@ def test_run__a_variant_starts_from_the_champion_and_another_from_that(
     shrunk = {"structure": "anchored", "shrink_at": 2}
     tree["recipe"] = "train"
     tree["variants"] |= {
-        "smaller": {**shrunk, "start_from": "small", "keep_unlike": 0.0, "train": {"steps": 2}},
+        "smaller": {**shrunk, "start_from": "small", "keep_unlike": 0.0, "train": {"steps": 0}},
         "small": {**shrunk, "start_from": f"models:/{NAME}@champion", "train": {"steps": 2}},
     }
     config = tmp_path / "start.yaml"
