@@ -50,6 +50,7 @@ class _Budget:
     patches: int  # of a crop
     decoder_layers: int
     learning_rate: float
+    layer_decay: float
     freeze_blocks: bool
     epochs: int
     steps: tuple[int, int]  # fewest and most
@@ -57,8 +58,8 @@ class _Budget:
     why: str
 
 
-_CPU = _Budget(432, 1, 6e-5, True, 20, (200, 800), 30, "no GPU: half of the blocks frozen, and few steps")
-_GPU = _Budget(1728, 3, 1e-4, False, 60, (500, 20_000), 100, "a GPU: all blocks trained")
+_CPU = _Budget(432, 1, 1.5e-4, 1.0, True, 20, (200, 800), 30, "no GPU: half of the blocks frozen, and few steps")
+_GPU = _Budget(1728, 3, 1.2e-4, 0.8, False, 60, (500, 20_000), 100, "a GPU: all blocks trained")
 _BATCH_SIZE = 8
 
 
@@ -94,12 +95,13 @@ def draft_experiment(name: str, data: DataConfig, found: SourceCheck, machine: M
     if largest > limit and data.max_long_side is None:
         section["max_long_side"] = limit
         inference = {"inference": {"resize": [limit, limit]}}
-    layers = [depth // 2 - 1, 3 * depth // 4 - 1, depth - 1]
+    layers = [10 * depth // 12 - 1, 11 * depth // 12 - 1, depth - 1]
     model = {
         "backbone": backbone,
         "image_size": list(crop),
         "decoder_layers": budget.decoder_layers,
         "decoder_width": min(384, int(outline.embed_dim)),
+        "mask_upsampling": 2,
         "dropout": 0.0,
         "drop_path_rate": 0.0,
     }
@@ -125,6 +127,7 @@ def draft_experiment(name: str, data: DataConfig, found: SourceCheck, machine: M
         batch_size=_BATCH_SIZE,
         freeze_blocks=depth // 2 if budget.freeze_blocks else 0,
         learning_rate=f"{budget.learning_rate:.1e}".replace("e-0", "e-"),
+        layer_decay=budget.layer_decay,
         warmup_steps=budget.warmup_steps,
         validate_every_steps=-(-steps // 2),
         checkpoint_every_steps=min(500, -(-steps // 4)),
@@ -207,6 +210,7 @@ name: {name}
 
 # The backbone: {why_backbone}.
 # The middle image is {middle} pixels (height x width); the crop is {patches} patches of it.
+# Masks twice as fine as the patches, for what is thinner than one.
 {model}
 
 variants:
@@ -227,7 +231,9 @@ train:
   batch_size: {batch_size}
   precision: bf16
   freeze_blocks: {freeze_blocks}
+  optimizer: muon
   learning_rate: {learning_rate}
+  layer_decay: {layer_decay}
   decoder_lr_multiplier: 10
   weight_decay: 0.01
   warmup_steps: {warmup_steps}

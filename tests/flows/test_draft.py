@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from flows.draft import SHRUNK_SHARE, choose_backbone, crop_for, draft_experiment, experiment_name
 from flows.experiment import load_experiment
 from pipeline.config import DataConfig, ExperimentConfig
+from pipeline.config.file import load_config
 from pipeline.data_check.check import check_source
 from pipeline.preflight import Machine
 from segvit.config import ModelConfig
@@ -21,6 +22,7 @@ from segvit.flops import model_gflops
 
 SMALL = "vit_small_patch14_dinov2"
 LAPTOP = Machine(2, 0)
+CONFIGS = Path(__file__).parents[2] / "flows" / "configs"
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +78,26 @@ def test_draft__without_a_gpu(tmp_path: Path) -> None:
     assert (config.runtime.cpus_per_worker, config.runtime.loader_workers) == (2, 0)
     assert (config.data.max_long_side, config.evaluate.inference.resize) == (None, None)
     assert 0.57 <= share(config) <= SHRUNK_SHARE
+
+
+@pytest.mark.parametrize(
+    ("file", "machine", "size"), [("camvid_cpu.yaml", LAPTOP, (360, 480)), ("camvid.yaml", Machine(16, 1), (720, 960))]
+)
+def test_draft__trains_as_the_shipped_experiments(
+    file: str, machine: Machine, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEGVIT_DATA", str(tmp_path))
+    shipped = load_config(CONFIGS / file)
+    config = drafted(tmp_path, data(tmp_path / "d", size), machine)
+    amounts = {"steps", "warmup_steps", "validate_every_steps", "checkpoint_every_steps", "augmentation"}
+    assert config.train.model_dump(exclude=amounts) == shipped.train.model_dump(exclude=amounts)
+    assert config.loss == shipped.loss
+    of_machine = {"dropout", "drop_path_rate"}
+    models = [
+        {name: value for name, value in one.variant_settings("full").model.items() if name not in of_machine}
+        for one in (config, shipped)
+    ]
+    assert models[0] == models[1]
 
 
 def test_draft__large_images_and_a_gpu(tmp_path: Path) -> None:
