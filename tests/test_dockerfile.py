@@ -17,7 +17,8 @@ import yaml
 from flows.cluster.pods import USER_ID
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+DOCKERFILE = ROOT / "flows" / "cluster" / "Dockerfile"
+TEXT = DOCKERFILE.read_text(encoding="utf-8")
 
 
 class Instruction(NamedTuple):
@@ -51,7 +52,7 @@ def programs() -> str:
 def test_dockerfile__linter_finds_nothing() -> None:
     linter = shutil.which("hadolint", path=programs())
     assert linter, "hadolint is a development dependency"
-    done = subprocess.run([linter, str(ROOT / "Dockerfile")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([linter, str(DOCKERFILE)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -114,7 +115,7 @@ def test_dockerfile__runs_as_the_user_of_the_manifests() -> None:
 
 
 def test_dockerignore__lets_only_sources_through() -> None:
-    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    lines = DOCKERFILE.with_name("Dockerfile.dockerignore").read_text(encoding="utf-8").splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
     admitted = {line.removeprefix("!") for line in rules if line.startswith("!")}
@@ -134,7 +135,9 @@ def test_dockerfile__image_runs_as_it_will_in_a_cluster() -> None:
     if not engine():
         pytest.skip("no container engine answers to docker info")
     tag = "segvit-test:dockerfile"
-    subprocess.run(["docker", "build", "--quiet", "--tag", tag, str(ROOT)], check=True, timeout=3000)
+    subprocess.run(
+        ["docker", "build", "--quiet", "--file", str(DOCKERFILE), "--tag", tag, str(ROOT)], check=True, timeout=3000
+    )
     try:
         locked = ("--rm", "--read-only", "--network=none", "--cap-drop=ALL", "--tmpfs=/tmp", "--tmpfs=/home/segvit")
         # As an operator starts it: by a login shell, which has a PATH of its own.
