@@ -28,7 +28,9 @@ def render(
         Path | None, typer.Option(metavar="DIR", help="Write files there; default: all on standard output.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    image: Annotated[str | None, typer.Option(metavar="IMAGE", help="Built from flows/cluster/Dockerfile, with its tag.")] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="IMAGE", help="Built from flows/cluster/Dockerfile, with its tag.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What everything is named after; default: segvit.")] = None,
     namespace: Annotated[str | None, typer.Option(help="Kubernetes namespace; default: segvit.")] = None,
     operator_namespace: Annotated[
