@@ -141,13 +141,14 @@ class _Run:
                     return
                 done, running = ray.wait(running, num_returns=1)
                 yield ray.get(done[0])
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError):
+        except (Exception, GeneratorExit) as error:
+            # What is under way, a shard each, may end. Where Ray is asked to cancel a task that ends in that moment, it
+            # aborts this process (2.60; a failed check in its task manager), and what is raised here would be lost.
+            if running:
+                ray.wait(running, num_returns=len(running))
+            if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, UserError):
                 raise error.cause from None
             raise
-        finally:
-            for reference in running:
-                ray.cancel(reference)
 
 
 def _check_all(run: _Run, report: Report, step: StepProgress | None) -> Results:

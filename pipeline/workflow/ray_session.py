@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,6 +19,8 @@ STEPS_PER_CORE = 4
 CANCEL_TIMEOUT_S = 3.0
 # A local control service that died does not come back; Ray would wait a minute for it, and its agents one more.
 CONTROL_TIMEOUT_S = 15
+# Until what a worker said before it was held has been heard.
+SETTLE_S = 0.05
 
 
 def default_options() -> dict[str, Any]:
@@ -107,7 +110,30 @@ def stop() -> None:
     """Leave Ray; a local one ends with it."""
     import ray
 
+    sockets = {
+        word.partition("=")[2]
+        for raylet in _own_raylets()
+        for word in _command_line(raylet)
+        if word.startswith("--raylet_socket_name=")
+    }
     ray.shutdown()
+    # A worker that was still starting would look for its raylet for ten seconds.
+    for process in psutil.process_iter() if sockets else ():
+        if not sockets.isdisjoint(word.removeprefix("--raylet-name=") for word in _command_line(process)):
+            with suppress(psutil.Error):
+                process.kill()
+
+
+def _own_raylets() -> list[psutil.Process]:
+    """The node managers of the local Rays that this process started: their workers are children of theirs."""
+    return [one for one in psutil.Process().children() if _command_line(one)[:1] and one.name() == "raylet"]
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    """Empty where the process is gone or another user's."""
+    with suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 def wants_gpu(use_gpu: bool | None) -> bool:
@@ -221,6 +247,27 @@ def cancel(object_refs: Sequence[Any]) -> None:
 
     if not ray.is_initialized():
         return
-    for object_ref in pending:
-        ray.cancel(object_ref, force=True)
+    with _workers_held():
+        for object_ref in pending:
+            ray.cancel(object_ref, force=True)
     ray.wait(pending, num_returns=len(pending), timeout=CANCEL_TIMEOUT_S)
+
+
+@contextmanager
+def _workers_held() -> Iterator[None]:
+    """Within, no worker of a local Ray ends its task.
+
+    Where one did in the moment in which Ray is asked to cancel it, Ray would abort this process (2.60; a failed check
+    in its task manager), and leave what it has started to itself.
+    """
+    held = [worker for raylet in _own_raylets() for worker in raylet.children()]
+    try:
+        for worker in held:
+            with suppress(psutil.NoSuchProcess):
+                worker.suspend()
+        time.sleep(SETTLE_S)
+        yield
+    finally:
+        for worker in held:
+            with suppress(psutil.NoSuchProcess):
+                worker.resume()

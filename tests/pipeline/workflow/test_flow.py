@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 
 from pipeline.errors import UserError
 from pipeline.records import Report
@@ -31,8 +32,6 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module", autouse=True)
 def local_ray() -> Iterator[None]:
     """One small Ray for the module; workers find the packages by PYTHONPATH, installed or not."""
-    import ray
-
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
     ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
@@ -339,6 +338,15 @@ def test_cancel__ends_a_flow_here_by_signal_and_elsewhere_by_its_poll(
             lab.tracking.client().set_tag(flow.run_id, liveness.HOST_TAG, "elsewhere")
         cancelled.append(runs.cancel_run(lab.tracking, "latest", "ann", log=said.append))
 
+    states: list[str] = []
+    ray_cancel = ray.cancel
+
+    def cancel_task(object_ref: Any, force: bool) -> None:
+        states.append(psutil.Process(int((lab.folder / "pid").read_text())).status())
+        ray_cancel(object_ref, force=force)
+
+    # Ray aborts this process where a task ends while it is asked to cancel it.
+    monkeypatch.setattr(ray, "cancel", cancel_task)
     monkeypatch.setattr(driver_watch, "CANCEL_POLL_S", 0.2 if far else 60.0)
     source, join = make_steps()
     flow = lab.flow()
@@ -347,6 +355,7 @@ def test_cancel__ends_a_flow_here_by_signal_and_elsewhere_by_its_poll(
     with pytest.raises(FlowTerminated, match="cancelled by ann"), flow:
         flow.step(join, [flow.step(endless, flow.step(source, "t"))])
     canceller.join()
+    assert states[0] == psutil.STATUS_STOPPED
     assert [(one.state, one.error) for one in cancelled] == [("killed", "cancelled by ann")]
     assert said == [
         f"asked the driver of run {flow.run_id[:12]} of flow test to end "
