@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import typer
 
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Typer ends the process after success, too, and says nothing of an interrupt.
             if ended.code == INTERRUPTED:
                 cause = getattr(ended.__context__, "__cause__", None)
-                print(str(cause or "") or "interrupted", file=sys.stderr)
+                _end_interrupted(str(cause or ""))
             if ended.code:
                 raise
         except UserError as error:
@@ -83,8 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"error: {one_line(error)}", file=sys.stderr)
             sys.exit(1)
         except KeyboardInterrupt as stop:
-            print(str(stop) or "interrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED)
+            _end_interrupted(str(stop))
+
+
+def _end_interrupted(cause: str) -> NoReturn:
+    print(cause or "interrupted", file=sys.stderr)
+    ray_session = sys.modules.get("pipeline.workflow.ray_session")
+    if ray_session is not None and ray_session.is_broken_off:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+    sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,14 @@ from pipeline.workflow import cluster_growth, ray_logs
 
 STEPS_PER_CORE = 4
 CANCEL_TIMEOUT_S = 3.0
+CANCEL_AGAIN_S = 0.7
 # A local control service that died does not come back; Ray would wait a minute for it, and its agents one more.
 CONTROL_TIMEOUT_S = 15
 # Until what a worker said before it was held has been heard.
-SETTLE_S = 0.05
+SETTLE_S = 0.1
+# Whether a start was broken off half-way: what Ray had made in this process crashes when the interpreter is taken down
+# (2.60; a segmentation fault).
+is_broken_off = False
 
 
 def default_options() -> dict[str, Any]:
@@ -80,7 +84,7 @@ def _start(options: Callable[[], dict[str, Any]]) -> bool:
     if ray.is_initialized():
         return False
     chosen = options()
-    before = psutil.Process().children()
+    before = psutil.Process().children(recursive=True)
     try:
         context: Any = ray.init(**chosen)
         if chosen.get("address") == "local":
@@ -97,11 +101,10 @@ def _start(options: Callable[[], dict[str, Any]]) -> bool:
             raise
         raise UserError(f"Ray could not start on this machine: {' '.join(str(error).split())}") from error
     except BaseException:
+        global is_broken_off
+        is_broken_off = True
         # Broken off half-way, Ray does not know what it has started.
-        for child in psutil.Process().children():
-            if child not in before:
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
+        _kill([one for one in psutil.Process().children(recursive=True) if one not in before])
         raise
     return True
 
@@ -110,23 +113,37 @@ def stop() -> None:
     """Leave Ray; a local one ends with it."""
     import ray
 
+    # What is still starting then would look for its node manager for ten seconds.
+    raylets = _own_raylets()
+    left = [one for raylet in raylets for one in _descendants(raylet)]
     sockets = {
         word.partition("=")[2]
-        for raylet in _own_raylets()
+        for raylet in raylets
         for word in _command_line(raylet)
         if word.startswith("--raylet_socket_name=")
     }
     ray.shutdown()
-    # A worker that was still starting would look for its raylet for ten seconds.
     for process in psutil.process_iter() if sockets else ():
         if not sockets.isdisjoint(word.removeprefix("--raylet-name=") for word in _command_line(process)):
-            with suppress(psutil.Error):
-                process.kill()
+            left.append(process)
+    _kill(left)
 
 
 def _own_raylets() -> list[psutil.Process]:
     """The node managers of the local Rays that this process started: their workers are children of theirs."""
     return [one for one in psutil.Process().children() if _command_line(one)[:1] and one.name() == "raylet"]
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
+
+
+def _kill(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 def _command_line(process: psutil.Process) -> list[str]:
@@ -247,10 +264,13 @@ def cancel(object_refs: Sequence[Any]) -> None:
 
     if not ray.is_initialized():
         return
-    with _workers_held():
-        for object_ref in pending:
-            ray.cancel(object_ref, force=True)
-    ray.wait(pending, num_returns=len(pending), timeout=CANCEL_TIMEOUT_S)
+    deadline = time.monotonic() + CANCEL_TIMEOUT_S
+    while pending and time.monotonic() < deadline:
+        with _workers_held():
+            for object_ref in pending:
+                ray.cancel(object_ref, force=True)
+        # A worker that has its task and has not begun it forgets what it was asked.
+        _, pending = ray.wait(pending, num_returns=len(pending), timeout=CANCEL_AGAIN_S)
 
 
 @contextmanager
@@ -260,7 +280,7 @@ def _workers_held() -> Iterator[None]:
     Where one did in the moment in which Ray is asked to cancel it, Ray would abort this process (2.60; a failed check
     in its task manager), and leave what it has started to itself.
     """
-    held = [worker for raylet in _own_raylets() for worker in raylet.children()]
+    held = [worker for raylet in _own_raylets() for worker in _descendants(raylet)]
     try:
         for worker in held:
             with suppress(psutil.NoSuchProcess):

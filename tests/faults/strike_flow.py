@@ -3,9 +3,9 @@
     python -m tests.faults.strike_flow [--strikes 60] [--seed 0]
 
 A command of the real entry point runs a flow of three steps on a local Ray. It is struck at a random instant, now and
-then twice. Each time it is shown that the process ends within ten seconds and leaves none behind, that the run, if
-there was one by then, is marked as finished or killed, with its steps, or as abandoned where the machine had no time
-to do more than end; and at last that the command, left alone, completes.
+then twice. Each time it is shown that the process ends within ten seconds, not by a crash, and leaves none behind, that
+the run, if there was one by then, is marked as finished or killed, with its steps, or as abandoned where the machine
+had no time to do more than end; and at last that the command, left alone, completes.
 """
 
 from __future__ import annotations
@@ -146,6 +146,8 @@ def run_strikes(strikes: int, seed: int, folder: Path) -> str:
             if command.process.poll() is None:
                 took = command.strike(number, again_after_s)
                 slowest = max(slowest, took)
+                if command.process.returncode in (-signal.SIGSEGV, -signal.SIGABRT):
+                    raise SystemExit(f"struck after {struck_after:.2f} s it crashed:\n{command.text()}")
                 if took > END_LIMIT_S:
                     raise SystemExit(
                         f"struck after {struck_after:.2f} s it took {took:.1f} s to end:\n{command.text()}"
