@@ -90,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _end_interrupted(cause: str) -> NoReturn:
+    """Say so and end; without taking the interpreter down where Ray would crash in that."""
     print(cause or "interrupted", file=sys.stderr)
     ray_session = sys.modules.get("pipeline.workflow.ray_session")
     if ray_session is not None and ray_session.is_broken_off:

@@ -17,13 +17,12 @@ from pipeline.workflow import cluster_growth, ray_logs
 
 STEPS_PER_CORE = 4
 CANCEL_TIMEOUT_S = 3.0
-CANCEL_AGAIN_S = 0.7
 # A local control service that died does not come back; Ray would wait a minute for it, and its agents one more.
 CONTROL_TIMEOUT_S = 15
 # Until what a worker said before it was held has been heard.
 SETTLE_S = 0.1
 # Whether a start was broken off half-way: what Ray had made in this process crashes when the interpreter is taken down
-# (2.60; a segmentation fault).
+# (2.60; a segmentation fault), so that the command ends without that.
 is_broken_off = False
 
 
@@ -131,7 +130,7 @@ def stop() -> None:
 
 def _own_raylets() -> list[psutil.Process]:
     """The node managers of the local Rays that this process started: their workers are children of theirs."""
-    return [one for one in psutil.Process().children() if _command_line(one)[:1] and one.name() == "raylet"]
+    return [one for one in psutil.Process().children() if "".join(_command_line(one)[:1]).endswith("/raylet")]
 
 
 def _descendants(process: psutil.Process) -> list[psutil.Process]:
@@ -264,18 +263,15 @@ def cancel(object_refs: Sequence[Any]) -> None:
 
     if not ray.is_initialized():
         return
-    deadline = time.monotonic() + CANCEL_TIMEOUT_S
-    while pending and time.monotonic() < deadline:
-        with _workers_held():
-            for object_ref in pending:
-                ray.cancel(object_ref, force=True)
-        # A worker that has its task and has not begun it forgets what it was asked.
-        _, pending = ray.wait(pending, num_returns=len(pending), timeout=CANCEL_AGAIN_S)
+    with _workers_held():
+        for object_ref in pending:
+            ray.cancel(object_ref, force=True)
+    ray.wait(pending, num_returns=len(pending), timeout=CANCEL_TIMEOUT_S)
 
 
 @contextmanager
 def _workers_held() -> Iterator[None]:
-    """Within, no worker of a local Ray ends its task.
+    """Within, no worker of a local Ray ends its task; those of a cluster that was joined go on.
 
     Where one did in the moment in which Ray is asked to cancel it, Ray would abort this process (2.60; a failed check
     in its task manager), and leave what it has started to itself.
@@ -283,11 +279,11 @@ def _workers_held() -> Iterator[None]:
     held = [worker for raylet in _own_raylets() for worker in _descendants(raylet)]
     try:
         for worker in held:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):
                 worker.suspend()
         time.sleep(SETTLE_S)
         yield
     finally:
         for worker in held:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):
                 worker.resume()
