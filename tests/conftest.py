@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -34,7 +35,8 @@ ON_RAY = (
 
 
 def pytest_configure() -> None:
-    """Let the processes that tests start load their libraries quicker; see tests/startup."""
+    """Look for garbage cycles less often here, and in the processes that tests start; see tests/startup."""
+    gc.set_threshold(200_000, 50, 100)
     paths = [str(REPOSITORY / "tests" / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
 

@@ -49,6 +49,7 @@ from pipeline.workflow.tracking import MetricLog
 REPORT_EVERY_S = 5.0
 MAX_WAITING_CHECKPOINTS = 2
 START_TIMEOUT_S = 900.0
+LOOK_EVERY_S = 0.25
 # So often at most, for a run that ends with a damaged checkpoint, or whose leading process dies.
 MAX_FITS = 3
 
@@ -111,6 +112,15 @@ def scaling(runtime: RuntimeConfig, cpus: float | None = None) -> ScalingConfig:
         use_gpu=use_gpu,
         resources_per_worker=resources,
     )
+
+
+def look_often() -> None:
+    """Have the controllers of the trainers that this process starts look for reports as often as those come.
+
+    A controller takes one report of each worker a look: at Ray's 2 s a run of a few reports ends long after its last
+    step.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(LOOK_EVERY_S))
 
 
 def train_worker(loop_config: dict[str, Any]) -> None:
@@ -312,6 +322,7 @@ def _fit(job: TrainJob, run_name: str, storage_uri: str, lease: Lease, metrics: 
     if isinstance(job.runtime.num_workers, int):
         # Another step may have the cores for minutes; Ray's minute would end in a traceback, and then again.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
+    look_often()
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={

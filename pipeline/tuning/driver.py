@@ -221,10 +221,14 @@ def run_trials(
     *,
     resources: dict[str, float],
     trials_at_once: int,
+    share_processes: bool,
     session_uri: str,
     session_name: str,
 ) -> None:
-    """Run all trials that wait; `session_uri` and `session_name`: where Ray Tune keeps what it needs meanwhile."""
+    """Run all trials that wait; `session_uri` and `session_name`: where Ray Tune keeps what it needs meanwhile.
+
+    With `share_processes` a trial takes over the process of one that has ended, its libraries loaded.
+    """
     # It tells where its own state lies, which is removed at the end, and of failures, which are told in one line.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     tuner = ray.tune.Tuner(
@@ -232,6 +236,7 @@ def run_trials(
         tune_config=ray.tune.TuneConfig(
             num_samples=driver.num_waiting,
             max_concurrent_trials=trials_at_once,
+            reuse_actors=share_processes,
             search_alg=RecordedSearcher(driver),
             scheduler=RecordedScheduler(driver),
         ),

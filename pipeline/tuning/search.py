@@ -31,7 +31,7 @@ from pipeline.tuning.record import (
 )
 from pipeline.tuning.space import default_space
 from pipeline.tuning.tracking import TrialRuns
-from pipeline.tuning.trial import run_trial, trial_resources
+from pipeline.tuning.trial import in_process, run_trial, trial_resources
 from pipeline.workflow.lease import Lease
 from pipeline.workflow.progress import StepProgress
 from pipeline.workflow.step_log import current_log
@@ -87,6 +87,7 @@ def search_settings(
             ray.tune.with_parameters(run_trial, job=job, tune=tune, uris=uris),
             resources=trial_resources(job.runtime),
             trials_at_once=job.runtime.trials_at_once,
+            share_processes=in_process(job.runtime),
             session_uri=ray_uri,
             session_name=f"session-{lease.rank.number}",
         )

@@ -1,4 +1,4 @@
-"""One trial of the search: a short training run in a process of its own that continues from its last checkpoint."""
+"""One trial of the search: a short training run that continues from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.errors import UserError
 from pipeline.storage.names import HISTORY_FILE
 from pipeline.training.checkpoint_files import damage_of
 from pipeline.training.job import DistributedContext, TrainJob
-from pipeline.training.train import REPORT_EVERY_S, StopOnUserError, scaling, train_worker
+from pipeline.training.train import REPORT_EVERY_S, StopOnUserError, look_often, scaling, train_worker
 from pipeline.training.train_run import repair_run
 from pipeline.tuning.proposals import METRIC, STEP
 from pipeline.tuning.record import TrialUris, remove_folder, trial_name
@@ -140,6 +140,7 @@ def _train_on_workers(job: TrainJob, tune: TuneConfig, uris: TrialUris, number: 
         _report_again(checkpoints[-1].uri)
         if checkpoints[-1].step >= tune.steps:
             return
+    look_often()
     TorchTrainer(
         train_worker,
         train_loop_config={

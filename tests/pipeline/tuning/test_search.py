@@ -58,6 +58,8 @@ def search(
         number = int(sampled["trial"])
         with Path(started).open("a") as file:
             file.write(f"{number}\n")
+        with Path(f"{started}-by").open("a") as file:
+            file.write(f"{os.getpid()}\n")
         attempts = Path(started).read_text().split().count(str(number))
         what = json.loads(Path(plan).read_text()).get(str(number), "")
         for step in range(1, tune.steps + 1):
@@ -109,6 +111,10 @@ def started(tmp_path: Path) -> list[int]:
     return [int(line) for line in (tmp_path / "started").read_text().split()]
 
 
+def processes(tmp_path: Path) -> list[int]:
+    return [int(line) for line in (tmp_path / "started-by").read_text().split()]
+
+
 def statuses(tracking: Tracking) -> list[tuple[str, str]]:
     runs = list(tracking.runs("tags.`segvit.kind` = 'trial'"))
     return sorted((run.data.tags["segvit.trial"], run.info.status) for run in runs)
@@ -123,6 +129,10 @@ def test_search__deaths_are_retried_once_failures_reported_and_the_rest_chosen_f
     )
     result = search(settings)
     assert started(tmp_path) == [0, 0, 1, 1, 2]
+    # What died is no more; trial 2 goes on in the process of the one that ended well.
+    *died, ended, last = processes(tmp_path)
+    assert len({*died, ended}) == 4
+    assert last == ended
     rows = json.loads(Path(str(result.trials_uri)).read_text())
     assert [(row["state"], row["attempts"], row["steps"]) for row in rows] == [
         ("failed", 2, 1),
