@@ -23,9 +23,10 @@ MIN_PROBE_AGREEMENT_BF16 = 0.98
 LOAD_TIMEOUT_S = 600
 
 # Run by a bare interpreter: -I leaves out the working directory, PYTHONPATH and the user's own packages, -B leaves
-# no compiled files in the artifact.
+# no compiled files in the artifact. It lives for seconds: a fifth of them would go into looking for garbage.
 LOAD_AND_PREDICT = """
-import sys, warnings
+import gc, sys, warnings
+gc.disable()
 warnings.simplefilter("ignore")
 import mlflow.pyfunc
 import numpy as np

@@ -54,6 +54,8 @@ def start(options: Callable[[], dict[str, Any]]) -> bool:
         os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(CONTROL_TIMEOUT_S))
         # Nobody takes this machine away with a warning: a process less to start in each training.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # A process a core, started ahead for tasks without an environment of their own; `submit` gives all of ours one.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     with _on_loopback():
         return _start(options)
 

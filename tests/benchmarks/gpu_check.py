@@ -61,7 +61,7 @@ class Check:
         self.config = segvit.ModelConfig(
             backbone=name,
             image_size=(side, side),
-            out_layers=(3, 7, 11) if options.tiny else (7, 15, 23),
+            out_layers=(0, 1, 2) if options.tiny else (7, 15, 23),
             class_token=False,
             drop_path_rate=0.3,
         )

@@ -175,7 +175,7 @@ def check_and_init(export: Callable[[Path], None], capfd: pytest.CaptureFixture[
 
 
 # What follows the shards is the same for all.
-@pytest.mark.parametrize("export", [cvat, roboflow, labelme, voc])
+@pytest.mark.parametrize("export", [cvat, roboflow, labelme, voc, split_folders])
 def test_export__to_shards(
     export: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -186,12 +186,11 @@ def test_export__to_shards(
 
 
 @pytest.mark.usefixtures("one_ray")
-@pytest.mark.parametrize("export", [coco, split_folders])
 def test_export__to_predictions_in_the_pages_four_commands(
-    export: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    check_and_init(export, capfd)
+    check_and_init(coco, capfd)
     (_, _, run, predict), others = PAGE
     tiny = [argument for name, value in TINY.items() for argument in ("--set", f"{name}={value}")]
     summary = facts(capfd, *run, *tiny)
@@ -201,7 +200,6 @@ def test_export__to_predictions_in_the_pages_four_commands(
     labels = np.asarray(Image.open("predicted/new.labels.png"))
     assert labels.shape == (HEIGHT, WIDTH)
     assert labels.max() < len(NAMES)
-    if export is split_folders:
-        for line in others:
-            main(line)
-        assert {file.name for file in Path("sheets").iterdir()} == {"samples-train.png", "samples-val.png"}
+    for line in others:
+        main(line)
+    assert {file.name for file in Path("sheets").iterdir()} == {"samples-train.png", "samples-val.png"}

@@ -36,18 +36,20 @@ def test_start__failure_is_one_clear_message(monkeypatch: pytest.MonkeyPatch, er
         ray_session.start(lambda: {"address": "10.0.0.1:6379"})
 
 
-@pytest.mark.parametrize(("address", "timeout"), [("", "15"), ("10.0.0.1:6379", None)])
-def test_start__only_a_local_ray_gives_up_a_dead_control_service_soon(
-    monkeypatch: pytest.MonkeyPatch, address: str, timeout: str | None
+@pytest.mark.parametrize(("address", "is_local"), [("", True), ("10.0.0.1:6379", False)])
+@pytest.mark.parametrize(
+    ("setting", "local"), [("RAY_gcs_rpc_server_reconnect_timeout_s", "15"), ("RAY_prestart_worker_first_driver", "0")]
+)
+def test_start__only_a_local_ray_gives_up_a_dead_control_service_soon_and_starts_no_idle_processes(
+    monkeypatch: pytest.MonkeyPatch, address: str, is_local: bool, setting: str, local: str
 ) -> None:
-    setting = "RAY_gcs_rpc_server_reconnect_timeout_s"
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv(setting, "of another test")  # put back in the end
     monkeypatch.delenv(setting)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: None)
     assert ray_session.start(dict)
-    assert os.environ.get(setting) == timeout
+    assert os.environ.get(setting) == (local if is_local else None)
 
 
 def test_start__mistaken_options_are_not_taken_for_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
