@@ -51,15 +51,16 @@ class _Budget:
     decoder_layers: int
     learning_rate: float
     layer_decay: float
-    freeze_blocks: bool
+    read: int  # twelfths of the backbone's blocks that are run, the last three steps of which are read
+    frozen: int  # twelfths of its blocks
     epochs: int
     steps: tuple[int, int]  # fewest and most
     warmup_steps: int
     why: str
 
 
-_CPU = _Budget(432, 1, 1.5e-4, 1.0, True, 20, (200, 800), 30, "no GPU: half of the blocks frozen, and few steps")
-_GPU = _Budget(1728, 3, 1.2e-4, 0.8, False, 60, (500, 20_000), 100, "a GPU: all blocks trained")
+_CPU = _Budget(432, 1, 1.5e-4, 1.0, 10, 4, 20, (200, 800), 30, "no GPU: a third of the blocks frozen, and few steps")
+_GPU = _Budget(1728, 3, 1.2e-4, 0.8, 12, 0, 60, (500, 20_000), 100, "a GPU: all blocks trained")
 _BATCH_SIZE = 8
 
 
@@ -95,7 +96,7 @@ def draft_experiment(name: str, data: DataConfig, found: SourceCheck, machine: M
     if largest > limit and data.max_long_side is None:
         section["max_long_side"] = limit
         inference = {"inference": {"resize": [limit, limit]}}
-    layers = [10 * depth // 12 - 1, 11 * depth // 12 - 1, depth - 1]
+    layers = sorted({max(twelfths * depth // 12 - 1, 0) for twelfths in range(budget.read - 2, budget.read + 1)})
     model = {
         "backbone": backbone,
         "image_size": list(crop),
@@ -125,7 +126,7 @@ def draft_experiment(name: str, data: DataConfig, found: SourceCheck, machine: M
         epochs=round(steps * _BATCH_SIZE / num_train),
         steps=steps,
         batch_size=_BATCH_SIZE,
-        freeze_blocks=depth // 2 if budget.freeze_blocks else 0,
+        freeze_blocks=budget.frozen * depth // 12,
         learning_rate=f"{budget.learning_rate:.1e}".replace("e-0", "e-"),
         layer_decay=budget.layer_decay,
         warmup_steps=budget.warmup_steps,
