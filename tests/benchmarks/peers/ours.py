@@ -20,6 +20,7 @@ from pipeline.records import BackboneRecord, Checkpoint, ShardSet
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import run_training
 from pipeline.training.trainer import build_job_model
+from segvit.backbones.families import outline_backbone
 from segvit.inference.precision import keep_for_precision
 from tests.benchmarks.peers.common import Derived, Predict, Task, Trained, read_features, run
 
@@ -110,7 +111,10 @@ def job_of(task: Task, config: ExperimentConfig, variant: str) -> TrainJob:
 
 
 def tokens_of(job: TrainJob, weights: str) -> Any:
-    """The job's backbone with the norm after its last block, which our decoders do without."""
+    """The job's backbone with all its blocks, and the norm after the last one, which our decoders do without."""
+    name = str(job.settings.model["backbone"])
+    whole = {**job.settings.model, "out_layers": [len(outline_backbone(name).blocks) - 1]}
+    job = job.model_copy(update={"settings": job.settings.model_copy(update={"model": whole})})
     backbone, state = build_job_model(job).eval().backbone, load_file(weights)
 
     def tokens(images: Tensor) -> Tensor:
