@@ -33,6 +33,7 @@ from segvit.compilation import compile_regions
 from segvit.losses.segmentation_loss import SegmentationLoss
 from segvit.metrics import segmentation_metrics
 from tests.jobs import with_settings
+from tests.ranks import leave_group
 
 MakeJob = Callable[..., TrainJob]
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
@@ -193,7 +194,7 @@ def _worker(rank: int, world_size: int, folder: str, plain_json: str, random_jso
         save_file(found, root / "gradients.safetensors")
         save_file(fitted.model.state_dict(), root / "fitted.safetensors")
         (root / "told.json").write_text(json.dumps(told | {"errors": errors}))
-    dist.destroy_process_group()
+    leave_group()
 
 
 def poison(step: int) -> None:

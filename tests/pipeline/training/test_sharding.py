@@ -16,6 +16,7 @@ from pipeline.shards.loader import EvalLoader
 from pipeline.training.job import DistributedContext, TrainJob
 from pipeline.training.loop import run_training
 from pipeline.training.trainer import Trainer
+from tests.ranks import leave_group
 
 MakeJob = Callable[..., TrainJob]
 CPU = torch.device("cpu")
@@ -135,7 +136,7 @@ def _worker(rank: int, world_size: int, folder: str, jobs: dict[str, str]) -> No
     if rank == 0:
         (root / "told.json").write_text(json.dumps(told))
     dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize(
