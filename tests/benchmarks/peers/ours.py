@@ -112,8 +112,8 @@ def job_of(task: Task, config: ExperimentConfig, variant: str) -> TrainJob:
 
 def tokens_of(job: TrainJob, weights: str) -> Any:
     """The job's backbone with all its blocks, and the norm after the last one, which our decoders do without."""
-    name = str(job.settings.model["backbone"])
-    whole = {**job.settings.model, "out_layers": [len(outline_backbone(name).blocks) - 1]}
+    outline: Any = outline_backbone(str(job.settings.model["backbone"]))
+    whole = {**job.settings.model, "out_layers": [len(outline.blocks) - 1]}
     job = job.model_copy(update={"settings": job.settings.model_copy(update={"model": whole})})
     backbone, state = build_job_model(job).eval().backbone, load_file(weights)
 
