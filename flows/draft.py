@@ -51,8 +51,8 @@ class _Budget:
     decoder_layers: int
     learning_rate: float
     layer_decay: float
-    read: int  # twelfths of the backbone's blocks that are run, the last three steps of which are read
-    frozen: int  # twelfths of its blocks
+    read: int  # twelfths of the backbone's blocks that are run; features are read at its last three twelfths
+    frozen: int  # twelfths of its blocks, from the first on
     epochs: int
     steps: tuple[int, int]  # fewest and most
     warmup_steps: int
