@@ -74,7 +74,7 @@ def test_draft__without_a_gpu(tmp_path: Path) -> None:
     assert config.name == "my-set"
     assert (config.data.dataset, config.data.root) == ("folder", str(tmp_path / "my set"))
     assert config.model.fields["image_size"] == [238, 308]
-    assert (config.train.steps, config.train.freeze_blocks, config.train.batch_size) == (200, 4, 8)
+    assert (config.train.steps, config.train.freeze_blocks, config.train.batch_size) == (200, 3, 8)
     assert (config.runtime.cpus_per_worker, config.runtime.loader_workers) == (2, 0)
     assert (config.data.max_long_side, config.evaluate.inference.resize) == (None, None)
     assert 0.57 <= share(config) <= SHRUNK_SHARE
