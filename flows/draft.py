@@ -59,7 +59,7 @@ class _Budget:
     why: str
 
 
-_CPU = _Budget(432, 1, 1.5e-4, 1.0, 9, 3, 20, (200, 800), 30, "no GPU: three of twelve blocks frozen, and few steps")
+_CPU = _Budget(432, 1, 1.5e-4, 1.0, 9, 3, 20, (200, 800), 30, "no GPU: a quarter of the blocks frozen, few steps")
 _GPU = _Budget(1728, 3, 1.2e-4, 0.8, 12, 0, 60, (500, 20_000), 100, "a GPU: all blocks trained")
 _BATCH_SIZE = 8
 
