@@ -21,10 +21,11 @@ quickstart: $(STAMP)
 	$(BIN)/segvit models
 
 # The tests on Ray and all others side by side, PyTorch on one thread each: two cores are what there is to count on.
-# The others give way, for Ray's processes have a nice value of 15 and wait for one another; in two processes, they
-# keep both cores busy where those wait and when they have ended.
+# The others take what those leave, for Ray's processes have a nice value of 15 and wait for one another; in two
+# processes, they keep both cores busy where those wait and when they have ended.
+WHEN_IDLE := $(shell chrt --idle 0 true 2>/dev/null && echo chrt --idle 0 || echo nice -n 19)
 test: $(STAMP)
-	@log=$$(mktemp); OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python -m pytest -m "not on_ray" -n 2 --dist loadfile \
+	@log=$$(mktemp); OMP_NUM_THREADS=1 $(WHEN_IDLE) $(BIN)/python -m pytest -m "not on_ray" -n 2 --dist loadfile \
 		> $$log 2>&1 & others=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m on_ray; ray=$$?; \
 	wait $$others; rest=$$?; cat $$log; rm -f $$log; \
